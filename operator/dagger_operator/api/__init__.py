@@ -1,0 +1,85 @@
+"""The `DAggerRun` resource as pydantic models: the one source of the CRD, its defaults, its bounds and its docs.
+
+Nothing here does I/O. `load` turns a parsed YAML document into a validated `DAggerRun` or raises `InvalidRun`, whose
+problems each name the field, the value and the remedy.
+"""
+
+from dagger_operator.api.errors import InvalidRun, Problem
+from dagger_operator.api.evaluation import Evaluation
+from dagger_operator.api.mixing import Mixing, MixingStrategy, Schedule, ScheduleType
+from dagger_operator.api.policies import Endpoint, Sampling, SecretKeyRef, Serving, Student, Teacher
+from dagger_operator.api.rollouts import (
+    LabelMode,
+    Labels,
+    Protocol,
+    Rollouts,
+    Sandbox,
+    SandboxBackend,
+    SandboxLimits,
+    Scaffold,
+    ScaffoldType,
+)
+from dagger_operator.api.run import API_VERSION, GROUP, KIND, VERSION, DAggerRun, GpuSharing, Metadata, RunSpec, load
+from dagger_operator.api.status import (
+    Condition,
+    EvaluationSummary,
+    Phase,
+    RolloutSummary,
+    RoundStatus,
+    RunStatus,
+    TrainingSummary,
+)
+from dagger_operator.api.storage import Storage
+from dagger_operator.api.tasks import HeldOut, SourceType, Tasks, TaskSource
+from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Training, TrainingMode
+
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "KIND",
+    "VERSION",
+    "Aggregation",
+    "BatchUnit",
+    "Condition",
+    "DAggerRun",
+    "DeepSpeed",
+    "Endpoint",
+    "Evaluation",
+    "EvaluationSummary",
+    "GpuSharing",
+    "HeldOut",
+    "InvalidRun",
+    "LabelMode",
+    "Labels",
+    "Metadata",
+    "Mixing",
+    "MixingStrategy",
+    "Phase",
+    "Problem",
+    "Protocol",
+    "RolloutSummary",
+    "Rollouts",
+    "RoundStatus",
+    "RunSpec",
+    "RunStatus",
+    "Sampling",
+    "Sandbox",
+    "SandboxBackend",
+    "SandboxLimits",
+    "Scaffold",
+    "ScaffoldType",
+    "Schedule",
+    "ScheduleType",
+    "SecretKeyRef",
+    "Serving",
+    "SourceType",
+    "Storage",
+    "Student",
+    "TaskSource",
+    "Tasks",
+    "Teacher",
+    "Training",
+    "TrainingMode",
+    "TrainingSummary",
+    "load",
+]

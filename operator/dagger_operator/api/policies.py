@@ -1,0 +1,121 @@
+"""The two policies, student and teacher, and where each is served."""
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from dagger_operator.api.model import ApiModel, Rule
+
+Name = Annotated[str, Field(min_length=1, max_length=253)]
+
+
+class SecretKeyRef(ApiModel):
+    """A key of a Secret in the run's namespace."""
+
+    name: Name
+    """Name of the Secret."""
+    key: Name = "token"
+    """Key within the Secret."""
+
+
+class Sampling(ApiModel):
+    """Sampling settings of a policy's turns in rollouts. Evaluation is always greedy."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    """Softmax temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus mass."""
+    max_tokens: Annotated[int, Field(ge=1, le=131072)] = 4096
+    """Most tokens of one turn. A label cut off here is counted and never trained on."""
+
+
+class Endpoint(ApiModel):
+    """An OpenAI-compatible endpoint that exists outside the run."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)]
+    """Base URL that ends before `/chat/completions`, mostly in `/v1`."""
+    model: Name | None = None
+    """Model name to ask for; default: the policy's `model`."""
+    secret_ref: SecretKeyRef | None = None
+    """API key, sent as a bearer token. It reaches the gateway only, never a sandbox, a log or a trajectory."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 300
+    """Deadline of one request."""
+
+
+class EnvVar(ApiModel):
+    """A plain environment variable of a container; secrets have fields of their own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+    value: Annotated[str, Field(max_length=4096)] = ""
+
+
+class Serving(ApiModel):
+    """A vLLM Deployment that the run owns."""
+
+    image: Annotated[str, Field(min_length=1, max_length=512)] = "docker.io/vllm/vllm-openai:v0.32.0"
+    """Image with vLLM; not used on one machine without containers."""
+    replicas: Annotated[int, Field(ge=1, le=256)] = 1
+    """Servers; a rollout stays with one of them, so that its prefix stays cached there."""
+    gpus: Annotated[int, Field(ge=0, le=16)] = 1
+    """GPUs of each replica, used as tensor-parallel size; 0 serves on the CPU."""
+    max_model_len: Annotated[int, Field(ge=128, le=1048576)] = 65536
+    """Context length in tokens, prompt and turn together."""
+    tool_call_parser: Annotated[str, Field(max_length=64)] | None = None
+    """vLLM's parser for this model's tool calls, such as `hermes` (Qwen3) or `qwen3_coder`. Needed by the ToolCall protocol."""
+    extra_args: Annotated[list[str], Field(max_length=64)] = []
+    """Further arguments of vLLM's API server, as they are."""
+    env: Annotated[list[EnvVar], Field(max_length=64)] = []
+    """Further environment of the server."""
+    startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
+    """How long loading may take before a replica counts as failed."""
+
+
+class Student(ApiModel):
+    """The policy that learns."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (
+        Rule("!(has(self.serving) && has(self.endpoint))", "give the student either serving or endpoint, not both"),
+    )
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    """Initial weights: a Hugging Face id, a folder, or a URL below the run's storage."""
+    sampling: Sampling = Sampling()
+    """Sampling of the student's turns in rollouts."""
+    serving: Serving | None = None
+    """How the student is served; the default where no `endpoint` is given."""
+    endpoint: Endpoint | None = None
+    """A fixed student that the run does not train; needs `training.mode: Disabled`. Rounds then only collect labels."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.serving is not None and self.endpoint is not None:
+            raise ValueError("give the student either serving or endpoint, not both")
+        return self
+
+    @property
+    def served(self) -> Serving | None:
+        """The serving settings with defaults applied; None where the student is an endpoint."""
+        return None if self.endpoint else self.serving or Serving()
+
+
+class Teacher(ApiModel):
+    """The policy that labels; only its text is used."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (
+        Rule("has(self.serving) != has(self.endpoint)", "give the teacher exactly one of serving and endpoint"),
+    )
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    """A Hugging Face id, a folder, or the name by which the endpoint knows the model."""
+    sampling: Sampling = Sampling()
+    """Sampling of the teacher's turns and labels."""
+    serving: Serving | None = None
+    """Serve the teacher here by vLLM."""
+    endpoint: Endpoint | None = None
+    """Use an OpenAI-compatible endpoint that exists already."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.serving is None) == (self.endpoint is None):
+            raise ValueError("give the teacher exactly one of serving and endpoint")
+        return self

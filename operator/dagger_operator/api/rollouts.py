@@ -1,0 +1,124 @@
+"""How tasks are worked on: scaffold, sandbox, labels, workers."""
+
+from enum import StrEnum
+from typing import Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from dagger_operator.api.model import ApiModel, Rule
+
+
+class ScaffoldType(StrEnum):
+    MINI_SWE_AGENT = "MiniSWEAgent"
+    COMMAND = "Command"
+
+
+class Protocol(StrEnum):
+    TEXT = "Text"
+    TOOL_CALL = "ToolCall"
+
+
+class Scaffold(ApiModel):
+    """The agent program."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (
+        Rule("self.type != 'Command' || has(self.command)", "a Command scaffold needs command"),
+    )
+
+    type: ScaffoldType = ScaffoldType.MINI_SWE_AGENT
+    """MiniSWEAgent runs beside the sandbox. Command runs inside it and speaks to OPENAI_BASE_URL with OPENAI_API_KEY."""
+    protocol: Protocol = Protocol.TEXT
+    """How the agent states a command: in a fenced block of text, or as a tool call. Decides which labels count as parsable."""
+    command: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    """Command: argument vector to run in the sandbox; the task's statement is in $DAGGER_TASK_STATEMENT."""
+    max_turns: Annotated[int, Field(ge=1, le=10000)] = 100
+    """Turns after which a rollout ends as LimitReached."""
+    system_template: Annotated[str, Field(max_length=65536)] | None = None
+    """MiniSWEAgent: jinja2 template of the system message; default the library's own."""
+    instance_template: Annotated[str, Field(max_length=65536)] | None = None
+    """MiniSWEAgent: jinja2 template of the first user message, with `task` for the statement."""
+    observation_template: Annotated[str, Field(max_length=65536)] | None = None
+    """MiniSWEAgent: jinja2 template of an observation, with `output.output` and `output.returncode`."""
+    format_error_template: Annotated[str, Field(max_length=65536)] | None = None
+    """MiniSWEAgent: what the agent is told when its turn holds no command that can be parsed, with `error`."""
+    action_regex: Annotated[str, Field(max_length=1024)] | None = None
+    """Text protocol: regular expression whose first group is the command; default the library's fenced block."""
+    submit_command: Annotated[str, Field(max_length=1024)] = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+    """MiniSWEAgent: the command with which the agent declares its work done."""
+
+    @model_validator(mode="after")
+    def _command_given(self) -> Self:
+        if self.type is ScaffoldType.COMMAND and self.command is None:
+            raise ValueError("a Command scaffold needs command")
+        return self
+
+
+class SandboxBackend(StrEnum):
+    POD = "Pod"
+    PROCESS = "Process"
+
+
+class SandboxLimits(ApiModel):
+    """Bounds of one sandbox; what exceeds them is stopped, and the agent is told."""
+
+    cpus: Annotated[float, Field(gt=0, le=256)] = 1.0
+    """Processor cores."""
+    memory_mib: Annotated[int, Field(ge=16, le=1048576)] = 4096
+    """Memory in MiB."""
+    disk_mib: Annotated[int, Field(ge=1, le=1048576)] = 10240
+    """Writable disk in MiB; of a Process sandbox also the largest single file."""
+    processes: Annotated[int, Field(ge=4, le=32768)] = 512
+    """Processes and threads alive at once."""
+    output_kib: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Output kept of one command in KiB; the middle of what is longer is cut out at its source."""
+
+
+class Sandbox(ApiModel):
+    """Where untrusted commands run: no credentials, no network, limits on everything."""
+
+    backend: SandboxBackend | None = None
+    """Pod on a cluster, Process on one machine; default what the runtime offers."""
+    create_timeout_seconds: Annotated[int, Field(ge=1, le=7200)] = 600
+    """Deadline for making a sandbox ready, image pull included. Missing it is an infrastructure failure."""
+    command_timeout_seconds: Annotated[int, Field(ge=1, le=7200)] = 60
+    """Deadline of one command. Missing it is an observation for the agent."""
+    grade_timeout_seconds: Annotated[int, Field(ge=1, le=14400)] = 1800
+    """Deadline of the grading script."""
+    limits: SandboxLimits = SandboxLimits()
+    """Bounds of each sandbox."""
+
+
+class LabelMode(StrEnum):
+    INLINE = "Inline"
+    ASYNC = "Async"
+    DEFERRED = "Deferred"
+
+
+class Labels(ApiModel):
+    """The teacher's turn at every visited state, whoever acted."""
+
+    mode: LabelMode = LabelMode.ASYNC
+    """Inline: before the action is returned. Async: while the rollout goes on. Deferred: when it has ended, all at once."""
+    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Least share of visited states with a label that can be trained on; below it the round fails."""
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Label requests under way at once in one worker."""
+    attempts: Annotated[int, Field(ge=1, le=20)] = 6
+    """Tries of one request to a policy, with exponential back-off and respect for Retry-After."""
+
+
+class Rollouts(ApiModel):
+    """The workers of a round."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Worker pods or processes."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rollouts under way at once in one worker."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=604800)] = 14400
+    """Deadline of one rollout; then it ends as LimitReached."""
+    lease_seconds: Annotated[int, Field(ge=2, le=3600)] = 60
+    """How long a silent worker keeps a rollout before another may take it."""
+    infrastructure_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """Further tries of a rollout that infrastructure broke; then it is excluded and counted."""
+    min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Least share of a round's rollouts that infrastructure left whole; below it the round fails and says why."""

@@ -1,0 +1,27 @@
+"""The object storage that everything between stages goes through."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dagger_operator.api.model import ApiModel
+from dagger_operator.api.policies import Name
+
+
+class SecretRef(ApiModel):
+    """A Secret whose keys become the storage client's environment, such as AWS_ACCESS_KEY_ID."""
+
+    name: Name
+
+
+class Storage(ApiModel):
+    """One prefix for one run: a second run on the same prefix is refused."""
+
+    url: Annotated[str, Field(pattern=r"^(s3|s3a|gs|az|abfs|abfss|file)://[^\s]*$", max_length=2048)]
+    """`s3://bucket/prefix`, `gs://`, `az://` or `file:///folder`. It must honour conditional writes: `daggerctl store check`."""
+    secret_ref: SecretRef | None = None
+    """Credentials as environment variables of the storage client; default the workload's own identity."""
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = None
+    """S3-compatible server other than the cloud's own."""
+    region: Annotated[str, Field(max_length=64)] | None = None
+    """Region of the bucket, where the client cannot find it out."""

@@ -1,0 +1,104 @@
+"""How a round's labels become the next student."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from dagger_operator.api.mixing import Schedule
+from dagger_operator.api.model import ApiModel
+
+
+class TrainingMode(StrEnum):
+    ENABLED = "Enabled"
+    DISABLED = "Disabled"
+
+
+class Aggregation(StrEnum):
+    ALL_ROUNDS_FROM_BASE = "AllRoundsFromBase"
+    ALL_ROUNDS_WARM_START = "AllRoundsWarmStart"
+    CURRENT_ROUND_ONLY = "CurrentRoundOnly"
+
+
+class BatchUnit(StrEnum):
+    LABELS = "Labels"
+    TRAJECTORIES = "Trajectories"
+
+
+class LearningRateSchedule(StrEnum):
+    CONSTANT = "Constant"
+    LINEAR = "Linear"
+    COSINE = "Cosine"
+
+
+class Precision(StrEnum):
+    BF16 = "BF16"
+    FP32 = "FP32"
+
+
+class Offload(StrEnum):
+    NONE = "None"
+    OPTIMIZER = "Optimizer"
+
+
+class DeepSpeed(ApiModel):
+    """How the model is spread over ranks."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """ZeRO stage: 1 shards the optimiser, 2 gradients too, 3 weights too."""
+    offload: Offload = Offload.NONE
+    """What is kept in host memory."""
+
+
+class Training(ApiModel):
+    """Cross-entropy on the tokens of the teacher's turns, nothing else (paper, section 3)."""
+
+    mode: TrainingMode = TrainingMode.ENABLED
+    """Disabled only collects labels: rounds end after rollouts, and the student stays as it is."""
+    aggregation: Aggregation = Aggregation.CURRENT_ROUND_ONLY
+    """Which labels a round trains on, and from which weights. The paper's recipe is CurrentRoundOnly, warm-started;
+    classical DAgger is AllRoundsFromBase."""
+    epochs: Annotated[int, Field(ge=1, le=10000)] = 3
+    """Passes over the round's training set."""
+    steps: Schedule | None = None
+    """Optimiser steps by round, instead of `epochs`; the data set is repeated or cut to fit."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    """Size of one optimiser step over all ranks, in `batchUnit`s."""
+    batch_unit: BatchUnit = BatchUnit.TRAJECTORIES
+    """Whether a batch counts labels or whole trajectories."""
+    micro_batch_tokens: Annotated[int, Field(ge=64, le=8388608)] = 65536
+    """Most tokens, padding included, of one forward pass on one rank; sets memory, not the result."""
+    max_sequence_tokens: Annotated[int, Field(ge=64, le=1048576)] = 65536
+    """A state with its label that is longer is left out and counted."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-6
+    """Peak learning rate of AdamW."""
+    learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
+    """Course of the learning rate after warm-up."""
+    min_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where Linear and Cosine end, as a fraction of the peak."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1000000)] = 0
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    gradient_clip: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Largest global gradient norm."""
+    precision: Precision = Precision.BF16
+    """Arithmetic of forward and backward passes; the optimiser always keeps FP32 master weights."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """Sharding over ranks."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Training pods."""
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] = 8
+    """Ranks in each pod; with `gpusPerNode` above 0 the same number."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 8
+    """GPUs of each pod; 0 trains on the CPU."""
+    checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000000)] = 50
+    """Steps between checkpoints from which a killed Job goes on."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 6
+    """Further tries of a failed training Job before the run fails."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/trainer:0.1.0"
+    """Trainer image; not used on one machine without containers."""

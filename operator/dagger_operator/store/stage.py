@@ -1,0 +1,127 @@
+"""What every stage command shares: where its run, its round and its storage come from, and how it ends.
+
+A stage is told everything by its environment, which `control` writes and every runtime passes on:
+`DAGGER_RUN` (the resource as JSON), `DAGGER_ROUND`, `JOB_COMPLETION_INDEX`, `DAGGER_POD` (name of this worker), credentials of
+the storage under their cloud's names, and of the policies `DAGGER_STUDENT_URL`, `DAGGER_TEACHER_URL`, `DAGGER_STUDENT_TOKEN`,
+`DAGGER_TEACHER_TOKEN`, `DAGGER_AGENT_URL` (the policy agent beside the student's server).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import structlog
+
+from dagger_operator.api import DAggerRun, InvalidRun, load
+from dagger_operator.store.objects import Store, StoreUnavailable
+
+
+class ExitCode(IntEnum):
+    """How a stage ends; podFailurePolicy and the local runtime tell them apart."""
+
+    DONE = 0
+    ERROR = 1
+    """Unexpected; worth another try."""
+    PERMANENT = 3
+    """A retry would fail the same way: the message says what to change."""
+    UNAVAILABLE = 75
+    """Infrastructure is away (EX_TEMPFAIL); tried again on the infrastructure budget."""
+
+
+class StageFailure(Exception):
+    """The stage cannot be done. `reason` is CamelCase from a bounded set, `message` names the remedy."""
+
+    def __init__(self, reason: str, message: str, *, permanent: bool = True) -> None:
+        self.reason, self.message, self.permanent = reason, message, permanent
+        super().__init__(f"{reason}: {message}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The setting of one stage command."""
+
+    run: DAggerRun
+    round: int
+    index: int
+    worker: str
+    store: Store
+    environ: Mapping[str, str]
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> "Stage":
+        environ = os.environ if environ is None else environ
+        try:
+            run = load(json.loads(environ["DAGGER_RUN"]))
+        except KeyError:
+            raise StageFailure("NoRun", "DAGGER_RUN is not set: stages are started by `daggerctl run` or the operator") from None
+        except InvalidRun as error:
+            raise StageFailure("InvalidRun", str(error)) from error
+        return cls(
+            run=run,
+            round=int(environ.get("DAGGER_ROUND", "1")),
+            index=int(environ.get("JOB_COMPLETION_INDEX", "0")),
+            worker=environ.get("DAGGER_POD", f"local-{os.getpid()}"),
+            store=Store.open(run.spec.storage, environ),
+            environ=environ,
+        )
+
+
+def configure_logging(**context: object) -> None:
+    """JSON lines on standard output, each with the given context; nothing is configured at import."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+    )
+    structlog.contextvars.bind_contextvars(**context)
+
+
+def main(stage_name: str, body: Callable[[Stage], Awaitable[None]]) -> int:
+    """Runs a stage to its exit code; SIGTERM cancels it, and what ended it is left in the termination message."""
+    try:
+        stage = Stage.from_environment()
+        configure_logging(run=stage.run.metadata.name, round=stage.round, stage=stage_name, worker=stage.worker)
+        asyncio.run(_cancellable(body(stage)))
+        return ExitCode.DONE
+    except StageFailure as error:
+        _say(error.reason, error.message)
+        return ExitCode.PERMANENT if error.permanent else ExitCode.UNAVAILABLE
+    except StoreUnavailable as error:
+        _say("StorageUnavailable", str(error))
+        return ExitCode.UNAVAILABLE
+    except asyncio.CancelledError:
+        _say("Terminated", "the stage was asked to end; it goes on where it stopped when it is started again")
+        return ExitCode.UNAVAILABLE
+    except Exception as error:
+        traceback.print_exc()
+        _say("Unexpected", f"{type(error).__name__}: {error}")
+        return ExitCode.ERROR
+
+
+async def _cancellable(body: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(body)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
+
+
+def _say(reason: str, message: str) -> None:
+    print(json.dumps({"event": "stage failed", "level": "error", "reason": reason, "message": message}), flush=True)
+    path = Path(os.environ.get("DAGGER_TERMINATION_LOG", "/dev/termination-log"))
+    try:
+        path.write_text(json.dumps({"reason": reason, "message": message[:3000]}))
+    except OSError:
+        pass  # outside a pod there may be no such file; the log line above says the same
