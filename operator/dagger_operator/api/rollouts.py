@@ -21,9 +21,7 @@ class Protocol(StrEnum):
 class Scaffold(ApiModel):
     """The agent program."""
 
-    cel: ClassVar[tuple[Rule, ...]] = (
-        Rule("self.type != 'Command' || has(self.command)", "a Command scaffold needs command"),
-    )
+    cel: ClassVar[tuple[Rule, ...]] = (Rule("self.type != 'Command' || has(self.command)", "a Command scaffold needs command"),)
 
     type: ScaffoldType = ScaffoldType.MINI_SWE_AGENT
     """MiniSWEAgent runs beside the sandbox. Command runs inside it and speaks to OPENAI_BASE_URL with OPENAI_API_KEY."""

@@ -39,7 +39,10 @@ class RunSpec(ApiModel):
         Rule("self.seed == oldSelf.seed", "seed is immutable: coins and task order of finished rounds depend on it; make a new run"),
         Rule("self.mixing == oldSelf.mixing", "mixing is immutable: finished rounds were mixed by it; make a new run"),
         Rule("self.student.model == oldSelf.student.model", "student.model is immutable; make a new run"),
-        Rule("self.teacher.model == oldSelf.teacher.model", "teacher.model is immutable: labels of two teachers in one data set; make a new run"),
+        Rule(
+            "self.teacher.model == oldSelf.teacher.model",
+            "teacher.model is immutable: labels of two teachers in one data set; make a new run",
+        ),
         Rule("self.tasks == oldSelf.tasks", "tasks is immutable; make a new run"),
         Rule("self.scaffold == oldSelf.scaffold", "scaffold is immutable; make a new run"),
         Rule("self.storage.url == oldSelf.storage.url", "storage.url is immutable; make a new run"),
@@ -81,9 +84,7 @@ class RunSpec(ApiModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.student.endpoint and self.training.mode is not TrainingMode.DISABLED:
-            raise ValueError(
-                "a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student"
-            )
+            raise ValueError("a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student")
         if self.scaffold.protocol is Protocol.TOOL_CALL:
             for role, serving in (("student", self.student.served), ("teacher", self.teacher.serving)):
                 if serving is not None and serving.tool_call_parser is None:

@@ -62,9 +62,7 @@ class Store:
                 Path(url.removeprefix("file://")).mkdir(parents=True, exist_ok=True)
                 return cls(from_url(url), url)
             prefixes = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",), "abfs": ("AZURE_",), "abfss": ("AZURE_",)}
-            config = {
-                key.lower(): value for key, value in environ.items() if key.startswith(prefixes[url.split("://", 1)[0]]) and value
-            }
+            config = {key.lower(): value for key, value in environ.items() if key.startswith(prefixes[url.split("://", 1)[0]]) and value}
             # CA bundles are a matter of the HTTP client, not of the bucket.
             config.pop("aws_ca_bundle", None)
             if storage.endpoint_url:

@@ -1,0 +1,1 @@
+"""What agents work on: task sources, how rounds deal them out, and grading."""

@@ -1,0 +1,43 @@
+"""A task as every source gives it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ScriptGrading(BaseModel):
+    """A hidden check: files that enter the sandbox only after the agent has ended, and a command whose exit code 0 means resolved."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["Script"] = "Script"
+    files: dict[str, str] = {}
+    command: str
+
+
+class SwebenchGrading(BaseModel):
+    """Graded by swebench: the row that `make_test_spec` and `get_eval_report` read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["SWEbench"] = "SWEbench"
+    row: dict[str, Any]
+
+
+class Task(BaseModel):
+    """One task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    id: str
+    """Unique within a run."""
+    statement: str
+    """What the agent is told."""
+    image: str | None = None
+    workdir: str = "/testbed"
+    files: dict[str, str] = {}
+    """Text files that the sandbox starts with, relative to `workdir`."""
+    setup: str | None = None
+    """Command run once before the agent starts; its failure is an infrastructure failure."""
+    grading: ScriptGrading | SwebenchGrading
+    split: str | None = None
