@@ -1,0 +1,1 @@
+"""vLLM command lines, weights in and out, in-place policy updates, identity, preflight."""

@@ -1,0 +1,1 @@
+"""Labels become the next student: tokens and masks, the DeepSpeed loop, checkpoints, export."""
