@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make quickstart` runs the example, `make test` runs all tests.
+SHELL := bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check fast heavy experiment generate lock clean
+
+help: ## What there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## Install everything into .venv, from the locks
+	@scripts/setup
+
+quickstart: setup ## The whole loop on this machine: from a DAggerRun in YAML to a better student
+	@$(BIN)/python examples/quickstart/run.py
+
+test: setup check fast heavy ## All tests, the quickstart's end-to-end test included
+
+check: setup ## Lint, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fast: setup ## Tests that need no torch, no vLLM and no built tool
+	$(PYTEST) -m "not heavy and not cuda"
+
+heavy: setup ## Tests with real vLLM, DeepSpeed and S3
+	$(PYTEST) -m "heavy and not cuda"
+
+experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
+	$(BIN)/python examples/quickstart/experiment.py
+
+generate: setup ## The CRD and its reference, from the models
+	$(BIN)/python -m dagger_operator.api.crd
+
+lock: ## Resolve the dependencies anew, on purpose
+	@scripts/lock
+
+clean: ## Remove what was installed and made here
+	rm -rf .venv .dagger .pytest_cache .mypy_cache .ruff_cache .hypothesis
