@@ -1,0 +1,96 @@
+"""Statistics of resolved rates: an interval for one policy, and paired comparisons of two on the same tasks. Pure."""
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+from math import comb, sqrt
+from statistics import NormalDist, fmean
+
+from pydantic import BaseModel, ConfigDict
+
+from dagger_operator.store.results import EvaluationResult
+
+
+class Comparison(BaseModel):
+    """Two policies on the tasks that both were graded on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tasks: int
+    """Tasks that both were graded on."""
+    first_rate: float
+    second_rate: float
+    difference: float
+    """`second_rate - first_rate`: above 0 the second is better."""
+    interval: tuple[float, float]
+    """Percentile interval of the difference, by paired bootstrap over tasks."""
+    confidence: float
+    only_first: int
+    """Tasks that the first alone resolved."""
+    only_second: int
+    """Tasks that the second alone resolved."""
+    p_value: float
+    """McNemar's exact test, two-sided."""
+
+
+def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion; (0, 1) where nothing was tried (Wilson 1927; Newcombe 1998, method 3)."""
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes {successes} do not lie in 0..trials {trials}")
+    z = _z(confidence)
+    if trials == 0:
+        return 0.0, 1.0
+    rate, spread = successes / trials, z * z / trials
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
+    # At the ends the interval touches them; rounding must not leave a hair between.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value of McNemar's exact test: both policies resolve a discordant task equally often under the null."""
+    if only_first < 0 or only_second < 0:
+        raise ValueError(f"counts of tasks are not negative: {only_first}, {only_second}")
+    discordant = only_first + only_second
+    tail = sum(comb(discordant, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**discordant)))
+
+
+def paired_bootstrap(
+    differences: Sequence[float], confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of per-task differences, tasks being resampled. The same seed gives the same interval."""
+    _z(confidence)
+    if not differences:
+        raise ValueError("no differences: a paired comparison needs at least one task that both policies were graded on")
+    rng, count = random.Random(seed), len(differences)  # noqa: S311 - statistics, not secrets
+    means = sorted(fmean(rng.choices(differences, k=count)) for _ in range(resamples))
+    tail = int(resamples * (1 - confidence) / 2)
+    return means[tail], means[resamples - 1 - tail]
+
+
+def compare(first: EvaluationResult, second: EvaluationResult, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+    """Compares two evaluations on their common tasks. Raises `ValueError` where they have none."""
+    first_resolved, second_resolved = set(first.resolved_tasks), set(second.resolved_tasks)
+    common = sorted((first_resolved | set(first.unresolved_tasks)) & (second_resolved | set(second.unresolved_tasks)))
+    pairs = [(task in first_resolved, task in second_resolved) for task in common]
+    interval = paired_bootstrap([float(b) - float(a) for a, b in pairs], confidence, seed=seed)
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    return Comparison(
+        tasks=len(common),
+        first_rate=sum(a for a, _ in pairs) / len(common),
+        second_rate=sum(b for _, b in pairs) / len(common),
+        difference=(only_second - only_first) / len(common),
+        interval=interval,
+        confidence=confidence,
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second),
+    )
+
+
+def _z(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} does not lie between 0 and 1")
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
