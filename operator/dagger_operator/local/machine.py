@@ -1,0 +1,158 @@
+"""This machine as a very small cluster: takes objects, runs them, and shows them with their status."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dagger_operator.local.addresses import pod_address
+from dagger_operator.local.deployments import DeploymentRunner
+from dagger_operator.local.environment import PodContext, host_names
+from dagger_operator.local.jobs import JobRunner
+from dagger_operator.local.pods import Pod
+from dagger_operator.local.processes import reap
+
+Manifest = dict[str, Any]
+Key = tuple[str, str]
+"""Kind and name."""
+
+
+class Runner(Protocol):
+    """What runs one workload object."""
+
+    def update(self, manifest: Manifest) -> None: ...
+
+    def manifest(self) -> Manifest: ...
+
+    def pods(self) -> list[Manifest]: ...
+
+    async def close(self) -> None: ...
+
+
+_RUNNERS: dict[str, Callable[[Manifest, Callable[[str, int], Pod], Callable[[], None]], Runner]] = {
+    "Deployment": DeploymentRunner,
+    "Job": JobRunner,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one run's processes live on this machine."""
+
+    scope: str
+    """Unique to the run: marks its processes, and makes its pods' addresses."""
+    folder: Path
+    """Volumes of pods; a short path, since Unix sockets stand in it."""
+    logs: Path
+    """Output of containers, kept: `<pod>/<container>.log`."""
+    environment: Mapping[str, str]
+    """What every process gets beside what its manifest says."""
+    secrets: Mapping[str, Mapping[str, str]]
+
+
+class Machine:
+    """The objects of one run. Use as an async context manager: on leaving, nothing of it runs any more."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._objects: dict[Key, Manifest] = {}
+        self._runners: dict[Key, Runner] = {}
+        self._leaving: dict[Key, asyncio.Task[None]] = {}
+        self.changed = asyncio.Event()
+        """Set whenever something about an object or a pod changed."""
+
+    async def __aenter__(self) -> "Machine":
+        # An earlier supervisor may have been killed before it could end what it had started.
+        await asyncio.to_thread(reap, self._mark)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for key in list(self._runners):
+            self.remove(*key)
+        await asyncio.gather(*self._leaving.values(), return_exceptions=True)
+        await asyncio.to_thread(reap, self._mark)
+
+    def apply(self, objects: Iterable[Manifest]) -> None:
+        """Makes or updates objects; one that is just being removed has to be gone first."""
+        workloads = []
+        for manifest in objects:
+            key = (manifest["kind"], manifest["metadata"]["name"])
+            if key in self._leaving or self._objects.get(key) == manifest:
+                continue
+            self._objects[key] = manifest
+            if manifest["kind"] in _RUNNERS:
+                workloads.append((key, manifest))
+        for key, manifest in workloads:  # after all Services are known
+            if key in self._runners:
+                self._runners[key].update(manifest)
+            else:
+                self._runners[key] = _RUNNERS[manifest["kind"]](manifest, self._pod_maker(key), self.changed.set)
+
+    def remove(self, kind: str, name: str) -> None:
+        """Ends an object; it is shown until its last process is gone."""
+        key = (kind, name)
+        if key in self._leaving or key not in self._objects:
+            return
+        if key in self._runners:
+            self._leaving[key] = asyncio.create_task(self._close(key))
+        else:
+            del self._objects[key]
+
+    def observed(self) -> list[tuple[Manifest, list[Manifest]]]:
+        """Every object with its status, and its pods."""
+        found = []
+        for key, manifest in self._objects.items():
+            runner = self._runners.get(key)
+            found.append((runner.manifest(), runner.pods()) if runner else (manifest, []))
+        return found
+
+    async def _close(self, key: Key) -> None:
+        await self._runners[key].close()
+        del self._runners[key], self._objects[key], self._leaving[key]
+        self.changed.set()
+
+    @property
+    def _mark(self) -> str:
+        return f"{self._place.scope}/"
+
+    def _pod_maker(self, key: Key) -> Callable[[str, int], Pod]:
+        def make(name: str, index: int) -> Pod:
+            owner = self._objects[key]
+            template = owner["spec"]["template"]
+            metadata = {**template.get("metadata", {}), "name": name, "namespace": owner["metadata"].get("namespace", "default")}
+            context = PodContext(
+                name=name,
+                namespace=metadata["namespace"],
+                address=pod_address(self._place.scope, name),
+                folder=self._place.folder / name,
+                labels=metadata.get("labels", {}),
+                completion_index=index if owner["spec"].get("completionMode") == "Indexed" else None,
+                secrets=self._place.secrets,
+                hosts=self._hosts(),
+            )
+            manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+            mark, logs = f"{self._mark}{name}/", self._place.logs / name
+            return Pod(manifest, context, self._place.environment, mark=mark, logs=logs, changed=self.changed.set)
+
+        return make
+
+    def _hosts(self) -> dict[str, tuple[str, ...]]:
+        hosts: dict[str, tuple[str, ...]] = {}
+        for (kind, name), service in self._objects.items():
+            if kind == "Service":
+                addresses = {pod: pod_address(self._place.scope, pod) for pod in self._pods_behind(service["spec"]["selector"])}
+                hosts.update(host_names(name, service["metadata"].get("namespace", "default"), addresses))
+        return hosts
+
+    def _pods_behind(self, selector: Mapping[str, str]) -> list[str]:
+        """Names of the pods that a Service selects, whether they run by now or not."""
+        names = []
+        for (kind, name), owner in self._objects.items():
+            if kind not in _RUNNERS:
+                continue
+            labels = owner["spec"]["template"].get("metadata", {}).get("labels", {})
+            if selector.items() <= labels.items():
+                count = owner["spec"].get("replicas", 1) if kind == "Deployment" else owner["spec"].get("completions", 1)
+                names += [f"{name}-{index}" for index in range(count)]
+        return names
