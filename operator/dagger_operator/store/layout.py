@@ -1,5 +1,15 @@
 """Every key below a run's prefix. Nowhere else is a name in the object store made."""
 
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What rollouts are for: to train on, or to measure."""
+
+    ROLLOUT = "rollout"
+    EVALUATION = "evaluation"
+
+
 RUN = "run.json"
 """Who owns the prefix; created once."""
 POLICY = "policies/student.json"
@@ -10,17 +20,22 @@ def round_prefix(round_number: int) -> str:
     return f"rounds/{round_number:04d}"
 
 
-def claim(round_number: int, kind: str, rollout_id: str) -> str:
-    """Lease of a worker on one rollout; `kind` is `rollout` or `evaluation`."""
-    return f"{round_prefix(round_number)}/{kind}/claims/{rollout_id}.json"
+def claims(round_number: int, kind: Kind) -> str:
+    """Folder of a stage's claims."""
+    return f"{round_prefix(round_number)}/{kind}/claims/"
 
 
-def trajectories(round_number: int, kind: str) -> str:
+def claim(round_number: int, kind: Kind, rollout_id: str) -> str:
+    """Lease of a worker on one rollout."""
+    return f"{claims(round_number, kind)}{rollout_id}.json"
+
+
+def trajectories(round_number: int, kind: Kind) -> str:
     """Folder of a stage's finished trajectories."""
     return f"{round_prefix(round_number)}/{kind}/trajectories/"
 
 
-def trajectory(round_number: int, kind: str, rollout_id: str) -> str:
+def trajectory(round_number: int, kind: Kind, rollout_id: str) -> str:
     """One finished rollout; created once, and the only proof that it finished."""
     return f"{trajectories(round_number, kind)}{rollout_id}.parquet"
 
@@ -40,9 +55,14 @@ def result(round_number: int, stage: str) -> str:
     return f"{round_prefix(round_number)}/results/{stage}.json"
 
 
+def progresses(round_number: int, stage: str) -> str:
+    """Folder where a stage's workers say how far they are."""
+    return f"{round_prefix(round_number)}/progress/{stage}/"
+
+
 def progress(round_number: int, stage: str, index: int) -> str:
-    """Where a worker says how far it is; overwritten."""
-    return f"{round_prefix(round_number)}/progress/{stage}-{index:04d}.json"
+    """Where one worker says how far it is; overwritten."""
+    return f"{progresses(round_number, stage)}{index:04d}.json"
 
 
 def checkpoint_prefix(round_number: int) -> str:
@@ -57,3 +77,8 @@ def policy(version: str) -> str:
 
 def policy_manifest(version: str) -> str:
     return f"{policy(version)}manifest.json"
+
+
+def check(token: str) -> str:
+    """Folder in which one check of conditional writes races; empty afterwards."""
+    return f"check/{token}/"

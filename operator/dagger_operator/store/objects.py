@@ -5,29 +5,47 @@ Every call is asynchronous and raises `StoreUnavailable` where the store cannot 
 """
 
 import asyncio
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, cast
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
 from dagger_operator.api import Storage
+from dagger_operator.store.connect import connection
+
+_PART = 16 << 20
+"""Bytes of one part of a large transfer."""
+_PARTS_AT_ONCE = 4
+_MOST_PARTS = 9000
+"""S3 takes 10,000 parts in one upload."""
 
 
 class StoreUnavailable(Exception):
     """The object store cannot be reached, refuses us, or cannot be written."""
 
 
+class DamagedObject(Exception):
+    """An object is missing or is not what its manifest or its format says: infrastructure's fault, never data."""
+
+    def __init__(self, key: str, problem: str, remedy: str = "`daggerctl store fsck` lists everything that is damaged") -> None:
+        self.key, self.problem, self.remedy = key, problem, remedy
+        super().__init__(f"{key}: {problem}; {remedy}")
+
+
 @dataclass(frozen=True)
 class Object:
     data: bytes
     etag: str
+    """Names this content to `swap`; opaque (of a local folder a digest, of GCS the generation)."""
 
     def json(self) -> Any:
         return json.loads(self.data)
@@ -39,141 +57,181 @@ class ObjectInfo:
     """Below the run's prefix."""
     size: int
     """Bytes."""
-    etag: str
 
 
 class Store:
     """A run's prefix of an object store."""
 
-    def __init__(self, backend: ObjectStore, url: str) -> None:
-        self._backend = backend
-        self.url = url
-        self._local = url.startswith("file://")
-        # obstore's local backend knows create but no compare-and-swap: one process-wide lock file does for a folder.
-        self._swap_lock = Path(url.removeprefix("file://")) / ".swap.lock" if self._local else None
+    def __init__(self, backend: ObjectStore, url: str, *, scheme: str, folder: Path | None = None) -> None:
+        self._backend, self.url, self._scheme, self._folder = backend, url, scheme, folder
 
     @classmethod
     def open(cls, storage: Storage, environ: Mapping[str, str] | None = None) -> Self:
         """Opens a run's prefix. `environ` (default: the process's) holds credentials under their cloud's usual names."""
-        environ = os.environ if environ is None else environ
-        url = storage.url.replace("s3a://", "s3://", 1)
         try:
-            if url.startswith("file://"):
-                Path(url.removeprefix("file://")).mkdir(parents=True, exist_ok=True)
-                return cls(from_url(url), url)
-            prefixes = {"s3": ("AWS_",), "gs": ("GOOGLE_",), "az": ("AZURE_",), "abfs": ("AZURE_",), "abfss": ("AZURE_",)}
-            config = {key.lower(): value for key, value in environ.items() if key.startswith(prefixes[url.split("://", 1)[0]]) and value}
-            # CA bundles are a matter of the HTTP client, not of the bucket.
-            config.pop("aws_ca_bundle", None)
-            if storage.endpoint_url:
-                config["aws_endpoint"] = storage.endpoint_url
-            if storage.region:
-                config["aws_region"] = storage.region
-            options: dict[str, Any] = {"timeout": timedelta(seconds=60)}
-            if (storage.endpoint_url or "").startswith("http://"):
-                options["allow_http"] = True
-            retry = {"max_retries": 6, "retry_timeout": timedelta(seconds=90)}
-            return cls(from_url(url, config=cast(Any, config), client_options=cast(Any, options), retry_config=cast(Any, retry)), url)
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {error}") from error
+            to = connection(storage, os.environ if environ is None else environ)
+            if to.folder is not None:
+                to.folder.mkdir(parents=True, exist_ok=True)
+                return cls(from_url(to.url), to.url, scheme=to.scheme, folder=to.folder)
+            backend = from_url(to.url, config=cast(Any, to.config), client_options=cast(Any, to.client), retry_config=cast(Any, to.retry))
+            return cls(backend, to.url, scheme=to.scheme)
+        except (BaseError, OSError, ValueError) as error:
+            raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from error
 
     async def get(self, key: str) -> Object | None:
         """The object, or None where there is none."""
         try:
             answer = await self._backend.get_async(key)
             data = bytes(await answer.bytes_async())
-            return Object(data, answer.meta["e_tag"] or "")
-        except (NotFoundError, FileNotFoundError):
+            return Object(data, self._etag(cast(Mapping[str, Any], answer.meta), data))
+        except FileNotFoundError:
             return None
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"reading {key} from {self.url}: {error}") from error
+            raise self._unavailable("reading", key, error) from error
+
+    async def exists(self, key: str) -> bool:
+        try:
+            await self._backend.head_async(key)
+            return True
+        except FileNotFoundError:
+            return False
+        except (BaseError, OSError) as error:
+            raise self._unavailable("reading", key, error) from error
 
     async def put(self, key: str, data: bytes) -> None:
         """Writes, whatever was there; only for what has one writer and no history."""
         try:
-            await self._backend.put_async(key, data)
+            await self._backend.put_async(key, data, use_multipart=False)
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"writing {key} to {self.url}: {error}") from error
+            raise self._unavailable("writing", key, error) from error
 
     async def create(self, key: str, data: bytes) -> bool:
-        """Put-if-absent: True where this call made the object, False where it was there already."""
+        """Put-if-absent: True where this call made the object, False where another was there already. See `swap`."""
+        return await self.swap(key, data, None) is not None
+
+    async def swap(self, key: str, data: bytes, expected: Object | None) -> Object | None:
+        """Compare-and-swap from `expected` (None: there is no object): the object now there, or None where another was there.
+
+        The same bytes count as ours: a request whose answer was lost is repeated by the client and then meets its own first
+        try. So data for which writers race has to name its writer.
+        """
         try:
-            await self._backend.put_async(key, data, mode="create")
-            return True
+            if expected is not None and self._folder is not None:
+                done = await asyncio.to_thread(self._swap_in_folder, self._folder, key, data, expected)
+                return Object(data, self._etag({}, data)) if done else None
+            mode: Any = "create"
+            if expected is not None:
+                mode = {"version" if self._scheme == "gs" else "e_tag": expected.etag}
+            made = await self._backend.put_async(key, data, mode=mode)
+            return Object(data, self._etag(cast(Mapping[str, Any], made), data))
         except (AlreadyExistsError, PreconditionError):
-            return False
+            current = await self.get(key)
+            return current if current is not None and current.data == data else None
+        except FileNotFoundError:
+            if expected is not None:
+                return None
+            raise StoreUnavailable(f"creating {key} in {self.url}: there is no such bucket or folder; create it first") from None
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"creating {key} in {self.url}: {error}") from error
+            raise self._unavailable("creating" if expected is None else "replacing", key, error) from error
 
-    async def replace(self, key: str, data: bytes, etag: str) -> bool:
-        """Compare-and-swap: True where the object still was the one with `etag`."""
-        if self._swap_lock is not None:
-            return await asyncio.to_thread(self._replace_local, key, data, etag)
-        try:
-            await self._backend.put_async(key, data, mode={"e_tag": etag})
+    def _swap_in_folder(self, folder: Path, key: str, data: bytes, expected: Object) -> bool:
+        with _locked(folder):
+            if bytes(self._backend.get(key).bytes()) != expected.data:
+                return False
+            self._backend.put(key, data, use_multipart=False)
             return True
-        except (PreconditionError, NotFoundError, AlreadyExistsError):
-            return False
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"replacing {key} in {self.url}: {error}") from error
 
-    def _replace_local(self, key: str, data: bytes, etag: str) -> bool:
-        import fcntl  # not on every platform that can read a run
+    def _delete_in_folder(self, folder: Path, key: str) -> None:
+        with _locked(folder):
+            self._backend.delete(key)
 
-        assert self._swap_lock is not None
-        try:
-            with self._swap_lock.open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                try:
-                    current = self._backend.head(key)["e_tag"]
-                except (NotFoundError, FileNotFoundError):
-                    return False
-                if current != etag:
-                    return False
-                self._backend.put(key, data)
-                return True
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"replacing {key} in {self.url}: {error}") from error
+    def _etag(self, meta: Mapping[str, Any], data: bytes) -> str:
+        if self._folder is not None:
+            # The backend's own is made of inode, time and size, which a quick succession of writes can bring back.
+            return hashlib.sha256(data).hexdigest()
+        etag = meta.get("version" if self._scheme == "gs" else "e_tag")
+        if not etag:
+            raise StoreUnavailable(f"{self.url} gives objects no ETag, without which conditional writes are impossible")
+        return str(etag)
 
     async def delete(self, key: str) -> None:
         """Removes an object; one that is not there is fine."""
         try:
-            await self._backend.delete_async(key)
-        except (NotFoundError, FileNotFoundError):
+            if self._folder is not None:
+                await asyncio.to_thread(self._delete_in_folder, self._folder, key)
+            else:
+                await self._backend.delete_async(key)
+        except FileNotFoundError:
             return
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"deleting {key} in {self.url}: {error}") from error
+            raise self._unavailable("deleting", key, error) from error
 
-    async def list(self, prefix: str) -> list[ObjectInfo]:
-        """All objects below a prefix, in order of their keys."""
-        return sorted([info async for info in self._list(prefix)], key=lambda info: info.key)
-
-    async def _list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+    async def list(self, prefix: str = "") -> list[ObjectInfo]:
+        """All objects below a folder (not: whose names start with it), in order of their keys."""
         try:
-            async for chunk in obstore.list(self._backend, prefix=prefix.rstrip("/")):
-                for meta in chunk:
-                    yield ObjectInfo(meta["path"], meta["size"], meta["e_tag"] or "")
-        except (NotFoundError, FileNotFoundError):
-            return
+            chunks = obstore.list(self._backend, prefix=prefix.rstrip("/") or None)
+            found = [ObjectInfo(meta["path"], meta["size"]) async for chunk in chunks for meta in chunk]
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"listing {prefix} in {self.url}: {error}") from error
+            raise self._unavailable("listing", prefix, error) from error
+        return sorted(found, key=lambda info: info.key)
 
     async def upload(self, key: str, path: Path) -> None:
-        """Writes a file, in parts where it is large."""
+        """Writes a file, in parts where it is large; readers see it whole or not at all."""
         try:
-            await self._backend.put_async(key, path)
+            part = max(_PART, (await asyncio.to_thread(path.stat)).st_size // _MOST_PARTS)
+            await self._backend.put_async(key, path, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"uploading {key} to {self.url}: {error}") from error
+            raise self._unavailable("uploading", key, error) from error
 
-    async def download(self, key: str, path: Path) -> None:
-        """Reads an object into a file, atomically: the file is there whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
+    async def download(self, key: str, path: Path) -> bool:
+        """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all.
+
+        False where there is no such object. Parts are read side by side and each is retried alone.
+        """
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            answer = await self._backend.get_async(key)
+            size = (await self._backend.head_async(key))["size"]
             path.parent.mkdir(parents=True, exist_ok=True)
+            gate = asyncio.Semaphore(_PARTS_AT_ONCE)
+
+            async def part(start: int, descriptor: int) -> None:
+                async with gate:
+                    data = await self._backend.get_range_async(key, start=start, end=min(start + _PART, size))
+                    await asyncio.to_thread(os.pwrite, descriptor, data, start)
+
             with partial.open("wb") as file:
-                async for chunk in answer.stream():
-                    file.write(chunk)
+                async with asyncio.TaskGroup() as group:
+                    for start in range(0, size, _PART):
+                        group.create_task(part(start, file.fileno()))
             partial.replace(path)
+            return True
+        except FileNotFoundError:
+            return False
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"downloading {key} from {self.url}: {error}") from error
+            raise self._unavailable("downloading", key, error) from error
+        except ExceptionGroup as group_error:
+            first = group_error.exceptions[0]
+            if isinstance(first, BaseError | OSError):
+                raise self._unavailable("downloading", key, first) from first
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _unavailable(self, doing: str, key: str, error: Exception) -> StoreUnavailable:
+        return StoreUnavailable(f"{doing} {key} in {self.url}: {_first_line(error)}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """obstore's local backend can create but not compare; a lock on the folder itself makes up for it and leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    """obstore appends its Rust structures to every message."""
+    return str(error).split("\n\nDebug source", 1)[0].strip()

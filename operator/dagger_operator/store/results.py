@@ -1,7 +1,27 @@
 """Small results that stages leave and the plan reads. Each is created once and proves that its stage is done."""
 
+from typing import TypeVar
+
+from pydantic import ValidationError
+
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Store
 from dagger_operator.store.records import Record
+
+R = TypeVar("R", bound=Record)
+
+
+class PrepareResult(Record):
+    """The prefix is this run's, the store is honest, and the first student is in it."""
+
+    policy: str
+    """Version of the initial student."""
+    teacher: str
+    """Version of the teacher."""
+    round_trip_seconds: float = 0.0
+    """Median time of one small read from the store."""
+    seconds: float = 0.0
 
 
 class PreflightResult(Record):
@@ -50,3 +70,21 @@ class StageProgress(Record):
     counters: dict[str, float] = {}
     """Such as outcomes, turns, loss."""
     seconds: float = 0.0
+
+
+async def save_result(store: Store, round_number: int, stage: str, result: Record) -> bool:
+    """Put-if-absent: False where the stage was done already; then the first result stands."""
+    return await store.create(layout.result(round_number, stage), result.model_dump_json(indent=1).encode())
+
+
+async def read_result(store: Store, round_number: int, stage: str, kind: type[R]) -> R | None:
+    """The result of a stage, or None where it is not done. `DamagedObject` where it cannot be read."""
+    key = layout.result(round_number, stage)
+    found = await store.get(key)
+    if found is None:
+        return None
+    try:
+        return kind.model_validate_json(found.data)
+    except ValidationError as error:
+        remedy = "delete it and start the stage again: it goes on from what is there"
+        raise DamagedObject(key, f"is no {kind.__name__}: {error.errors()[0]['msg']}", remedy) from error

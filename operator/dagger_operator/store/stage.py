@@ -1,17 +1,17 @@
 """What every stage command shares: where its run, its round and its storage come from, and how it ends.
 
 A stage is told everything by its environment, which `control` writes and every runtime passes on:
-`DAGGER_RUN` (the resource as JSON), `DAGGER_ROUND`, `JOB_COMPLETION_INDEX`, `DAGGER_POD` (name of this worker), credentials of
-the storage under their cloud's names, and of the policies `DAGGER_STUDENT_URL`, `DAGGER_TEACHER_URL`, `DAGGER_STUDENT_TOKEN`,
-`DAGGER_TEACHER_TOKEN`, `DAGGER_AGENT_URL` (the policy agent beside the student's server).
+docs/architecture.md lists it.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from dagger_operator.api import DAggerRun, InvalidRun, load
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
 
 class ExitCode(IntEnum):
@@ -52,6 +52,11 @@ class Stage:
     round: int
     index: int
     worker: str
+    """Name of this index of this stage; the same after a restart."""
+    policy: str
+    """Version of the student, where the stage works with one; otherwise empty."""
+    scratch: Path
+    """A folder of its own that is lost with the pod."""
     store: Store
     environ: Mapping[str, str]
 
@@ -68,7 +73,9 @@ class Stage:
             run=run,
             round=int(environ.get("DAGGER_ROUND", "1")),
             index=int(environ.get("JOB_COMPLETION_INDEX", "0")),
-            worker=environ.get("DAGGER_POD", f"local-{os.getpid()}"),
+            worker=environ.get("DAGGER_WORKER") or environ.get("DAGGER_POD") or f"local-{os.getpid()}",
+            policy=environ.get("DAGGER_POLICY", ""),
+            scratch=Path(environ.get("DAGGER_SCRATCH") or Path(tempfile.gettempdir()) / f"dagger-{os.getpid()}"),
             store=Store.open(run.spec.storage, environ),
             environ=environ,
         )
@@ -100,6 +107,9 @@ def main(stage_name: str, body: Callable[[Stage], Awaitable[None]]) -> int:
     except StageFailure as error:
         _say(error.reason, error.message)
         return ExitCode.PERMANENT if error.permanent else ExitCode.UNAVAILABLE
+    except DamagedObject as error:
+        _say("DamagedObject", str(error))
+        return ExitCode.PERMANENT
     except StoreUnavailable as error:
         _say("StorageUnavailable", str(error))
         return ExitCode.UNAVAILABLE
@@ -121,7 +131,5 @@ async def _cancellable(body: Awaitable[None]) -> None:
 def _say(reason: str, message: str) -> None:
     print(json.dumps({"event": "stage failed", "level": "error", "reason": reason, "message": message}), flush=True)
     path = Path(os.environ.get("DAGGER_TERMINATION_LOG", "/dev/termination-log"))
-    try:
+    with contextlib.suppress(OSError):  # outside a pod there may be no such file; the log line above says the same
         path.write_text(json.dumps({"reason": reason, "message": message[:3000]}))
-    except OSError:
-        pass  # outside a pod there may be no such file; the log line above says the same
