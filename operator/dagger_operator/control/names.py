@@ -1,0 +1,67 @@
+"""Names, labels and annotations of everything a run owns. Nowhere else is an object's name made."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dagger_operator.api import DAggerRun
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGER = "dagger-operator"
+RUN = "dagger-operator.dev/run"
+COMPONENT = "dagger-operator.dev/component"
+ROUND = "dagger-operator.dev/round"
+ATTEMPT = "dagger-operator.dev/attempt"
+
+RETRY = "dagger-operator.dev/retry"
+"""Annotation of a run. A new value makes new attempts: `daggerctl resume` of a failed run bumps it."""
+FAILED = "dagger-operator.dev/failed"
+"""Annotation of a server's Deployment that was given up: reason and message as JSON. With the Deployment scaled to zero,
+it is what a failed Job is among Jobs: the lasting sign that this attempt failed."""
+
+
+class Role(StrEnum):
+    """The two policies, as components of a run."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+
+
+@dataclass(frozen=True, order=True)
+class Ref:
+    """Points at one object in the run's namespace."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str = ""
+    """Precondition of a deletion; empty where the object was never observed."""
+
+
+def labels(run: DAggerRun, component: str, round_number: int, attempt: str) -> dict[str, str]:
+    return {
+        MANAGED_BY: MANAGER,
+        RUN: run.metadata.name,
+        COMPONENT: component,
+        ROUND: str(round_number),
+        ATTEMPT: attempt,
+    }
+
+
+def server_name(run: DAggerRun, role: Role) -> str:
+    """Name of a policy's Deployment and of its headless Service."""
+    return f"{run.metadata.name}-{role}"
+
+
+def job_name(run: DAggerRun, stage: str, round_number: int, attempt: str) -> str:
+    """At most 58 characters, so that `<job>-<index>` is a host name: run 32, round 4, stage 10, attempt 8, separators."""
+    return f"{run.metadata.name}-r{round_number:03d}-{stage}-{attempt}"
+
+
+def attempt_of(run: DAggerRun, what_runs: Mapping[str, Any]) -> str:
+    """First 8 digits of a hash of what runs and of the retry annotation: the same inputs make the same object."""
+    key = {"runs": what_runs, "retry": run.metadata.annotations.get(RETRY, "")}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]

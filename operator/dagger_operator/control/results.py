@@ -1,0 +1,52 @@
+"""The results of a run's stages, as the plan sees them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeVar
+
+from dagger_operator.store.records import Record
+from dagger_operator.store.results import EvaluationResult, PrepareResult, PreflightResult, PublishResult, RolloutResult, TrainingResult
+
+R = TypeVar("R", bound=Record)
+
+KINDS: Mapping[str, type[Record]] = MappingProxyType(
+    {
+        "prepare": PrepareResult,
+        "preflight": PreflightResult,
+        "rollout": RolloutResult,
+        "training": TrainingResult,
+        "publish": PublishResult,
+        "evaluation": EvaluationResult,
+    }
+)
+"""Type of result by stage."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results by round and stage. They are created once, so a copy of any age is right in what it has."""
+
+    records: Mapping[tuple[int, str], Record] = field(default_factory=dict)
+
+    def has(self, round_number: int, stage: str) -> bool:
+        return (round_number, stage) in self.records
+
+    def get(self, kind: type[R], round_number: int) -> R | None:
+        """A round's result of one kind, such as `results.get(RolloutResult, 3)`."""
+        stage = next(name for name, known in KINDS.items() if known is kind)
+        record = self.records.get((round_number, stage))
+        return record if isinstance(record, kind) else None
+
+    @property
+    def newest_round(self) -> int:
+        """The furthest round that any stage was done in; 0 before round 1."""
+        return max((number for number, _ in self.records), default=0)
+
+    def student_after(self, round_number: int) -> str | None:
+        """Version of the student once a round is over; round 0 is the initial one, and a round without training changes nothing."""
+        for number in range(round_number, 0, -1):
+            if (trained := self.get(TrainingResult, number)) is not None:
+                return trained.policy
+        prepared = self.get(PrepareResult, 0)
+        return prepared.policy if prepared else None
