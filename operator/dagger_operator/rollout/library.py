@@ -1,0 +1,63 @@
+"""mini-swe-agent as a library, without what it does when it is imported: a banner, a configuration folder, a dotenv file."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dagger_operator.api import Protocol
+
+
+@dataclass(frozen=True)
+class Library:
+    """The parts of mini-swe-agent that the scaffold uses; nothing else imports it."""
+
+    agent: Any
+    """`DefaultAgent(model, environment, **config).run(task)`"""
+    submitted: type[Exception]
+    format_error: type[Exception]
+    parse_text: Callable[..., list[dict[str, Any]]]
+    parse_tool_calls: Callable[..., list[dict[str, Any]]]
+    observe_text: Callable[..., list[dict[str, Any]]]
+    observe_tool_calls: Callable[..., list[dict[str, Any]]]
+    bash_tool: dict[str, Any]
+    """Schema of the one tool of the ToolCall protocol."""
+    configs: Path
+    """Folder of the library's own configurations for benchmarks."""
+
+    def config(self, protocol: Protocol) -> dict[str, Any]:
+        """The library's SWE-bench configuration for a protocol: prompts as on the public board."""
+        name = "swebench_backticks.yaml" if protocol is Protocol.TEXT else "swebench.yaml"
+        loaded: dict[str, Any] = yaml.safe_load((self.configs / name).read_text(encoding="utf-8"))
+        return loaded
+
+
+@cache
+def library() -> Library:
+    """Imports mini-swe-agent (half a second) in silence; later calls are free."""
+    os.environ["MSWEA_SILENT_STARTUP"] = "1"
+    # The library makes this folder and reads the `.env` in it: ours exists already and holds none.
+    os.environ["MSWEA_GLOBAL_CONFIG_DIR"] = str(Path(__file__).parent)
+    from minisweagent.agents.default import DefaultAgent
+    from minisweagent.config import builtin_config_dir
+    from minisweagent.exceptions import FormatError, Submitted
+    from minisweagent.models.utils.actions_text import format_observation_messages, parse_regex_actions
+    from minisweagent.models.utils.actions_toolcall import BASH_TOOL, format_toolcall_observation_messages, parse_toolcall_actions
+
+    logging.getLogger("minisweagent").handlers.clear()  # it prints with rich; what matters is in our own logs
+    return Library(
+        agent=DefaultAgent,
+        submitted=Submitted,
+        format_error=FormatError,
+        parse_text=parse_regex_actions,
+        parse_tool_calls=parse_toolcall_actions,
+        observe_text=format_observation_messages,
+        observe_tool_calls=format_toolcall_observation_messages,
+        bash_tool=BASH_TOOL,
+        configs=builtin_config_dir / "benchmarks",
+    )

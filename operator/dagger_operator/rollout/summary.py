@@ -1,0 +1,87 @@
+"""What a round's rollouts delivered, counted one trajectory at a time: pure."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from dagger_operator.api import RolloutSummary
+from dagger_operator.rollout.actions import ActionReader
+from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory
+
+
+class Tally:
+    """Counts of finished rollouts. What infrastructure broke is counted as such and as nothing else."""
+
+    def __init__(self, reader: ActionReader) -> None:
+        self._reader = reader
+        self.outcomes: Counter[Outcome] = Counter()
+        self.excluded: Counter[str] = Counter()
+        """Rollouts that infrastructure broke, by reason."""
+        self.flaws: Counter[LabelFlaw] = Counter()
+        """Visited states without a label to train on, by flaw."""
+        self.turns = self.labels = 0
+        self._teacher_turns = self._teacher_tokens = self._tokens = 0
+        self._compared = self._agreed = 0
+        self._started, self._ended = float("inf"), 0.0
+
+    @classmethod
+    def of(cls, reader: ActionReader, trajectories: Iterable[Trajectory]) -> "Tally":
+        tally = cls(reader)
+        for trajectory in trajectories:
+            tally.add(trajectory)
+        return tally
+
+    def add(self, trajectory: Trajectory) -> None:
+        self.outcomes[trajectory.outcome] += 1
+        timings = trajectory.timings
+        self._started = min(self._started, timings.started_at)
+        self._ended = max(self._ended, timings.started_at + timings.total)
+        if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
+            self.excluded[trajectory.failure.reason if trajectory.failure else "Unknown"] += 1
+            return
+        for turn in trajectory.turns:
+            self.turns += 1
+            self._tokens += turn.action.completion_tokens
+            if turn.actor is Actor.TEACHER:
+                self._teacher_turns += 1
+                self._teacher_tokens += turn.action.completion_tokens
+            if turn.label is None or turn.label_flaw is not None:
+                self.flaws[turn.label_flaw or LabelFlaw.REQUEST_FAILED] += 1
+                continue
+            self.labels += 1
+            if turn.actor is Actor.STUDENT:
+                self._compared += 1
+                self._agreed += self._reader.agree(turn.action.message, turn.label.message)
+
+    @property
+    def rollouts(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def valid_fraction(self) -> float:
+        """Share of rollouts that infrastructure left whole."""
+        return 1 - self.outcomes[Outcome.INFRASTRUCTURE_FAILURE] / self.rollouts if self.rollouts else 0.0
+
+    @property
+    def coverage(self) -> float:
+        """Share of visited states with a label to train on."""
+        return self.labels / self.turns if self.turns else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first rollout's start to the last one's end, by the workers' clocks."""
+        return max(0.0, self._ended - self._started) if self.rollouts else 0.0
+
+    def summary(self, *, nominal_beta: float | None, data_digest: str) -> RolloutSummary:
+        return RolloutSummary(
+            rollouts=self.rollouts,
+            outcomes={outcome.value: count for outcome, count in sorted(self.outcomes.items())},
+            turns=self.turns,
+            labels=self.labels,
+            label_coverage=self.coverage,
+            nominal_beta=nominal_beta,
+            teacher_turn_share=self._teacher_turns / self.turns if self.turns else 0.0,
+            teacher_token_share=self._teacher_tokens / self._tokens if self._tokens else 0.0,
+            agreement=self._agreed / self._compared if self._compared else None,
+            data_digest=data_digest,
+            seconds=self.seconds,
+        )
