@@ -1,0 +1,45 @@
+"""Whose prefix it is: one run, for ever."""
+
+from pydantic import ValidationError
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.records import Record
+from dagger_operator.store.stage import StageFailure
+
+
+class Owner(Record):
+    """The run that a prefix belongs to."""
+
+    name: str
+    namespace: str
+    uid: str | None
+    """Tells a run from an earlier one of the same name; None on a runtime that has no UIDs."""
+
+
+async def take_prefix(store: Store, run: DAggerRun) -> Owner:
+    """Makes the prefix this run's, or finds that it is. Another run's is the permanent `StageFailure` PrefixTaken."""
+    me = Owner(name=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid)
+    if await store.create(layout.RUN, me.model_dump_json(indent=1).encode()):
+        return me
+    owner = await read_owner(store)
+    if owner != me:
+        whose = f"run {owner.namespace}/{owner.name}" + (f" (uid {owner.uid})" if owner.uid else "") if owner else "nobody any more"
+        message = (
+            f"{store.url} belongs to {whose}: set storage.url to a prefix of its own, or, if that run's data is no longer wanted, "
+            "delete everything below this prefix"
+        )
+        raise StageFailure("PrefixTaken", message)
+    return me
+
+
+async def read_owner(store: Store) -> Owner | None:
+    """The run that the prefix belongs to, or None where nobody took it."""
+    found = await store.get(layout.RUN)
+    if found is None:
+        return None
+    try:
+        return Owner.model_validate_json(found.data)
+    except ValidationError as error:
+        raise DamagedObject(layout.RUN, "does not say whose prefix this is", "write the owner's name, namespace and uid into it") from error

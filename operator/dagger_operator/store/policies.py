@@ -1,0 +1,219 @@
+"""Policy versions: a Hugging Face folder with a manifest, and the pointer to the version that should be served.
+
+A version's name holds the digest of what it is made of. Files are written first and the manifest last, so a version whose manifest
+is there is whole.
+"""
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.records import Record
+from dagger_operator.store.stage import StageFailure
+
+_MANIFEST = "manifest.json"
+_REMEDY = (
+    "a student: delete this version's folder and the training result that names it, then start its stage again; a base model: prepare again"
+)
+
+
+class PolicyFile(Record):
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class PolicyManifest(Record):
+    """What a policy version is, and what it was made from."""
+
+    version: str
+    round: int
+    """Round that made it; 0 is the student as it came."""
+    base_model: str
+    parent: str | None
+    """Version that training started from."""
+    data_digest: str | None
+    """Digest of the data set it was trained on."""
+    files: dict[str, PolicyFile]
+    """By path within the folder."""
+    settings: dict[str, Any]
+    """Training settings in force."""
+    software: dict[str, str]
+    """Versions of what made it."""
+    digest: str
+    """SHA-256 over files, round, parent and data digest; the version is named after it."""
+
+
+class PolicyPointer(Record):
+    """Which version should be served."""
+
+    policy: str
+    round: int
+
+
+async def save_policy(
+    store: Store,
+    folder: Path,
+    *,
+    round: int,
+    base_model: str,
+    parent: str | None,
+    data_digest: str | None,
+    settings: Mapping[str, Any],
+    software: Mapping[str, str],
+) -> PolicyManifest:
+    """Stores a folder as a policy version. The same folder, round, parent and data give the same version, which is written once."""
+    files = await asyncio.to_thread(_digest_files, folder)
+    if not files:
+        raise StageFailure("NoCheckpoint", f"{folder} holds no files: a policy is a Hugging Face folder with config and safetensors")
+    digest = _digest(files, round, parent, data_digest)
+    version = f"r{round:03d}-{digest[:12]}"
+    existing = await store.get(layout.policy_manifest(version))
+    if existing is not None:
+        return _parse(existing.data, version)
+    manifest = PolicyManifest(
+        version=version,
+        round=round,
+        base_model=base_model,
+        parent=parent,
+        data_digest=data_digest,
+        files=files,
+        settings=dict(settings),
+        software=dict(software),
+        digest=digest,
+    )
+    prefix = layout.policy(version)
+    there = {info.key: info.size for info in await store.list(prefix)}
+    for name, file in files.items():
+        # The version is made of the files' digests and objects appear whole: one of this size is this file.
+        if there.get(prefix + name) != file.size:
+            await store.upload(prefix + name, folder / name)
+    if not await store.create(layout.policy_manifest(version), manifest.model_dump_json(indent=1).encode()):
+        return await policy_manifest(store, version)
+    return manifest
+
+
+async def policy_manifest(store: Store, version: str) -> PolicyManifest:
+    """A version's manifest; `DamagedObject` where it is missing or unreadable."""
+    key = layout.policy_manifest(version)
+    found = await store.get(key)
+    if found is None:
+        raise DamagedObject(key, "is not there: the version does not exist or was never stored whole", _REMEDY)
+    return _parse(found.data, version)
+
+
+async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifest:
+    """Puts a version into `folder`, every file verified by size and SHA-256. One caller a folder at a time.
+
+    The folder appears whole: it is made beside as `<folder>.partial`, in which a second try finds what the first one finished. A
+    folder that is there already is used as it is. A file that is not what the manifest says is a `DamagedObject`.
+    """
+    manifest = await policy_manifest(store, version)
+    if await asyncio.to_thread(_is_complete, folder, manifest):
+        return manifest
+    partial = folder.with_name(folder.name + ".partial")
+    for name, file in manifest.files.items():
+        await _load_file(store, layout.policy(version) + name, file, partial / name)
+    await asyncio.to_thread(_finish, partial, folder, manifest)
+    return manifest
+
+
+async def _load_file(store: Store, key: str, file: PolicyFile, path: Path) -> None:
+    if await asyncio.to_thread(_is_file, path, file):
+        return
+    if not await store.download(key, path):
+        raise DamagedObject(key, "is not there although the manifest names it", _REMEDY)
+    size = (await asyncio.to_thread(path.stat)).st_size
+    if size != file.size:
+        raise DamagedObject(key, f"has {size} bytes instead of {file.size}: the checkpoint was cut short", _REMEDY)
+    if await asyncio.to_thread(_sha256, path) != file.sha256:
+        raise DamagedObject(key, "has another content than its manifest says (SHA-256 differs)", _REMEDY)
+
+
+async def pointed(store: Store) -> PolicyPointer | None:
+    """The version that should be served, or None before the run is prepared."""
+    found = await store.get(layout.POLICY)
+    return None if found is None else _pointer(found.data)
+
+
+async def point_to(store: Store, policy: str, round: int) -> PolicyPointer:
+    """Moves the pointer forward, and returns what it says then: a pointer of a later round is left alone.
+
+    Two versions for one round are a `StageFailure`: a round's student is made once.
+    """
+    wanted = PolicyPointer(policy=policy, round=round)
+    while True:
+        found = await store.get(layout.POLICY)
+        if found is not None:
+            current = _pointer(found.data)
+            if current.round > round or current == wanted:
+                return current
+            if current.round == round:
+                message = f"{layout.POLICY} says {current.policy} for round {round}, not {policy}: find out which stage made the second one"
+                raise StageFailure("PointerConflict", message)
+        if await store.swap(layout.POLICY, wanted.model_dump_json().encode(), found) is not None:
+            return wanted
+
+
+def _pointer(data: bytes) -> PolicyPointer:
+    try:
+        return PolicyPointer.model_validate_json(data)
+    except ValidationError as error:
+        remedy = "delete it and start the last finished prepare or publish stage's result again by deleting that result"
+        raise DamagedObject(layout.POLICY, "is no policy pointer", remedy) from error
+
+
+def _parse(data: bytes, version: str) -> PolicyManifest:
+    key = layout.policy_manifest(version)
+    try:
+        manifest = PolicyManifest.model_validate_json(data)
+    except ValidationError as error:
+        raise DamagedObject(key, f"is no policy manifest: {error.errors()[0]['msg']}", _REMEDY) from error
+    if manifest.version != version or manifest.digest != _digest(manifest.files, manifest.round, manifest.parent, manifest.data_digest):
+        raise DamagedObject(key, "does not fit its own digest", _REMEDY)
+    return manifest
+
+
+def _digest(files: Mapping[str, PolicyFile], round: int, parent: str | None, data_digest: str | None) -> str:
+    lines = [f"{name}\0{file.size}\0{file.sha256}" for name, file in sorted(files.items())]
+    return hashlib.sha256("\n".join([f"{round}", parent or "", data_digest or "", *lines]).encode()).hexdigest()
+
+
+def _digest_files(folder: Path) -> dict[str, PolicyFile]:
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths.pop(_MANIFEST, None)
+    return {name: PolicyFile(size=path.stat().st_size, sha256=_sha256(path)) for name, path in sorted(paths.items())}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_file(path: Path, file: PolicyFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and _sha256(path) == file.sha256
+
+
+def _is_complete(folder: Path, manifest: PolicyManifest) -> bool:
+    try:
+        known = PolicyManifest.model_validate_json((folder / _MANIFEST).read_bytes())
+    except (OSError, ValidationError):
+        return False
+    paths = {name: folder / name for name in manifest.files}
+    return known == manifest and all(
+        paths[name].is_file() and paths[name].stat().st_size == file.size for name, file in manifest.files.items()
+    )
+
+
+def _finish(partial: Path, folder: Path, manifest: PolicyManifest) -> None:
+    (partial / _MANIFEST).write_bytes(manifest.model_dump_json(indent=1).encode())
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
