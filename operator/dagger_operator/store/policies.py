@@ -133,7 +133,7 @@ async def _load_file(store: Store, key: str, file: PolicyFile, path: Path) -> No
     size = (await asyncio.to_thread(path.stat)).st_size
     if size != file.size:
         raise DamagedObject(key, f"has {size} bytes instead of {file.size}: the checkpoint was cut short", _REMEDY)
-    if await asyncio.to_thread(_sha256, path) != file.sha256:
+    if await asyncio.to_thread(file_digest, path) != file.sha256:
         raise DamagedObject(key, "has another content than its manifest says (SHA-256 differs)", _REMEDY)
 
 
@@ -189,16 +189,17 @@ def _digest(files: Mapping[str, PolicyFile], round: int, parent: str | None, dat
 def _digest_files(folder: Path) -> dict[str, PolicyFile]:
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     paths.pop(_MANIFEST, None)
-    return {name: PolicyFile(size=path.stat().st_size, sha256=_sha256(path)) for name, path in sorted(paths.items())}
+    return {name: PolicyFile(size=path.stat().st_size, sha256=file_digest(path)) for name, path in sorted(paths.items())}
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_file(path: Path, file: PolicyFile) -> bool:
-    return path.is_file() and path.stat().st_size == file.size and _sha256(path) == file.sha256
+    return path.is_file() and path.stat().st_size == file.size and file_digest(path) == file.sha256
 
 
 def _is_complete(folder: Path, manifest: PolicyManifest) -> bool:

@@ -1,0 +1,143 @@
+"""Whether a store keeps its word: many writers race for the same objects, and what they were told is held against what is there.
+
+Some S3-compatible servers accept `If-None-Match` and `If-Match` and then ignore them, or check them and write later; rollouts and
+rounds would then be lost or doubled without a sign.
+"""
+
+import asyncio
+import json
+import statistics
+import time
+import uuid
+from dataclasses import dataclass
+
+from dagger_operator.store import layout
+from dagger_operator.store.objects import Store
+from dagger_operator.store.stage import StageFailure
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What the races showed."""
+
+    url: str
+    races: int
+    """Objects for whose creation all writers raced."""
+    doubled: int
+    """Races that did not have exactly one winner, or whose object is not the winner's."""
+    updates: int
+    """Acknowledged compare-and-swap updates of one counter."""
+    lost: int
+    """Acknowledged updates that are not in the counter."""
+    ignored: int
+    """Conditional writes that had to be refused and were not."""
+    missing: int
+    """Objects that were written and are not in the listing right after."""
+    round_trip_seconds: float
+    """Median time of one small read."""
+
+    @property
+    def honest(self) -> bool:
+        """Whether conditional writes hold and listings are current."""
+        return not (self.doubled or self.lost or self.ignored or self.missing)
+
+    def __str__(self) -> str:
+        found = [
+            (self.ignored, "writes went through although their condition did not hold: the server ignores If-None-Match or If-Match"),
+            (self.doubled, f"of {self.races} races to create an object had not exactly one winner"),
+            (self.lost, f"of {self.updates} acknowledged updates were overwritten by a rival"),
+            (self.missing, "objects were written but not listed right after: listings lag behind"),
+        ]
+        if self.honest:
+            return (
+                f"{self.url} honours conditional writes: {self.races} races with one winner each, {self.updates} updates and none lost; "
+                f"{self.round_trip_seconds * 1000:.1f} ms for a read"
+            )
+        wrong = "\n".join(f"- {count} {words}" for count, words in found if count)
+        return (
+            f"{self.url} does not honour conditional writes, so rollouts would be lost or doubled:\n{wrong}\n"
+            "Use a store that does (S3, GCS, Azure Blob Storage, versitygw 1.8.0 or newer, a local folder), or a newer version of this one."
+        )
+
+
+async def check(store: Store, *, rounds: int = 20, writers: int = 8) -> CheckReport:
+    """Races `writers` concurrent writers `rounds` times over, below a folder of its own that is empty afterwards."""
+    folder = layout.check(uuid.uuid4().hex)
+    try:
+        ignored = await _refused_in_quiet(store, f"{folder}quiet.json")
+        doubled = sum([await _race(store, f"{folder}race-{number}.json", writers) for number in range(rounds)])
+        updates, lost = await _count(store, f"{folder}counter.json", rounds, writers)
+        listed = len(await store.list(folder))
+        return CheckReport(
+            url=store.url,
+            races=rounds,
+            doubled=doubled,
+            updates=updates,
+            lost=lost,
+            ignored=ignored,
+            missing=max(0, rounds + 2 - listed),
+            round_trip_seconds=await _round_trip(store, f"{folder}counter.json"),
+        )
+    finally:
+        await asyncio.gather(*(store.delete(info.key) for info in await store.list(folder)))
+
+
+async def require_honest(store: Store) -> CheckReport:
+    """The quick form, for the start of a run; a store that loses conditional writes is the permanent `StageFailure` StorageNotHonest."""
+    report = await check(store, rounds=3, writers=6)
+    if not report.honest:
+        raise StageFailure("StorageNotHonest", str(report))
+    return report
+
+
+async def _refused_in_quiet(store: Store, key: str) -> int:
+    """Conditions that do not hold, with no rival about: a server that knows the headers refuses every one."""
+    first = await store.swap(key, b'"first"', None)
+    if first is None:
+        return 1
+    second = await store.swap(key, b'"second"', first)
+    return sum(
+        [
+            second is None,
+            await store.create(key, b'"created again"'),
+            await store.swap(key, b'"from a stale state"', first) is not None,
+        ]
+    )
+
+
+async def _race(store: Store, key: str, writers: int) -> bool:
+    """Whether the creation of one object went wrong."""
+    won = await asyncio.gather(*(store.create(key, json.dumps({"writer": writer}).encode()) for writer in range(writers)))
+    there = await store.get(key)
+    winners = [writer for writer, mine in enumerate(won) if mine]
+    return there is None or winners != [there.json()["writer"]]
+
+
+async def _count(store: Store, key: str, rounds: int, writers: int) -> tuple[int, int]:
+    """Acknowledged updates of a counter, and those of them that are not in it."""
+    await store.create(key, b"[]")
+
+    async def add(writer: int) -> list[str]:
+        acknowledged = []
+        for number in range(rounds):
+            there = await store.get(key)
+            if there is None:
+                continue
+            mine = f"{writer}.{number}"
+            if await store.swap(key, json.dumps([*there.json(), mine]).encode(), there) is not None:
+                acknowledged.append(mine)
+        return acknowledged
+
+    acknowledged = [mine for names in await asyncio.gather(*map(add, range(writers))) for mine in names]
+    there = await store.get(key)
+    kept = set(there.json()) if there is not None else set()
+    return len(acknowledged), len(set(acknowledged) - kept)
+
+
+async def _round_trip(store: Store, key: str) -> float:
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        await store.get(key)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
