@@ -1,5 +1,6 @@
 """The two policies, student and teacher, and where each is served."""
 
+from hashlib import sha256
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -40,6 +41,11 @@ class Endpoint(ApiModel):
     """API key, sent as a bearer token. It reaches the gateway only, never a sandbox, a log or a trajectory."""
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 300
     """Deadline of one request."""
+
+    def version(self, model: str) -> str:
+        """Policy version of what answers here; `model` is the policy's, used where the endpoint names none of its own."""
+        asked = f"{self.url}\n{self.model or model}"
+        return f"endpoint-{sha256(asked.encode()).hexdigest()[:12]}"
 
 
 class EnvVar(ApiModel):

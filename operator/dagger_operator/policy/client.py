@@ -1,0 +1,230 @@
+"""Asks one policy for a turn: tries again what may pass, and says what stays.
+
+Errors: `PolicyUnavailable` (infrastructure) and `PolicyRefused` (the policy's own); see `failures`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+from yarl import URL
+
+from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.replicas import Replicas
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.policy.retry import retry_after_seconds
+from dagger_operator.policy.streaming import DONE, Assembler, Chunk, EventParser, chunks_of
+from dagger_operator.policy.upstream import Upstream
+from dagger_operator.policy.wire import InvalidWire, parse, without_nulls
+from dagger_operator.store.records import Completion
+
+CONNECT_SECONDS = 10.0
+_CONTEXT_TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A policy's turn."""
+
+    payload: dict[str, Any]
+    """The `chat.completion` as it came, or as its stream adds up."""
+    completion: Completion
+
+
+class _Passing(Exception):
+    """Something that may be gone at the next try."""
+
+    def __init__(self, reason: str, message: str, *, retry_after: float | None = None, unreachable: bool = False) -> None:
+        self.reason, self.retry_after, self.unreachable = reason, retry_after, unreachable
+        super().__init__(message)
+
+
+class Client:
+    """The connections to one policy."""
+
+    def __init__(self, upstream: Upstream, metrics: GatewayMetrics) -> None:
+        self.upstream = upstream
+        self._metrics = metrics
+        # Only our own Services are headless: an endpoint's name also is its certificate's and its virtual host's.
+        self._replicas = Replicas(upstream.urls, resolve=upstream.served)
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers={"Authorization": f"Bearer {self.upstream.token}"} if self.upstream.token else None,
+            timeout=aiohttp.ClientTimeout(total=self.upstream.timeout_seconds, sock_connect=CONNECT_SECONDS),
+            # Endpoints may lie beyond a proxy (HTTPS_PROXY); our own servers never do.
+            trust_env=not self.upstream.served,
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+    async def complete(
+        self, request: ChatRequest, *, seed: int, priority: int, affinity: str, forward: Callable[[Chunk], None] | None = None
+    ) -> Answer:
+        """The policy's turn at this state. `forward` streams it: it gets every chunk as it comes, none twice.
+
+        `affinity` keeps a rollout at one replica. Raises `PolicyUnavailable`, `PolicyRefused`.
+        """
+        body = self.upstream.body(request, stream=forward is not None, seed=seed, priority=priority)
+        role = self.upstream.role.value
+        failures = 0
+        while True:
+            url = ""
+            try:
+                url = await self._replicas.pick(affinity)
+                answer = await self._try(url, body, forward)
+                self._metrics.upstream_seconds.labels(role).observe(answer.completion.latency_seconds)
+                return answer
+            except (PolicyUnavailable, PolicyRefused) as error:
+                self._metrics.failures.labels(role, error.reason).inc()
+                raise
+            except (_Passing, OSError) as error:
+                passing = error if isinstance(error, _Passing) else _Passing("Unreachable", f"{type(error).__name__}: {error}")
+                failures += 1
+                if passing.unreachable:
+                    self._replicas.unreachable(url)
+                if failures >= self.upstream.attempts:
+                    self._metrics.failures.labels(role, passing.reason).inc()
+                    raise PolicyUnavailable(passing.reason, self._say(url, f"{passing} (tried {failures} times)")) from error
+                self._metrics.retries.labels(role, passing.reason).inc()
+                await asyncio.sleep(self.upstream.backoff.wait(failures, passing.retry_after))
+
+    async def _try(self, url: str, body: dict[str, Any], forward: Callable[[Chunk], None] | None) -> Answer:
+        assert self._http is not None, "Client is an async context manager"
+        started = time.monotonic()
+        stream = _Stream(self.upstream, forward) if forward else None
+        try:
+            async with self._http.post(f"{url}/chat/completions", json=body, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise self._refusal(url, response, await response.text(errors="replace"))
+                if stream and response.content_type == "text/event-stream":
+                    payload = await stream.read(response)
+                else:
+                    payload = parse(await response.read())
+                    self._check_version(url, payload)
+            completion = completion_of(payload, self.upstream.version, time.monotonic() - started)
+            if stream and not stream.forwarded:
+                stream.send(chunks_of(payload))
+            return Answer(payload, completion)
+        except (aiohttp.ClientError, TimeoutError, InvalidWire, OSError, _Passing) as error:
+            if stream and stream.forwarded:
+                # The scaffold has read a part of this turn already: a second try would be another turn.
+                raise PolicyUnavailable("BrokenStream", self._say(url, f"the stream broke off: {error}")) from error
+            raise _passing(error, self.upstream.timeout_seconds) from error
+
+    def _check_version(self, url: str, payload: dict[str, Any]) -> None:
+        if (found := wrong_version(self.upstream, payload)) is not None:
+            raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found} answered"))
+
+    def _refusal(self, url: str, response: aiohttp.ClientResponse, text: str) -> Exception:
+        status, message = response.status, f"HTTP {response.status}: {text[:500]}"
+        if status == 429 or status in (408, 409, 425) or status >= 500:
+            retry_after = retry_after_seconds(response.headers.get("Retry-After"))
+            return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after)
+        message = self._say(url, message)
+        if status in (401, 403):
+            return PolicyUnavailable("Unauthorized", f"{message}: check the token in the policy's Secret")
+        if status == 404:
+            return PolicyUnavailable(
+                "WrongVersion" if self.upstream.served else "NotFound", f"{message}: asked for model {self.upstream.model}"
+            )
+        if status < 400:
+            return PolicyUnavailable("Redirected", f"{message}: write the URL that it redirects to")
+        return PolicyRefused("ContextTooLong" if any(sign in text.lower() for sign in _CONTEXT_TOO_LONG) else "BadRequest", message)
+
+    def _say(self, url: str, message: str) -> str:
+        """A message that names the policy and holds no secret, even where the server echoes one."""
+        where = URL(url).origin() if url else ", ".join(str(URL(each).origin()) for each in self.upstream.urls)
+        return f"{self.upstream.role} at {where}: {message.replace(self.upstream.token, '***') if self.upstream.token else message}"
+
+
+class _Stream:
+    """Passes a stream on while it adds it up."""
+
+    def __init__(self, upstream: Upstream, forward: Callable[[Chunk], None]) -> None:
+        self._upstream, self._forward = upstream, forward
+        self.forwarded = False
+
+    async def read(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
+        parser, assembler = EventParser(), Assembler()
+        async for data in response.content.iter_any():
+            for event in parser.feed(data):
+                if event == DONE:
+                    return assembler.answer()
+                chunk = parse(event)
+                if "error" in chunk:
+                    raise _Passing("ServerError", f"error in the stream: {str(chunk['error'])[:500]}")
+                if not self.forwarded and (found := wrong_version(self._upstream, chunk)) is not None:
+                    raise PolicyUnavailable("WrongVersion", f"asked for policy {self._upstream.version}, {found} answered")
+                assembler.add(chunk)
+                self.send([chunk])
+        return assembler.answer()
+
+    def send(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            self.forwarded = True
+            self._forward(chunk)
+
+
+def _passing(error: Exception, timeout: float) -> _Passing:
+    if isinstance(error, _Passing):
+        return error
+    if isinstance(error, InvalidWire):
+        return _Passing("Garbled", str(error))
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return _Passing("Unreachable", f"no connection within {CONNECT_SECONDS:g} s", unreachable=True)
+    if isinstance(error, TimeoutError):
+        return _Passing("Timeout", f"no answer within {timeout:g} s")
+    # The class's name alone says something where str() is empty.
+    return _Passing("Unreachable", f"{type(error).__name__}: {error}", unreachable=True)
+
+
+def wrong_version(upstream: Upstream, payload: dict[str, Any]) -> str | None:
+    """What answered, where a served policy's answer does not name the version that was asked for."""
+    found = payload.get("model")
+    return None if not upstream.served or found == upstream.version else repr(found)
+
+
+def completion_of(payload: dict[str, Any], version: str, seconds: float) -> Completion:
+    """The record of an answer. Raises `InvalidWire` where it holds no turn."""
+    choices = payload.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message, reason = choice.get("message"), choice.get("finish_reason")
+    if not isinstance(message, dict) or not isinstance(reason, str):
+        raise InvalidWire("an answer without choices[0].message and finish_reason")
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    if not (content is None or isinstance(content, str)) or not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise InvalidWire("an answer whose content is no text, or whose tool calls are no list of functions")
+    record = {**without_nulls(message), "role": "assistant", "content": content if calls else content or ""}
+    if not calls:
+        record.pop("tool_calls", None)
+    usage = payload.get("usage") or {}
+    return Completion(
+        message=record,
+        policy=version,
+        finish_reason=reason,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        cached_tokens=_count(usage.get("prompt_tokens_details") or {}, "cached_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        latency_seconds=seconds,
+    )
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str)
+
+
+def _count(usage: Any, name: str) -> int:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and value >= 0 else 0

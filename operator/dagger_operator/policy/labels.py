@@ -1,0 +1,47 @@
+"""Teacher labels: the teacher's turn at a visited state, asked for at lower priority than acting."""
+
+import asyncio
+import time
+
+import structlog
+
+from dagger_operator.policy.client import Client
+from dagger_operator.policy.failures import PolicyFailure
+from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.recorder import Label
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.policy.session import LabelCheck
+from dagger_operator.store.records import Completion, LabelFlaw
+
+ACTING_PRIORITY = 0
+LABEL_PRIORITY = 10
+"""vLLM serves lower numbers first."""
+
+
+def judged(completion: Completion, check: LabelCheck) -> Label:
+    """A teacher's turn as a label: one that was cut off, or that the scaffold could not read, is kept but must not train."""
+    if completion.finish_reason == "length":
+        return Label(completion, LabelFlaw.TRUNCATED)
+    return Label(completion, LabelFlaw.UNPARSABLE if check(completion.message) is not None else None)
+
+
+class Labeller:
+    """Asks for labels, so many at once in one worker."""
+
+    def __init__(self, teacher: Client, concurrency: int, metrics: GatewayMetrics) -> None:
+        self._teacher, self._metrics = teacher, metrics
+        self._slots = asyncio.Semaphore(concurrency)
+
+    async def label(self, request: ChatRequest, *, seed: int, affinity: str, check: LabelCheck) -> tuple[Label, float]:
+        """The label at this state, and the seconds it took once its turn came. A request that fails for good is a flaw, not an error."""
+        async with self._slots:
+            started = time.monotonic()
+            try:
+                answer = await self._teacher.complete(request, seed=seed, priority=LABEL_PRIORITY, affinity=affinity)
+                label = judged(answer.completion, check)
+            except PolicyFailure as failure:
+                structlog.get_logger().warning("label failed", rollout=affinity, reason=failure.reason, message=failure.message)
+                label = Label(None, LabelFlaw.REQUEST_FAILED)
+            seconds = time.monotonic() - started
+        self._metrics.label_seconds.observe(seconds)
+        return label, seconds

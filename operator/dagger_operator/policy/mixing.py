@@ -1,0 +1,49 @@
+"""Who acts in a turn: a pure function of the mixing spec and the turn's key."""
+
+from dataclasses import dataclass
+
+from dagger_operator.api import Mixing, MixingStrategy
+from dagger_operator.policy.coins import coin, kappa
+from dagger_operator.store.records import Actor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who acts, and why: the teacher where `coin < beta`."""
+
+    actor: Actor
+    beta: float
+    coin: float
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """The decisions of one rollout."""
+
+    mixing: Mixing | None
+    """None is evaluation: the student alone."""
+    seed: int
+    round: int
+    task: str
+    rollout: str
+
+    @property
+    def kappa(self) -> int | None:
+        """StudentPrefix: turns that the student takes before the teacher finishes."""
+        if self.mixing is None or self.mixing.strategy is not MixingStrategy.STUDENT_PREFIX:
+            return None
+        return kappa(self.seed, self.round, self.task, self.rollout, self.mixing.max_prefix_at(self.round))
+
+    def decide(self, turn: int) -> Decision:
+        """The decision of a turn; turns count from 0."""
+        draw = coin(self.seed, self.round, self.task, self.rollout, turn)
+        beta = self._beta(turn)
+        return Decision(Actor.TEACHER if draw < beta else Actor.STUDENT, beta, draw)
+
+    def _beta(self, turn: int) -> float:
+        if self.mixing is None:
+            return 0.0
+        prefix = self.kappa
+        if prefix is None:
+            return self.mixing.beta_at(self.round)
+        return 1.0 if turn >= prefix else 0.0

@@ -1,0 +1,67 @@
+"""The record of a session's turns: states as deltas, each message kept once."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dagger_operator.policy.mixing import Decision
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.store.records import Completion, LabelFlaw, Message, Turn
+
+
+def kept(before: tuple[Message, ...], now: tuple[Message, ...]) -> int:
+    """Messages at the head of `before` that `now` still has."""
+    count = 0
+    for old, new in zip(before, now, strict=False):
+        if old is not new and old != new:
+            break
+        count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class Label:
+    """What became of asking the teacher for its turn."""
+
+    completion: Completion | None
+    flaw: LabelFlaw | None
+
+
+@dataclass
+class Recorder:
+    """Collects turns in order, and their labels in any order."""
+
+    turns: list[Turn] = field(default_factory=list)
+    labels: dict[int, Label] = field(default_factory=dict)
+    _messages: tuple[Message, ...] = ()
+    _tools: tuple[dict[str, Any], ...] = ()
+
+    def interned(self, request: ChatRequest) -> ChatRequest:
+        """The same request with the messages of the state before it reused: a rollout then holds each message once, not once a turn."""
+        head = kept(self._messages, request.messages)
+        return replace(request, messages=self._messages[:head] + request.messages[head:])
+
+    def record(self, request: ChatRequest, decision: Decision, action: Completion) -> None:
+        """Adds the turn that was executed at this state."""
+        head = kept(self._messages, request.messages)
+        changed = request.tools != self._tools
+        turn = Turn(
+            index=len(self.turns),
+            actor=decision.actor,
+            beta=decision.beta,
+            coin=decision.coin,
+            kept=head,
+            messages=request.messages[head:],
+            tools=request.tools if changed else None,
+            action=action,
+        )
+        self._messages, self._tools = request.messages, request.tools
+        self.turns.append(turn)
+
+    def labelled(self) -> tuple[Turn, ...]:
+        """All turns, each with what became of its label."""
+        return tuple(
+            turn.model_copy(update={"label": label.completion, "label_flaw": label.flaw})
+            if (label := self.labels.get(turn.index))
+            else turn
+            for turn in self.turns
+        )

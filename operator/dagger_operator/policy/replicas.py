@@ -1,0 +1,52 @@
+"""Which replica a rollout talks to: always the same one while it lives, so that the rollout's prefix stays cached there."""
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from yarl import URL
+
+DOWN_SECONDS = 30.0
+"""How long a replica that could not be reached is passed over."""
+
+
+class Replicas:
+    """The replicas of one policy, ranked for each rollout by rendezvous hashing: one that leaves moves its own rollouts only."""
+
+    def __init__(self, urls: Sequence[str], *, resolve: bool) -> None:
+        """With `resolve`, a single URL stands for all addresses of its host name, as a headless Service's does."""
+        self._urls = tuple(urls)
+        self._resolves = resolve and len(self._urls) == 1 and not _is_address(self._urls[0])
+        self._known: tuple[str, ...] | None = None if self._resolves else self._urls
+        self._down: dict[str, float] = {}
+
+    async def pick(self, affinity: str) -> str:
+        """Base URL for this rollout. Raises `OSError` where the host name does not resolve."""
+        if self._known is None:
+            self._known = await _addresses(self._urls[0])
+        now = time.monotonic()
+        alive = [url for url in self._known if self._down.get(url, 0.0) <= now]
+        return max(alive or self._known, key=lambda url: blake2b(f"{affinity}\n{url}".encode(), digest_size=8).digest())
+
+    def unreachable(self, url: str) -> None:
+        """Passes a replica over for a while, and looks the addresses up again."""
+        self._down[url] = time.monotonic() + DOWN_SECONDS
+        if self._resolves:
+            self._known = None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        ipaddress.ip_address(URL(url).host or "")
+        return True
+    except ValueError:
+        return False
+
+
+async def _addresses(url: str) -> tuple[str, ...]:
+    parsed = URL(url)
+    found = await asyncio.get_running_loop().getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
+    return tuple(sorted({str(parsed.with_host(str(info[4][0]))) for info in found}))

@@ -1,0 +1,160 @@
+"""An open rollout: turns one after the other, each decided by its coin, answered by a policy, recorded and labelled."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from dagger_operator.api import LabelMode
+from dagger_operator.policy.act import Act
+from dagger_operator.policy.client import Answer, Client
+from dagger_operator.policy.coins import request_seed
+from dagger_operator.policy.failures import PolicyFailure, PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.labels import ACTING_PRIORITY, Labeller, judged
+from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.mixing import Mixer
+from dagger_operator.policy.recorder import Label, Recorder
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.policy.session import Recording, SessionRequest
+from dagger_operator.store.records import Actor
+
+
+class TurnLimit(Exception):
+    """The rollout has had all its turns."""
+
+
+class RolloutSession:
+    """Implements `session.Session`."""
+
+    def __init__(
+        self,
+        request: SessionRequest,
+        *,
+        base_url: str,
+        token: str,
+        student: Client,
+        teacher: Client | None,
+        labeller: Labeller | None,
+        metrics: GatewayMetrics,
+        on_close: Callable[[], None],
+    ) -> None:
+        """`teacher` and `labeller` are None in evaluation."""
+        self.base_url, self.token = base_url, token
+        self._request, self._student, self._teacher, self._labeller = request, student, teacher, labeller
+        self._metrics, self._on_close = metrics, on_close
+        self._mixer = Mixer(request.mixing, request.seed, request.round, request.task_id, request.rollout_id)
+        self._recorder = Recorder()
+        self._act: Act | None = None
+        self._labels: dict[int, asyncio.Task[None]] = {}
+        self._deferred: dict[int, ChatRequest] = {}
+        self._failed: PolicyFailure | None = None
+        self._limit_reached = False
+        self._acting_seconds = self._label_seconds = 0.0
+
+    async def turn(self, request: ChatRequest) -> Act:
+        """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
+
+        Raises `TurnLimit`, and `PolicyFailure` where a policy has failed this rollout before.
+        """
+        while True:
+            act = self._act
+            if self._failed is not None:
+                raise self._failed
+            if act is not None and act.request == request:
+                return act
+            if act is None or act.done:
+                break
+            await act.settled()
+        if len(self._recorder.turns) >= self._request.max_turns:
+            self._limit_reached = True
+            raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
+        request = self._recorder.interned(request)
+        self._act = Act(request, self._run)
+        return self._act
+
+    async def _run(self, act: Act) -> Answer:
+        index = len(self._recorder.turns)
+        decision = self._mixer.decide(index)
+        client = self._student if decision.actor is Actor.STUDENT else self._teacher
+        assert client is not None, "a mix without a teacher is refused when the session is opened"
+        mode = self._request.labels
+        labelled = decision.actor is Actor.STUDENT and self._labeller is not None
+        if labelled and mode is not LabelMode.DEFERRED:
+            self._labels[index] = asyncio.create_task(self._label(index, act.request))
+        started = time.monotonic()
+        try:
+            answer = await client.complete(
+                act.request,
+                seed=self._seed(index, decision.actor),
+                priority=ACTING_PRIORITY,
+                affinity=self._request.rollout_id,
+                forward=act.forward if act.request.stream else None,
+            )
+        except BaseException as error:
+            if isinstance(error, PolicyFailure):
+                self._failed = error
+            if (label := self._labels.pop(index, None)) is not None:
+                label.cancel()
+            raise
+        finally:
+            self._acting_seconds += time.monotonic() - started
+        self._recorder.record(act.request, decision, answer.completion)
+        self._metrics.turns.labels(decision.actor.value).inc()
+        if decision.actor is Actor.TEACHER:
+            self._set_label(index, judged(answer.completion, self._request.label_check))
+        elif labelled and mode is LabelMode.DEFERRED:
+            self._deferred[index] = act.request
+        elif labelled and mode is LabelMode.INLINE:
+            await self._labels[index]
+        return answer
+
+    async def _label(self, index: int, request: ChatRequest) -> None:
+        assert self._labeller is not None
+        label, seconds = await self._labeller.label(
+            request,
+            seed=self._seed(index, Actor.TEACHER),
+            affinity=self._request.rollout_id,
+            check=self._request.label_check,
+        )
+        self._label_seconds += seconds
+        self._set_label(index, label)
+
+    def _set_label(self, index: int, label: Label) -> None:
+        self._recorder.labels[index] = label
+        self._metrics.labels.labels(label.flaw.value if label.flaw else "None").inc()
+
+    def _seed(self, turn: int, role: Actor) -> int:
+        key = self._request
+        return request_seed(key.seed, key.round, key.task_id, key.rollout_id, turn, role.value)
+
+    async def finish(self) -> Recording:
+        """Closes, waits for outstanding labels, and returns the record. A turn still under way is dropped: nobody will execute it."""
+        self._on_close()
+        if self._act is not None and not self._act.done:
+            await self._act.drop()
+        if isinstance(self._failed, PolicyUnavailable):
+            await self._drop_labels()  # nothing of this rollout will train
+        else:
+            for index, request in self._deferred.items():
+                self._labels[index] = asyncio.create_task(self._label(index, request))
+            await asyncio.gather(*self._labels.values())
+        return Recording(
+            turns=self._recorder.labelled(),
+            kappa=self._mixer.kappa,
+            failure=self._failed.record if isinstance(self._failed, PolicyUnavailable) else None,
+            policy_error=self._failed.record if isinstance(self._failed, PolicyRefused) else None,
+            limit_reached=self._limit_reached,
+            acting_seconds=self._acting_seconds,
+            label_seconds=self._label_seconds,
+        )
+
+    async def abort(self) -> None:
+        """Drops the session and cancels its upstream requests."""
+        self._on_close()
+        if self._act is not None and not self._act.done:
+            await self._act.drop()
+        await self._drop_labels()
+
+    async def _drop_labels(self) -> None:
+        for task in self._labels.values():
+            task.cancel()
+        await asyncio.gather(*self._labels.values(), return_exceptions=True)

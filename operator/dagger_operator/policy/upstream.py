@@ -1,0 +1,100 @@
+"""The two policies as the gateway reaches them: where, under which name, with which sampling."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dagger_operator.api import Sampling, Student, Teacher
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.policy.retry import Backoff
+from dagger_operator.store import layout
+from dagger_operator.store.records import Actor
+from dagger_operator.store.results import PreflightResult
+from dagger_operator.store.stage import Stage, StageFailure
+
+SERVED_TIMEOUT_SECONDS = 900.0
+"""Deadline of one request to a policy of our own: a label waits behind acting, so it may queue long."""
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """One policy."""
+
+    role: Actor
+    urls: tuple[str, ...]
+    """Base URLs that end before `/chat/completions`: one for each replica, or one whose host name stands for several addresses."""
+    token: str | None = field(repr=False)
+    """Bearer token; it goes to the policy and nowhere else."""
+    model: str
+    """Name by which the policy is asked for; a served policy's is its version."""
+    version: str
+    """Policy version that every completion is recorded under."""
+    sampling: Sampling
+    timeout_seconds: float
+    """Deadline of one try, the whole answer included."""
+    attempts: int
+    """Tries of one request, the first included."""
+    served: bool
+    """vLLM behind the policy agent, rather than an endpoint of someone else's: it honours `seed` and `priority`, and its answers
+    must name the version that was asked for."""
+    backoff: Backoff = field(default_factory=Backoff)
+
+    def greedy(self) -> "Upstream":
+        """The same policy, decoding greedily."""
+        return replace(self, sampling=self.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0}))
+
+    def body(self, request: ChatRequest, *, stream: bool, seed: int, priority: int) -> dict[str, Any]:
+        """The request as this policy gets it: the scaffold's state, the spec's sampling."""
+        body: dict[str, Any] = {"model": self.model, "messages": list(request.messages), **request.options}
+        if request.tools:
+            body["tools"] = list(request.tools)
+        body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": self.sampling.max_tokens}
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if self.served:
+            body |= {"seed": seed, "priority": priority}
+        return body
+
+
+async def upstreams(stage: Stage, *, greedy: bool) -> tuple[Upstream, Upstream | None]:
+    """Student and teacher of a stage, from its environment. With `greedy` it is evaluation: the student alone.
+
+    A served teacher's version is what preflight found. Raises `StageFailure` where something is missing, `StoreUnavailable`.
+    """
+    spec = stage.run.spec
+    student = _upstream(stage, Actor.STUDENT, spec.student, _required(stage, "DAGGER_POLICY"))
+    if greedy:
+        return student.greedy(), None
+    return student, _upstream(stage, Actor.TEACHER, spec.teacher, "" if spec.teacher.endpoint else await _teacher_version(stage))
+
+
+async def _teacher_version(stage: Stage) -> str:
+    found = await stage.store.get(layout.result(0, "preflight"))
+    if found is None:
+        raise StageFailure(
+            "NoPreflight", "the served teacher's version is in the result of preflight, which must come first", permanent=False
+        )
+    return PreflightResult.model_validate_json(found.data).teacher
+
+
+def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str) -> Upstream:
+    endpoint = policy.endpoint
+    name = role.value.upper()
+    urls = tuple(url.strip().rstrip("/") for url in _required(stage, f"DAGGER_{name}_URL").split(",") if url.strip())
+    return Upstream(
+        role=role,
+        urls=urls,
+        token=stage.environ.get(f"DAGGER_{name}_TOKEN") or None,
+        model=endpoint.model or policy.model if endpoint else version,
+        version=endpoint.version(policy.model) if endpoint else version,
+        sampling=policy.sampling,
+        timeout_seconds=endpoint.timeout_seconds if endpoint else SERVED_TIMEOUT_SECONDS,
+        attempts=stage.run.spec.labels.attempts,
+        served=endpoint is None,
+    )
+
+
+def _required(stage: Stage, name: str) -> str:
+    value = stage.environ.get(name, "").strip()
+    if not value:
+        raise StageFailure("IncompleteEnvironment", f"{name} is not set: stages are started by `daggerctl run` or the operator")
+    return value

@@ -1,0 +1,41 @@
+"""JSON as it comes from scaffolds and policies, made safe to store: objects only, no NaN, no lone surrogates."""
+
+import json
+from typing import Any, NoReturn
+
+
+class InvalidWire(ValueError):
+    """A body that is no JSON object."""
+
+
+def parse(data: bytes | str) -> dict[str, Any]:
+    """A JSON object. Lone surrogates, which tools that decode with `surrogateescape` produce, become U+FFFD: neither UTF-8
+    nor Parquet can hold them."""
+    try:
+        value = json.loads(data, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise InvalidWire(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidWire(f"a JSON object is needed, got {type(value).__name__}")
+    # Surrogates can only have come from escapes, so most bodies are spared the walk.
+    escaped = b"\\u" if isinstance(data, bytes) else "\\u"
+    return {key: _storable(item) for key, item in value.items()} if escaped in data else value  # type: ignore[operator]  # same type on both sides
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    return value
+
+
+def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without the fields that client libraries fill with null; `content` stays, which may be null beside tool calls."""
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
