@@ -1,0 +1,126 @@
+"""The student: a Qwen3 of half a million random weights, with a tokenizer of its own, as a Hugging Face folder.
+
+    python examples/quickstart/student.py --seed 1 --out /tmp/student
+
+It has seen nothing: all that it will be able to do comes from the teacher's labels.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tasks import CONSTANTS, FUNCTIONS, HELPERS, MODULES, STATEMENT, TEST
+from teacher import RESTORE, SUBMIT
+
+SYSTEM = "You repair code."
+
+END_OF_TURN, START_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+# Names, numbers' digits and what glues them together are separate, so that a name is the same token in `tax.py`, ` tax` and `def tax`, and
+# to copy one is to copy one token. Glue that stands in every file or command is one token, which halves the length of a dialogue.
+_GLUE = r"(?:system|user|assistant)\n|python3 test\.py|\.py:|\(a, b\)(?:: return )?|def |sed -i '|/' |grep -n \"|\" \*\.py"
+_SPLIT = _GLUE + r"|[A-Za-z]+|[0-9]|[^A-Za-z0-9]+"
+
+
+def make(folder: Path, seed: int) -> int:
+    """Writes the folder, the same for the same seed; returns the number of parameters."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch  # heavy, and only needed here
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_tokenizer(),
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[START_OF_TURN],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            dtype=torch.float32,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def _tokenizer():  # type: ignore[no-untyped-def]  # tokenizers has no stubs that say what its parts are
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT, START_OF_TURN, END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    return tokenizer
+
+
+def corpus() -> Iterator[str]:
+    """What commands and their outputs look like, with every name in every place where it can stand."""
+    for text in [SYSTEM, STATEMENT, TEST, RESTORE, SUBMIT, "system\n", "user\n", "assistant\n"]:
+        yield from [text, text]
+    for helper, (formula, _) in HELPERS.items():
+        yield f"from lib import {', '.join(HELPERS)}\ndef {helper}(a, b): return ({formula}) % 97\n"
+        for function in FUNCTIONS:
+            yield f'grep -n "def {function}" *.py'
+            yield f"tax.py:3:def {function}(a, b): return {helper}(a, b)\nsed -i '3s/mix/{helper}/' tax.py"
+            yield f"FAIL {function}(19, 72) got 26 want 13\n"
+    for constant in CONSTANTS:
+        yield f"grep -n \"{constant} =\" *.py\ntax.py:3:{constant} = 37\nsed -i '3s/37/73/' tax.py\nFAIL {constant} got 37 want 73\n"
+    for module in MODULES:
+        yield f"sed -i '3s/mix/dot/' {module}.py\nERROR {module}.py SyntaxError\n"
+        yield f"ERROR {module}.py NameError\nERROR {module}.py ImportError\n"
+        yield f"sed: can't read {module}.py: No such file or directory\nPASS 12 checks\nexit 0\nexit 1\n"
+        yield f"bash: line 1: {module}: command not found\n"
+        yield "sed: -e expression #1, char 12: unterminated `s' command\nERROR tax.py AttributeError\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    print(json.dumps({"folder": str(options.out), "parameters": make(options.out, options.seed)}))
+
+
+if __name__ == "__main__":
+    main()
