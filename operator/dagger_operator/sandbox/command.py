@@ -1,0 +1,172 @@
+"""Runs one command to its end: a deadline, output bounded while it is read, nothing inherited, nothing left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagger_operator.sandbox.interface import SandboxError
+
+_GRACE_SECONDS = 5.0
+"""How long a killed process may take to vanish; it only waits for the kernel."""
+
+
+class BoundedOutput:
+    """Head and tail of a stream, in constant memory; the middle is counted and dropped as it comes."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_size = limit // 2
+        self._tail_size = limit - self._head_size
+        self._head, self._tail = bytearray(), bytearray()
+        self.total = 0
+        """Bytes seen."""
+
+    def feed(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_size - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        self._tail += data
+        if len(self._tail) > 2 * self._tail_size + 65536:
+            del self._tail[: -self._tail_size]
+
+    @property
+    def dropped(self) -> int:
+        """Bytes cut out of the middle."""
+        return max(0, self.total - self._head_size - self._tail_size)
+
+    def parts(self) -> tuple[bytes, bytes]:
+        """What was kept of the beginning and of the end; together the whole stream where nothing was dropped."""
+        return bytes(self._head), bytes(self._tail[-self._tail_size :])
+
+    def text(self) -> str:
+        """As text, with a marker in the place of what was dropped."""
+        head, tail = (part.decode("utf-8", "replace") for part in self.parts())
+        return f"{head}\n[{self.dropped} bytes left out]\n{tail}" if self.dropped else head + tail
+
+
+Argv = list[str | bytes]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to start, in which environment and folder, and which descriptors it inherits."""
+
+    argv: Argv
+    env: Mapping[str, str]
+    cwd: Path
+    pass_fds: tuple[int, ...] = ()
+    status: int | None = None
+    """A pipe on which bubblewrap says how the command ended."""
+
+    def reached(self) -> bool:
+        """Whether the command itself ran to an end; False where bubblewrap failed before or was lost."""
+        if self.status is None:
+            return True
+        with suppress(BlockingIOError):
+            return any("exit-code" in json.loads(line) for line in os.read(self.status, 65536).splitlines())
+        return False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    output: BoundedOutput
+    returncode: int
+    """Exit code, or 128 + the signal that killed it."""
+    timed_out: bool
+    stopped: str | None
+    """Which limit the watch found exceeded, where it did."""
+    seconds: float
+
+
+Watch = Callable[[int], Coroutine[None, None, str]]
+"""Given a process id: returns when a limit is exceeded, with which one; never returns while all is well."""
+
+
+async def run(
+    start: Start,
+    *,
+    timeout: float,
+    keep: int,
+    watch: Watch,
+    stdin: int = subprocess.DEVNULL,
+) -> Ended:
+    """Runs a command in a process group of its own; when this returns or is cancelled, the whole group is dead.
+
+    `keep` is how many bytes of output are kept, `stdin` a file descriptor (a memfd needs no pumping). Raises `SandboxError`
+    where the program cannot be started or does not die.
+    """
+    loop = asyncio.get_running_loop()
+    started = time.monotonic()
+    try:
+        process = _popen(start, stdin)
+    except OSError as error:
+        raise SandboxError("CannotStart", f"{start.argv[0]!r} cannot be started: {error}") from error
+    assert process.stdout is not None
+    pipe, output = process.stdout.fileno(), BoundedOutput(keep)
+    exited, eof = loop.create_future(), loop.create_future()
+    os.set_blocking(pipe, False)
+
+    def read() -> None:
+        with suppress(BlockingIOError):
+            if data := os.read(pipe, 65536):
+                output.feed(data)
+            else:
+                loop.remove_reader(pipe)
+                eof.set_result(None)
+
+    def exit_seen() -> None:
+        loop.remove_reader(pidfd)
+        exited.set_result(None)
+
+    pidfd = os.pidfd_open(process.pid)
+    loop.add_reader(pidfd, exit_seen)
+    loop.add_reader(pipe, read)
+    watching = asyncio.create_task(watch(process.pid))
+    try:
+        await asyncio.wait({exited, watching}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        stopped = watching.result() if watching.done() and not exited.done() else None
+        timed_out = not exited.done() and stopped is None
+    finally:
+        watching.cancel()
+        # Also where the leader has ended by itself: what it left in the background must not outlive it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        try:
+            await asyncio.wait({exited}, timeout=_GRACE_SECONDS)
+            if exited.done():
+                # A process that escaped the group may hold the pipe open; it is not waited for.
+                await asyncio.wait({eof}, timeout=0.2)
+        finally:
+            loop.remove_reader(pidfd)
+            loop.remove_reader(pipe)
+            os.close(pidfd)
+            process.stdout.close()
+            returncode = process.poll()
+    if returncode is None:
+        raise SandboxError("Unkillable", f"process {process.pid} did not die {_GRACE_SECONDS:g} s after SIGKILL")
+    return Ended(output, returncode if returncode >= 0 else 128 - returncode, timed_out, stopped, time.monotonic() - started)
+
+
+def _popen(start: Start, stdin: int) -> subprocess.Popen[bytes]:
+    """Starts a process; by vfork, so that it costs the same from a large worker."""
+    return subprocess.Popen(
+        start.argv,
+        env=start.env,
+        cwd=start.cwd,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=start.pass_fds,
+        start_new_session=True,
+        bufsize=0,
+    )

@@ -1,0 +1,67 @@
+"""What this machine offers for keeping commands apart, found out by trying, and said in words."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagger_operator.sandbox.cgroup import Cgroups
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How process sandboxes are held on this machine."""
+
+    bubblewrap: str | None
+    """Path of bwrap, or None where namespaces cannot be used: then commands are plain processes."""
+    reason: str
+    """Why there are no namespaces; empty where there are."""
+    cgroups: Cgroups | None
+    """Kernel-enforced limits; None: this process samples memory and processes instead."""
+    root: bool
+    """Whether this process is root; then each namespaced sandbox runs under an unprivileged user id of its own."""
+
+    @property
+    def counts_processes(self) -> bool:
+        """Whether RLIMIT_NPROC counts a sandbox's processes alone: root's sandboxes have user ids of their own, and since Linux 5.14
+        it is counted in each user namespace. Elsewhere it would count all that this user runs."""
+        release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+        return self.bubblewrap is not None and (self.root or release >= (5, 14))
+
+    def describe(self) -> str:
+        """One paragraph for people, such as `daggerctl` prints."""
+        cgroup = (
+            f"memory, processes and CPU by {self.cgroups.describe()}"
+            if self.cgroups
+            else "memory and processes by sampling, CPU not limited"
+        )
+        if self.bubblewrap:
+            user = "a user id of its own" if self.root else "this user in a namespace of its own"
+            return f"Process sandboxes: bubblewrap namespaces, no network, no host files but read-only /usr, {user}; {cgroup}."
+        return (
+            f"Process sandboxes WITHOUT namespaces ({self.reason}): commands run as this user, can reach the network and read this "
+            f"user's files, and what leaves its process group outlives its command; {cgroup}. Install bubblewrap, "
+            "or use the Pod backend, before running agents that you do not trust."
+        )
+
+
+def probe(*, cgroups: bool = True) -> Isolation:
+    """Tries namespaces and control groups once each (some 20 ms)."""
+    root = os.geteuid() == 0
+    found = Cgroups.find() if cgroups else None
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        return Isolation(None, "bwrap is not installed", found, root)
+    command = [bwrap, *namespaces(root), "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", *("--cap-drop", "ALL"), "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.defpath}, cwd=Path("/"))
+    if tried.returncode != 0:
+        return Isolation(None, f"bwrap is not permitted here: {tried.stderr.strip() or f'exit code {tried.returncode}'}", found, root)
+    return Isolation(bwrap, "", found, root)
+
+
+def namespaces(root: bool) -> tuple[str, ...]:
+    """Everything is unshared. Root needs no user namespace: it drops to an unprivileged id inside, to which RLIMIT_NPROC applies."""
+    unshared = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
+    return unshared if root else ("--unshare-user", *unshared)

@@ -1,0 +1,93 @@
+"""The argument vector with which a sandbox starts a command: joins its control group, enters namespaces, drops rights, sets limits."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagger_operator.api import SandboxLimits
+from dagger_operator.sandbox import filesystem
+from dagger_operator.sandbox.cgroup import Cgroup
+from dagger_operator.sandbox.command import Argv, Start
+from dagger_operator.sandbox.isolation import Isolation, namespaces
+
+_MIB = 1 << 20
+_OPEN_FILES = 4096
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Everything about a sandbox that its commands share."""
+
+    isolation: Isolation
+    limits: SandboxLimits
+    folder: Path
+    workdir: str
+    uid: int | None
+    """The user id to drop to; None: ours."""
+    cgroup: Cgroup | None
+
+    @contextmanager
+    def start(
+        self, argv: Sequence[str | bytes], env: Mapping[str, str], *, writable: bool, inherit: tuple[int, ...] = ()
+    ) -> Iterator[Start]:
+        """How to start `argv`. `env` is the whole environment; without `writable` no file can grow."""
+        inner = [*self._prlimit(writable), *argv]
+        home = filesystem.HOME if self.isolation.bubblewrap else str(self.folder / "home")
+        env = {"PATH": filesystem.PATH, "HOME": home, "LANG": "C.UTF-8", **env}
+        if not self.isolation.bubblewrap:
+            env = {"TMPDIR": str(self.folder / "tmp"), **env}
+            yield Start(self._join(inner), env, self.folder / "work", inherit, None)
+            return
+        options = [*namespaces(self.isolation.root), "--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+        if self.uid is not None:
+            options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            drop = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--inh-caps=-all", "--no-new-privs"]
+            inner = [*drop, *inner]
+        options += [*filesystem.mounts(self.folder, self.workdir), "--clearenv"]
+        for name, value in env.items():
+            options += ["--setenv", name, value]
+        # Options go through a descriptor: an argument vector can be read by every user of the machine, and env may hold a token.
+        described = os.memfd_create("bwrap-args")
+        status, write_status = os.pipe()
+        try:
+            os.set_blocking(status, False)
+            os.write(described, b"".join(option.encode("utf-8", "surrogateescape") + b"\0" for option in options))
+            os.lseek(described, 0, os.SEEK_SET)
+            outer = [self.isolation.bubblewrap, "--args", str(described), "--json-status-fd", str(write_status), "--", *inner]
+            passed = (described, write_status, *inherit)
+            yield Start(self._join(outer), {"PATH": filesystem.PATH}, Path("/"), passed, status)
+        finally:
+            for descriptor in (described, status, write_status):
+                os.close(descriptor)
+
+    def _prlimit(self, writable: bool) -> list[str]:
+        size = self.limits.disk_mib * _MIB if writable else 0
+        arguments = ["prlimit", "--core=0", f"--nofile={_OPEN_FILES}", f"--fsize={size}"]
+        if self.cgroup is None:
+            arguments.append(f"--data={self.limits.memory_mib * _MIB}")
+            if self.isolation.counts_processes:
+                arguments.append(f"--nproc={self.limits.processes}")
+        return [*arguments, "--"]
+
+    def _join(self, argv: Argv) -> Argv:
+        """In the control group from its first instruction on; dash starts in 1 ms."""
+        if self.cgroup is None:
+            return argv
+        joins = " && ".join(f"echo 0 > {shlex.quote(entrance)}" for entrance in self.cgroup.entrances)
+        return ["/bin/sh", "-c", f'{joins} && exec "$@"', "sh", *argv]
+
+
+@contextmanager
+def stdin_of(data: bytes | None) -> Iterator[int]:
+    """A descriptor to read `data` from, without anybody pumping."""
+    if data is None:
+        yield subprocess.DEVNULL
+        return
+    with open(os.memfd_create("stdin"), "r+b") as file:  # noqa: PTH123 - a descriptor, not a path
+        file.write(data)
+        file.seek(0)
+        yield file.fileno()

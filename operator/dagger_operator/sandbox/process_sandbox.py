@@ -1,0 +1,189 @@
+"""One sandbox of local processes."""
+
+import asyncio
+import posixpath
+import signal
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from io import BytesIO
+
+from dagger_operator.sandbox import filesystem, relay
+from dagger_operator.sandbox.command import Ended, run
+from dagger_operator.sandbox.interface import CommandResult, SandboxError, SandboxRequest
+from dagger_operator.sandbox.launch import Launcher, stdin_of
+from dagger_operator.sandbox.usage import DiskMeter, ProcessTable
+
+_TICK_SECONDS = 0.1
+"""How often a running command is looked at."""
+_DISK_SLACK = 16 << 20
+"""How much a sandbox that is full already may grow: cleaning up needs a little."""
+_OWN_PROCESSES = 2
+"""bubblewrap's, beside the command's."""
+_FILE_SECONDS = 60.0
+_MAX_ARGUMENT = 128 << 10
+"""The kernel's limit on one argument."""
+_SIGXFSZ = 128 + signal.SIGXFSZ
+_NO_FILE = 44
+
+
+class ProcessSandbox:
+    """Implements `Sandbox`; made by `ProcessSandboxes`."""
+
+    def __init__(
+        self, request: SandboxRequest, launcher: Launcher, processes: ProcessTable, forget: Callable[["ProcessSandbox"], None]
+    ) -> None:
+        self._request = request
+        self._launcher = launcher
+        self._processes = processes
+        self._forget = forget
+        self._closed = False
+        self._running: set[asyncio.Task[Ended]] = set()
+        self._disk = DiskMeter(launcher.folder, launcher.limits.disk_mib << 20)
+        self._oom_kills = 0
+
+    async def execute(self, command: str, *, timeout: float, env: dict[str, str] | None = None) -> CommandResult:
+        """Runs a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
+        encoded = command.encode("utf-8", "replace")
+        if b"\0" in encoded or len(encoded) >= _MAX_ARGUMENT:
+            what = "holds a NUL byte" if b"\0" in encoded else f"is longer than {_MAX_ARGUMENT} bytes"
+            return CommandResult(f"bash: the command {what}: write long text to a file in parts\n", 126)
+        ended = await self._run(["bash", "-c", encoded], timeout=timeout, env=env, keep=self._launcher.limits.output_kib << 10)
+        return self._result(ended, timeout)
+
+    async def write(self, files: dict[str, str]) -> None:
+        """Writes text files from inside the sandbox, so that no link planted there leads out of it."""
+        archive = BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path, text in files.items():
+                data = text.encode("utf-8", "surrogatepass")
+                entry = tarfile.TarInfo(self._path(path).lstrip("/"))
+                entry.size, entry.mode = len(data), 0o644
+                tar.addfile(entry, BytesIO(data))
+        ended = await self._run(
+            ["tar", "-x", "-m", "-C", self._root, "--no-same-owner", "-f", "-"], timeout=_FILE_SECONDS, keep=4096, stdin=archive.getvalue()
+        )
+        if ended.returncode != 0 or ended.timed_out:
+            raise SandboxError("WriteFailed", f"writing {', '.join(list(files)[:5])}: {ended.output.text()[:500].strip()}")
+
+    async def read(self, path: str, *, limit: int = 1 << 20) -> bytes | None:
+        """A regular file's first bytes, read from inside the sandbox."""
+        script = f'[ -f "$1" ] || exit {_NO_FILE}; exec head -c "$2" -- "$1"'
+        inside = posixpath.normpath(posixpath.join(self._root, self._path(path).lstrip("/")))
+        # Twice the limit, for the sake of a file that just fits: head and tail are kept in halves.
+        ended = await self._run(["bash", "-c", script, "read", inside, str(limit)], timeout=_FILE_SECONDS, keep=2 * limit + 2)
+        if ended.timed_out:
+            raise SandboxError("ReadTimeout", f"reading {path} took longer than {_FILE_SECONDS:g} s")
+        return b"".join(ended.output.parts()) if ended.returncode == 0 else None
+
+    async def close(self) -> None:
+        """Ends what runs and removes everything."""
+        self._closed = True
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.to_thread(self._remove)
+        self._forget(self)
+
+    def _remove(self) -> None:
+        if not self._launcher.isolation.bubblewrap:
+            filesystem.end_processes_in(self._launcher.folder)
+        filesystem.remove(self._launcher.folder)
+        if self._launcher.cgroup:
+            self._launcher.cgroup.remove()
+
+    @property
+    def _root(self) -> str:
+        """What `/` of this sandbox is to its commands: without namespaces its folder."""
+        return "/" if self._launcher.isolation.bubblewrap else str(self._launcher.folder)
+
+    def _path(self, path: str) -> str:
+        """An absolute path in the sandbox."""
+        path = posixpath.normpath(posixpath.join(self._request.workdir, path))
+        if self._launcher.isolation.bubblewrap:
+            return path
+        folders = {self._request.workdir: "/work", "/tmp": "/tmp", filesystem.HOME: "/home"}  # noqa: S108 - as seen from inside
+        for inside, outside in folders.items():
+            if path == inside or path.startswith(f"{inside}/"):
+                return outside + path.removeprefix(inside)
+        raise SandboxError("InvalidPath", f"{path}: without namespaces there are only {', '.join(folders)}")
+
+    async def _run(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        timeout: float,
+        keep: int,
+        env: Mapping[str, str] | None = None,
+        stdin: bytes | None = None,
+    ) -> Ended:
+        """Runs `argv` in a task of its own, which `close` can end."""
+        if self._closed:
+            raise SandboxError("Closed", f"sandbox {self._request.name} is closed")
+        task = asyncio.create_task(self._start(argv, {**self._request.env, **(env or {})}, timeout, keep, stdin))
+        self._running.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            assert current is not None
+            if current.cancelling():
+                raise
+            raise SandboxError("Closed", f"sandbox {self._request.name} was closed while a command ran") from None
+        finally:
+            self._running.discard(task)
+
+    async def _start(self, argv: Sequence[str | bytes], env: Mapping[str, str], timeout: float, keep: int, stdin: bytes | None) -> Ended:
+        async with AsyncExitStack() as stack:
+            inherit: tuple[int, ...] = ()
+            if self._request.network_to is not None and self._launcher.isolation.bubblewrap:
+                door = await stack.enter_async_context(relay.door(self._request.network_to))
+                argv, inherit = door.wrap(argv), (door.fd,)
+            start = stack.enter_context(self._launcher.start(argv, env, writable=not self._disk.full, inherit=inherit))
+            source = stack.enter_context(stdin_of(stdin))
+            ended = await run(start, timeout=timeout, keep=keep, watch=self._watch, stdin=source)
+            out_of_memory = self._out_of_memory()
+            if not (start.reached() or ended.timed_out or ended.stopped or out_of_memory):
+                raise SandboxError(
+                    "Lost", f"sandbox {self._request.name}: {ended.output.text()[-500:].strip() or 'its namespaces ended early'}"
+                )
+        await self._disk.measure()
+        return replace(ended, stopped=ended.stopped or out_of_memory)
+
+    async def _watch(self, pid: int) -> str:
+        """Looks at a command that runs longer than a moment; returns which limit it exceeds."""
+        limits, ceiling = self._launcher.limits, max(self._launcher.limits.disk_mib << 20, self._disk.used + _DISK_SLACK)
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            if self._launcher.cgroup is None:
+                use = self._processes.below(pid)
+                if use.memory > limits.memory_mib << 20:
+                    return f"more than {limits.memory_mib} MiB of memory"
+                if use.processes > limits.processes + _OWN_PROCESSES:
+                    return f"more than {limits.processes} processes"
+            if await self._disk.measure() > ceiling:
+                return f"more than {limits.disk_mib} MiB of disk"
+
+    def _out_of_memory(self) -> str | None:
+        """Whether the kernel killed a process for memory since this was last asked."""
+        if self._launcher.cgroup is None or (kills := self._launcher.cgroup.oom_kills()) == self._oom_kills:
+            return None
+        self._oom_kills = kills
+        return f"more than {self._launcher.limits.memory_mib} MiB of memory"
+
+    def _result(self, ended: Ended, timeout: float) -> CommandResult:
+        """What the agent sees; a limit that was met is named at the end of the output."""
+        limits, returncode, note = self._launcher.limits, ended.returncode, ""
+        if ended.timed_out:
+            returncode, note = 124, f"it did not end within {timeout:g} s"
+        elif ended.stopped:
+            returncode, note = 137, f"it used {ended.stopped}"
+        elif returncode == _SIGXFSZ:
+            returncode, note = 137, f"a file would have grown over {limits.disk_mib} MiB"
+        output = ended.output.text()
+        if note:
+            output += f"\n[stopped: {note}]\n"
+        if self._disk.full:
+            output += f"\n[disk full: {limits.disk_mib} MiB are used up; no file can grow until some are removed]\n"
+        return CommandResult(output, returncode, ended.timed_out, ended.output.dropped > 0, ended.seconds)
