@@ -13,6 +13,7 @@ class Phase(StrEnum):
     """One word for people; programs read conditions."""
 
     PENDING = "Pending"
+    PREPARING = "Preparing"
     PREFLIGHT = "Preflight"
     ROLLOUT = "Rollout"
     TRAINING = "Training"
@@ -61,9 +62,17 @@ class RolloutSummary(ApiModel):
 class TrainingSummary(ApiModel):
     steps: int
     labels: int
+    """Labels that were trained on, each counted as often as it was."""
     tokens: int
+    """Tokens of all forward passes, padding left out."""
+    token_ratio: float = 1.0
+    """Tokens that one sequence for each label would have cost, by `tokens`."""
+    too_long: int = 0
+    """Labelled states left out because they exceed maxSequenceTokens."""
     first_loss: float | None = None
+    """Mean over the first ten steps."""
     last_loss: float | None = None
+    """Mean over the last ten steps."""
     checkpoint: str
     """Policy version that training made."""
     seconds: float

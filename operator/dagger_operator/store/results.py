@@ -45,6 +45,8 @@ class TrainingResult(Record):
     summary: TrainingSummary
     policy: str
     """Policy version that was made."""
+    losses: tuple[float, ...] = ()
+    """Mean loss over the targets of each optimiser step."""
 
 
 class PublishResult(Record):

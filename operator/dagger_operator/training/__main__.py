@@ -1,0 +1,135 @@
+"""The training stage: `python -m dagger_operator.training`. Starts this pod's ranks and answers for how they end.
+
+It imports no torch. The ranks are started directly, by the variables that torchrun would set: a launcher of torch's own costs seconds
+and stands between a signal and the ranks.
+"""
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from dagger_operator.store.policies import load_policy
+from dagger_operator.store.results import TrainingResult, read_result
+from dagger_operator.store.stage import ExitCode, Stage, StageFailure, main
+from dagger_operator.training.inputs import inputs
+from dagger_operator.training.rank import weights_folder
+
+_GRACE_SECONDS = 10
+"""How long ranks may go on after another one failed: they wait for it in a collective that will never end."""
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    rank: int
+    process: asyncio.subprocess.Process
+    last_words: Path
+    """Where the rank says why it failed, as a pod does in its termination log."""
+
+
+async def body(stage: Stage) -> None:
+    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+        structlog.get_logger().info("already done")
+        return
+    given = await inputs(stage)
+    await load_policy(stage.store, given.parent, weights_folder(stage.scratch, given.parent))
+    master = _master(stage)
+    ranks = [await _start(stage, local, master) for local in range(stage.run.spec.training.processes_per_node)]
+    # The ranks leave a checkpoint, then end.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _signal, ranks, signal.SIGTERM)
+    try:
+        await _watch(ranks)
+    finally:
+        _signal(ranks, signal.SIGKILL)
+        await asyncio.gather(*(rank.process.wait() for rank in ranks))
+
+
+async def _watch(ranks: Sequence[RankProcess]) -> None:
+    """Returns when all ranks are done. Where one fails, raises the failure that says most."""
+    waiting = {asyncio.create_task(rank.process.wait()) for rank in ranks}
+    while waiting:
+        _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if any(rank.process.returncode for rank in ranks):
+            if waiting:  # a rank that lost its peer ends too, but only the peer can say why
+                await asyncio.wait(waiting, timeout=_GRACE_SECONDS)
+            raise min((_failure(rank) for rank in ranks if rank.process.returncode), key=_vagueness)
+
+
+def _failure(rank: RankProcess) -> Exception:
+    code = rank.process.returncode or 0
+    if code < 0:
+        return StageFailure(
+            "RankKilled",
+            f"rank {rank.rank} was ended by {signal.Signals(-code).name}: if it was short of memory, lower training.microBatchTokens, set "
+            "training.activationCheckpointing, or raise training.deepspeed.zeroStage; training goes on from its last checkpoint",
+            permanent=False,
+        )
+    try:
+        words = json.loads(rank.last_words.read_text())
+    except (OSError, ValueError):
+        words = {"reason": "Unexpected", "message": "it said nothing; its log may say more"}
+    if code in (ExitCode.PERMANENT, ExitCode.UNAVAILABLE):
+        return StageFailure(words["reason"], words["message"], permanent=code == ExitCode.PERMANENT)
+    return RuntimeError(f"rank {rank.rank} ended with code {code}: {words['message']}")
+
+
+def _vagueness(failure: Exception) -> int:
+    if not isinstance(failure, StageFailure):
+        return 2
+    return 0 if failure.permanent else 1
+
+
+async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> RankProcess:
+    training = stage.run.spec.training
+    rank = stage.index * training.processes_per_node + local_rank
+    last_words = stage.scratch / "ranks" / f"{rank}.json"
+    last_words.parent.mkdir(parents=True, exist_ok=True)
+    last_words.unlink(missing_ok=True)
+    environ = {
+        "OMP_NUM_THREADS": "1",
+        **stage.environ,
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{local_rank}",
+        "WORLD_SIZE": f"{training.nodes * training.processes_per_node}",
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": f"{master[1]}",
+        "DAGGER_SCRATCH": f"{stage.scratch}",
+        "DAGGER_TERMINATION_LOG": f"{last_words}",
+        "DS_ACCELERATOR": "cuda" if training.gpus_per_node else "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if training.nodes == 1:
+        environ["GLOO_SOCKET_IFNAME"] = "lo"  # by default it asks a name server for this host
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "dagger_operator.training.rank", env=environ)
+    return RankProcess(rank, process, last_words)
+
+
+def _master(stage: Stage) -> tuple[str, int]:
+    """Where rank 0 listens for the others."""
+    if stage.run.spec.training.nodes > 1:
+        try:
+            return stage.environ["DAGGER_MASTER_ADDR"], int(stage.environ["DAGGER_MASTER_PORT"])
+        except KeyError as missing:
+            raise StageFailure("NoMaster", f"training on several nodes needs {missing} in the environment of the stage") from None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return "127.0.0.1", probe.getsockname()[1]
+
+
+def _signal(ranks: Sequence[RankProcess], number: signal.Signals) -> None:
+    for rank in ranks:
+        if rank.process.returncode is None:
+            with suppress(ProcessLookupError):
+                rank.process.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main("training", body))

@@ -1,0 +1,181 @@
+"""Trainer state in the store, from which a killed training goes on with the same losses, bit for bit, on the same layout.
+
+A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
+restart fetches that again. The last two are kept: if one is damaged, the one before it serves.
+"""
+
+import asyncio
+import shutil
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+import torch.distributed
+from pydantic import ValidationError
+
+from dagger_operator.store import layout
+from dagger_operator.store.objects import Store
+from dagger_operator.store.policies import file_digest
+from dagger_operator.store.records import Record
+from dagger_operator.training.engine import Engine
+
+T = TypeVar("T")
+
+_KEPT = 2
+_MANIFEST = "manifest.json"
+_WORTH = 20
+"""Seconds of training that one second of checkpointing must be worth: checkpoints cost at most a twentieth of the time."""
+
+
+class Tally(Record):
+    """What training has done so far, over all ranks and all tries."""
+
+    losses: tuple[float, ...] = ()
+    """Mean loss over the targets of each step."""
+    labels: int = 0
+    tokens: int = 0
+    """Tokens of all forward passes, padding left out."""
+    unpacked: int = 0
+    """Tokens that one sequence per label would have had."""
+    seconds: float = 0.0
+    """Time within steps."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def with_step(self, *, loss: float, labels: int, tokens: int, unpacked: int, seconds: float) -> "Tally":
+        return Tally(
+            losses=(*self.losses, loss),
+            labels=self.labels + labels,
+            tokens=self.tokens + tokens,
+            unpacked=self.unpacked + unpacked,
+            seconds=self.seconds + seconds,
+        )
+
+
+class StoredFile(Record):
+    sha256: str
+    node: int
+    """Pod that wrote it."""
+
+
+class Checkpoint(Record):
+    """Manifest of one checkpoint."""
+
+    layout: str
+    """Digest of everything that decides the course of training. Another one is another training."""
+    tally: Tally
+    files: dict[str, StoredFile]
+
+
+class Checkpoints:
+    """This round's checkpoints, seen from one rank. `save` and `resume` are collective: every rank calls them."""
+
+    def __init__(self, store: Store, scratch: Path, round_number: int, layout_digest: str, *, node: int, every_steps: int) -> None:
+        self._store, self._prefix = store, layout.checkpoint_prefix(round_number)
+        self._folder, self._layout, self._node, self._every = scratch / "checkpoints", layout_digest, node, every_steps
+        self._rank = torch.distributed.get_rank()
+        # One rank of each pod moves files; the pods' folders are not shared.
+        nodes = _gathered(node)
+        self._carries = nodes.index(node) == self._rank
+        self._last, self._cost = time.monotonic(), 0.0
+        self._log = structlog.get_logger()
+
+    def due(self, step: int) -> bool:
+        """Whether this rank asks for a checkpoint after `step` steps: rank 0 does, at the asked interval, where it is worth its time."""
+        return self._rank == 0 and step % self._every == 0 and time.monotonic() - self._last >= _WORTH * self._cost
+
+    async def save(self, engine: Engine, tally: Tally) -> None:
+        """Stores the state after `tally.steps` steps."""
+        started = time.monotonic()
+        tag = f"step-{tally.steps:08d}"
+        engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False)
+        mine: dict[str, StoredFile] = {}
+        if self._carries:
+            for path in sorted((self._folder / tag).rglob("*")):
+                name = path.relative_to(self._folder / tag).as_posix()
+                mine[name] = StoredFile(sha256=await asyncio.to_thread(file_digest, path), node=self._node)
+                await self._store.upload(f"{self._prefix}{tag}/{name}", path)
+        files = {name: file for part in _gathered(mine) for name, file in part.items()}
+        if self._rank == 0:
+            manifest = Checkpoint(layout=self._layout, tally=tally, files=files)
+            await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
+            await self._forget_old()
+        if self._carries:
+            shutil.rmtree(self._folder / tag)
+        torch.distributed.barrier()
+        self._last = time.monotonic()
+        self._cost = self._last - started
+        if self._rank == 0:
+            self._log.info("checkpoint stored", step=tally.steps, seconds=round(self._cost, 3))
+
+    async def resume(self, engine: Engine) -> Tally:
+        """Puts the newest whole checkpoint of this training into the engine; an empty tally where there is none."""
+        candidates = await self._candidates() if self._rank == 0 else []
+        for tag, checkpoint in _gathered(candidates)[0]:
+            if not all(_gathered(await self._fetch(tag, checkpoint))):
+                self._log.warning("checkpoint is damaged, trying the one before it", checkpoint=tag)
+                continue
+            engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False)
+            torch.distributed.barrier()
+            if self._carries:
+                shutil.rmtree(self._folder / tag)
+            return checkpoint.tally
+        return Tally()
+
+    async def forget(self) -> None:
+        """Removes all checkpoints of this round: it is done."""
+        for info in await self._store.list(self._prefix):
+            await self._store.delete(info.key)
+
+    async def _candidates(self) -> list[tuple[str, Checkpoint]]:
+        """Whole checkpoints of this training, newest first."""
+        found: list[tuple[str, Checkpoint]] = []
+        for tag in reversed(await self._tags()):
+            manifest = await self._store.get(f"{self._prefix}{tag}/{_MANIFEST}")
+            try:
+                checkpoint = Checkpoint.model_validate_json(manifest.data) if manifest else None
+            except ValidationError:
+                checkpoint = None
+            if checkpoint is None:
+                self._log.warning("checkpoint was cut short, trying the one before it", checkpoint=tag)
+            elif checkpoint.layout != self._layout:
+                self._log.warning("checkpoint is of another training (settings, ranks, data or software), left alone", checkpoint=tag)
+            else:
+                found.append((tag, checkpoint))
+        return found
+
+    async def _fetch(self, tag: str, checkpoint: Checkpoint) -> bool:
+        """Whether every file that this pod needs is here and is what the manifest says."""
+        if not self._carries:
+            return True
+        for name, file in checkpoint.files.items():
+            if file.node not in (0, self._node):
+                continue
+            path = self._folder / tag / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not await self._store.download(f"{self._prefix}{tag}/{name}", path):
+                return False
+            if await asyncio.to_thread(file_digest, path) != file.sha256:
+                return False
+        return True
+
+    async def _forget_old(self) -> None:
+        for tag in (await self._tags())[:-_KEPT]:
+            keys = [info.key for info in await self._store.list(f"{self._prefix}{tag}/")]
+            # The manifest goes first: what has none is no checkpoint.
+            for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
+                await self._store.delete(key)
+
+    async def _tags(self) -> list[str]:
+        keys = [info.key.removeprefix(self._prefix) for info in await self._store.list(self._prefix)]
+        return sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+
+
+def _gathered(value: T) -> list[T]:
+    """Every rank's value, in order of ranks."""
+    values: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return [value for value in values if value is not None]

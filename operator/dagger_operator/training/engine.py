@@ -1,0 +1,103 @@
+"""The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from dagger_operator.api import Training
+from dagger_operator.api.training import Offload, Precision
+from dagger_operator.training.loss import Objective
+
+Engine = Any
+"""`deepspeed.DeepSpeedEngine`, which is not typed."""
+
+
+def join(rank: int, ranks: int, local_rank: int) -> torch.device:
+    """Enters the process group that the environment names (as torchrun does) and returns this rank's device."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not cuda:
+        # DeepSpeed would compile a shared-memory all-reduce at start (half a minute, and a compiler in the image) that training
+        # never calls. It takes ops that are not in this table for absent.
+        deepspeed.ops.__compatible_ops__ = {}
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return device
+
+
+def settings(training: Training, ranks: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast as they
+    are used. Gradients are summed in FP32 either way.
+    """
+    stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 2 and device.type == "cuda"}
+    if training.deepspeed.offload is Offload.OPTIMIZER and stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if device.type == "cpu":
+        # Buckets are allocated whole; the defaults are sized for GPUs.
+        zero |= {"reduce_bucket_size": 1 << 24, "allgather_bucket_size": 1 << 24}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": ranks,
+        "gradient_accumulation_steps": 1,
+        # `step()` ends an accumulation window, whatever number of micro-batches it has; the loss is normalised by us.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": training.gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if bf16 and stage > 0:
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    elif bf16:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def build(training: Training, weights: Path, ranks: int, device: torch.device) -> Engine:
+    """The policy in folder `weights`, ready to train, with a fresh optimiser."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    config = settings(training, ranks, device)
+    stage = training.deepspeed.zero_stage
+    # While this object lives, stage 3 shards weights as they are loaded: no rank ever holds all of them.
+    sharded_loading = HfDeepSpeedConfig(config) if stage == 3 else None  # type: ignore[no-untyped-call]  # transformers does not type it
+    low_precision = training.precision is Precision.BF16 and stage > 0
+    policy = AutoModelForCausalLM.from_pretrained(
+        weights, dtype=torch.bfloat16 if low_precision else torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+    policy.config.use_cache = False
+    if training.activation_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = Objective(policy)
+    optimizer = torch.optim.AdamW(
+        objective.parameters(),
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+    del sharded_loading
+    engine.train()
+    return engine
+
+
+def set_learning_rate(engine: Engine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

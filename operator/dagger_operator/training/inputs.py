@@ -1,0 +1,51 @@
+"""What a round's training starts from."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dagger_operator.api import Aggregation
+from dagger_operator.store.manifest import TrainingSet, training_set
+from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
+from dagger_operator.store.stage import Stage, StageFailure
+
+
+@dataclass(frozen=True)
+class Inputs:
+    parent: str
+    """Policy version whose weights training starts from."""
+    data: TrainingSet
+
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """Everything that decides the course of training, as it is kept with the policy."""
+        spec = stage.run.spec
+        training = spec.training.wire()
+        # What cannot change the result may change while it is made.
+        for name in ("checkpointEverySteps", "retries", "image", "mode"):
+            training.pop(name, None)
+        return {"training": training, "seed": spec.seed, "round": stage.round, "parent": self.parent, "data": self.data.digest}
+
+
+async def inputs(stage: Stage) -> Inputs:
+    """Raises `StageFailure` where the stages before have not left what is needed."""
+    spec = stage.run.spec
+    data = await training_set(stage.store, stage.round, spec.training.aggregation)
+    if sum(manifest.labels for manifest in data.manifests) == 0:
+        raise StageFailure(
+            "NoLabels",
+            f"round {stage.round} has no label to train on ({sum(m.turns for m in data.manifests)} turns): look at label_flaw in its "
+            "trajectories, and at scaffold.protocol and teacher.sampling.maxTokens",
+        )
+    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    previous = await read_result(stage.store, stage.round - 1, "training", TrainingResult) if stage.round > 1 else None
+    if prepared is None or (stage.round > 1 and previous is None):
+        before = "the run's prepare stage" if prepared is None else f"the training stage of round {stage.round - 1}"
+        raise StageFailure("StageMissing", f"{before} has no result in the store: it has to end before this one starts", permanent=False)
+    fresh = previous is None or spec.training.aggregation is Aggregation.ALL_ROUNDS_FROM_BASE
+    return Inputs(parent=prepared.policy if fresh or previous is None else previous.policy, data=data)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

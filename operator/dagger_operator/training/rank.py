@@ -1,0 +1,186 @@
+"""One process of the trainer, started by the stage for every rank: `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`
+say which, as they do under torchrun.
+
+Ranks share the tokenising, then all hold all samples, so that each can compute every step's plan without asking another.
+"""
+
+import asyncio
+import importlib.metadata
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from dagger_operator.api import TrainingSummary
+from dagger_operator.store.policies import policy_manifest, save_policy
+from dagger_operator.store.progress import report
+from dagger_operator.store.records import Trajectory
+from dagger_operator.store.results import StageProgress, TrainingResult, save_result
+from dagger_operator.store.stage import Stage, StageFailure, main
+from dagger_operator.training.batches import Curriculum
+from dagger_operator.training.inputs import Inputs, digest, inputs
+from dagger_operator.training.samples import Tokenised, tokenise
+from dagger_operator.training.template import StudentTemplate, template_options
+
+if TYPE_CHECKING:
+    from dagger_operator.training.checkpoints import Tally
+
+_REPORT_SECONDS = 2.0
+_MEAN_OF = 10
+"""Steps over which the first and the last loss are averaged."""
+
+
+async def body(stage: Stage) -> None:
+    """Trains, exports, stores the policy and, on rank 0, the stage's result."""
+    started = time.monotonic()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Heavy, and slow to import: only ranks do.
+    import torch.distributed
+
+    from dagger_operator.training import checkpoints, engine, export, loop
+
+    spec = stage.run.spec
+    given = await inputs(stage)
+    weights = weights_folder(stage.scratch, given.parent)
+    device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
+
+    tokenised = await _tokenise(stage, given, weights, rank, ranks)
+    curriculum = Curriculum(tokenised.samples, spec.training, seed=spec.seed, round_number=stage.round)
+    policy = engine.build(spec.training, weights, ranks, device)
+    settings = given.settings(stage)
+    kept = checkpoints.Checkpoints(
+        stage.store,
+        stage.scratch,
+        stage.round,
+        digest({**settings, "software": _software(), "device": device.type}),
+        node=stage.index,
+        every_steps=spec.training.checkpoint_every_steps,
+    )
+    tally = await kept.resume(policy)
+    reporter = _Reporter(stage, rank, curriculum.steps, resumed_at=tally.steps)
+    reporter.log.info(
+        "training", steps=curriculum.steps, labels=len(tokenised.samples), from_step=tally.steps, setup_seconds=_since(started)
+    )
+
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
+    tally = await loop.train(
+        policy,
+        tokenised.samples,
+        curriculum,
+        spec.training,
+        loop.Rank(rank, ranks, device),
+        kept,
+        tally,
+        seed=spec.seed,
+        stopping=stopping.is_set,
+        observe=reporter.observe,
+    )
+
+    folder = stage.scratch / "export"
+    export.export(policy, weights, folder)
+    if rank == 0:
+        base = await policy_manifest(stage.store, given.parent)
+        made = await save_policy(
+            stage.store,
+            folder,
+            round=stage.round,
+            base_model=base.base_model,
+            parent=given.parent,
+            data_digest=given.data.digest,
+            settings=settings,
+            software=_software(),
+        )
+        losses = tally.losses
+        summary = TrainingSummary(
+            steps=tally.steps,
+            labels=tally.labels,
+            tokens=tally.tokens,
+            token_ratio=round(tally.unpacked / tally.tokens, 3),
+            too_long=tokenised.too_long,
+            first_loss=_mean(losses[:_MEAN_OF]),
+            last_loss=_mean(losses[-_MEAN_OF:]),
+            checkpoint=made.version,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        await save_result(stage.store, stage.round, "training", TrainingResult(summary=summary, policy=made.version, losses=losses))
+        await kept.forget()
+        reporter.log.info("training done", **summary.wire())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks: int) -> Tokenised:
+    """All samples, each trajectory tokenised by one rank."""
+    import torch.distributed
+    from transformers import AutoTokenizer
+
+    served = stage.run.spec.student.served
+    template = StudentTemplate(
+        AutoTokenizer.from_pretrained(weights, local_files_only=True), template_options(served.extra_args if served else [])
+    )
+    trajectories: list[Trajectory] = []
+    position = 0
+    async for trajectory in given.data.trajectories():
+        if position % ranks == rank:
+            trajectories.append(trajectory)
+        position += 1
+    mine = tokenise(trajectories, template, stage.run.spec.training.max_sequence_tokens)
+    parts: list[Tokenised | None] = [None] * ranks
+    torch.distributed.all_gather_object(parts, mine)
+    whole = [part for part in parts if part is not None]
+    samples = sorted((sample for part in whole for sample in part.samples), key=lambda sample: (sample.trajectory, sample.turn))
+    too_long = sum(part.too_long for part in whole)
+    if not samples:
+        raise StageFailure(
+            "NoLabels",
+            f"all {too_long} labelled states exceed training.maxSequenceTokens ({stage.run.spec.training.max_sequence_tokens}): raise it",
+        )
+    return Tokenised(tuple(samples), too_long)
+
+
+class _Reporter:
+    """Says now and then how far training is."""
+
+    def __init__(self, stage: Stage, rank: int, steps: int, resumed_at: int) -> None:
+        self._stage, self._rank, self._steps = stage, rank, steps
+        self._due = 0.0
+        self.log = structlog.get_logger().bind(rank=rank) if rank else structlog.get_logger()
+
+    async def observe(self, tally: "Tally") -> None:
+        await asyncio.sleep(0)  # lets a signal that arrived during the step be seen
+        now = time.monotonic()
+        if self._rank or (now < self._due and tally.steps < self._steps):
+            return
+        self._due = now + _REPORT_SECONDS
+        rate = tally.tokens / max(tally.seconds, 1e-9)
+        loss = _mean(tally.losses[-_MEAN_OF:])
+        self.log.info("step", step=tally.steps, of=self._steps, loss=round(loss, 5), tokens_per_second=round(rate))
+        counters = {"loss": loss, "tokens_per_second": rate}
+        progress = StageProgress(done=tally.steps, total=self._steps, unit="steps", counters=counters, seconds=tally.seconds)
+        await report(self._stage.store, self._stage.round, "training", 0, progress)
+
+
+def weights_folder(scratch: Path, version: str) -> Path:
+    """Where the stage puts the weights that its ranks start from."""
+    return scratch / "weights" / version
+
+
+def _mean(numbers: tuple[float, ...]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 2)
+
+
+def _software() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("dagger-operator", "torch", "transformers", "deepspeed")}
+
+
+if __name__ == "__main__":
+    sys.exit(main("training", body))

@@ -1,0 +1,68 @@
+"""Labelled states as the student's tokens: one sample is a state's prompt and the teacher's turn at it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dagger_operator.store.records import Actor, Trajectory, labelled_states
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.training.template import StudentTemplate
+
+Tokens = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled state. Only the label's tokens are targets."""
+
+    trajectory: str
+    """Round and rollout, such as `0001/00017`."""
+    turn: int
+    tokens: Tokens
+    """Shape (prompt + label,): the state as the server renders it, then the label up to and with its end-of-turn token."""
+    prompt: int
+    """How many of them are the state."""
+
+    @property
+    def targets(self) -> Tokens:
+        """Shape (label,): the tokens that are learned."""
+        return self.tokens[self.prompt :]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    samples: tuple[Sample, ...]
+    """In the order of rounds, rollouts and turns."""
+    too_long: int
+    """Labelled states left out because they exceed `maxSequenceTokens`."""
+
+
+def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_tokens: int) -> Tokenised:
+    """Every labelled state of these trajectories as a sample.
+
+    Raises `StageFailure("TemplateMismatch")` where the student acted and the server counted another number of prompt tokens: then
+    training would see other states than the student does.
+    """
+    samples: list[Sample] = []
+    too_long = 0
+    for trajectory in trajectories:
+        name = f"{trajectory.round:04d}/{trajectory.rollout_id}"
+        counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Actor.STUDENT}
+        for state in labelled_states(trajectory):
+            prompt = template.prompt(state.messages, state.tools)
+            served = counted.get(state.turn, 0)  # 0: the server did not say
+            if served and served != len(prompt):
+                raise StageFailure(
+                    "TemplateMismatch",
+                    f"rollout {name}, turn {state.turn}: the server counted {served} prompt tokens, training renders {len(prompt)}: "
+                    "serve the student with the chat template and tokenizer of its checkpoint (no --chat-template, no "
+                    "--tokenizer), and set template variables by --default-chat-template-kwargs in student.serving.extraArgs only",
+                )
+            label = template.label(state.messages, state.tools, state.label)
+            if len(prompt) + len(label) > max_tokens:
+                too_long += 1
+                continue
+            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt)))
+    return Tokenised(tuple(samples), too_long)
