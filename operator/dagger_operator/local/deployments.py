@@ -17,6 +17,8 @@ class DeploymentRunner:
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._running: dict[str, Any] | None = None
         """The template that the pods were made from."""
+        self._ready = 0
+        self._progressed = asyncio.get_running_loop().time()
         self._wanted = asyncio.Event()
         self._task = asyncio.create_task(self._converge(), name=f"deployment {self._name}")
         self.update(manifest)
@@ -29,9 +31,26 @@ class DeploymentRunner:
         pods = [pod.manifest() for pod in self._pods.values()]
         ready = sum(condition["status"] == "True" for pod in pods for condition in pod["status"]["conditions"])
         current = self._running == self._manifest["spec"]["template"]
-        status = {"replicas": len(pods), "readyReplicas": ready, "availableReplicas": ready, "updatedReplicas": len(pods) if current else 0}
-        generation = self._manifest["metadata"].get("generation")
-        return {**self._manifest, "status": {**status, **({"observedGeneration": generation} if generation is not None else {})}}
+        status = {
+            "replicas": len(pods),
+            "readyReplicas": ready,
+            "availableReplicas": ready,
+            "updatedReplicas": len(pods) if current else 0,
+            "conditions": self._conditions(ready),
+        }
+        return {**self._manifest, "status": status}
+
+    def _conditions(self, ready: int) -> list[dict[str, str]]:
+        """`Progressing`, which is False once nothing became ready for longer than `progressDeadlineSeconds`."""
+        time, spec = asyncio.get_running_loop().time(), self._manifest["spec"]
+        wanted = int(spec.get("replicas", 1))
+        if ready != self._ready or ready >= wanted:
+            self._ready, self._progressed = ready, time
+        deadline = float(spec.get("progressDeadlineSeconds", 600))
+        if time - self._progressed <= deadline:
+            return [{"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}]
+        message = f"{ready} of {wanted} replicas became ready within progressDeadlineSeconds = {deadline:g}"
+        return [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": message}]
 
     def pods(self) -> list[dict[str, Any]]:
         return [pod.manifest() for _, pod in sorted(self._pods.items())]
@@ -48,7 +67,7 @@ class DeploymentRunner:
             template, replicas = self._manifest["spec"]["template"], int(self._manifest["spec"].get("replicas", 1))
             if template != self._running:
                 await self._scale_down(0)
-                self._running = template
+                self._running, self._progressed = template, asyncio.get_running_loop().time()
             await self._scale_down(replicas)
             for index in range(len(self._pods), replicas):
                 pod = self._pods[index] = self._make_pod(f"{self._name}-{index}", index)

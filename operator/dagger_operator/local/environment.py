@@ -23,6 +23,8 @@ INHERITED_PREFIXES = (
 IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 """The user's own credentials for object storage: what a workload identity is on a cluster."""
 
+COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+
 _URL = re.compile(r"(?P<scheme>https?://)(?P<host>[a-z0-9.-]+)(?P<rest>[:/].*)?")
 _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
@@ -113,6 +115,8 @@ def _value(variable: Mapping[str, Any], pod: PodContext) -> str | None:
         )
     path = source["fieldRef"]["fieldPath"]
     fields = {"status.podIP": pod.address, "metadata.name": pod.name, "metadata.namespace": pod.namespace}
+    if pod.completion_index is not None:
+        fields[COMPLETION_INDEX] = str(pod.completion_index)
     if path in fields:
         return fields[path]
     raise CannotStart("CreateContainerConfigError", f"fieldRef {path} of {variable['name']} is not known on one machine")

@@ -1,0 +1,5 @@
+"""`python -m dagger_operator.cli` is `daggerctl`."""
+
+from dagger_operator.cli.app import main
+
+main()

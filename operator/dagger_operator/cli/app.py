@@ -1,0 +1,132 @@
+"""`daggerctl`: what there is to call, and how errors reach people. Heavy modules are imported by the command that needs them."""
+
+import sys
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dagger_operator.api import InvalidRun
+
+
+class Exit(IntEnum):
+    """Exit codes of `daggerctl`."""
+
+    OK = 0
+    FAILED = 1
+    """The run, or what was checked, failed."""
+    BAD_INPUT = 2
+    """The command or a file is wrong: nothing was done."""
+    UNAVAILABLE = 75
+    """Storage or another service is away: the same command can succeed later."""
+    INTERRUPTED = 130
+
+
+File = Annotated[Path, typer.Argument(help="YAML file with one DAggerRun, and the Secrets that it names; - is standard input.")]
+Name = Annotated[str, typer.Argument(help="Name of a run on this machine.")]
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="DAgger for LLM agents, on this machine."
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look after the object storage of a run.")
+app.add_typer(store_app, name="store")
+
+
+@app.command()
+def validate(file: File) -> None:
+    """Check a file: every problem with its field, value and remedy."""
+    from dagger_operator.cli.documents import read
+
+    run = read(file).run
+    print(f"{file}: DAggerRun {run.metadata.name!r} is valid: {run.spec.rounds} rounds of {run.spec.tasks.per_round} tasks")
+
+
+@app.command()
+def run(file: File) -> None:
+    """Run a DAggerRun to its end. A run of that name that exists already goes on, with the file's changes."""
+    from dagger_operator.cli.running import start
+
+    raise typer.Exit(start(file))
+
+
+@app.command()
+def resume(name: Name) -> None:
+    """Go on with a run that was interrupted, suspended or failed; finished work is not done again."""
+    from dagger_operator.cli.running import resume as go_on
+
+    raise typer.Exit(go_on(name))
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(help="Name of a run; without it, all runs of this machine.")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml.")] = "table",
+) -> None:
+    """Show a run: conditions, and a row for each round."""
+    from dagger_operator.cli.showing import show, show_all
+
+    raise typer.Exit(show(name, output) if name else show_all())
+
+
+@app.command()
+def compare(
+    name: Name,
+    first: Annotated[int, typer.Argument(help="Round whose student is compared.", min=1)],
+    second: Annotated[int, typer.Argument(help="Round whose student it is compared with.", min=1)],
+    other: Annotated[str | None, typer.Option(help="Take the second round from this run instead.")] = None,
+) -> None:
+    """Compare two evaluated students on the same held-out tasks: McNemar's exact test, paired bootstrap."""
+    from dagger_operator.cli.comparing import compare_rounds
+
+    raise typer.Exit(compare_rounds(name, first, other or name, second))
+
+
+@app.command()
+def export(
+    name: Name,
+    to: Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")],
+    round_number: Annotated[int | None, typer.Option("--round", help="Round to export; default the last finished one.", min=0)] = None,
+    what: Annotated[
+        str, typer.Option(help="policy: the Hugging Face folder of the student; data: the labelled trajectories in Parquet.")
+    ] = "policy",
+) -> None:
+    """Copy a round's student or data out of the run's storage, verified against their digests."""
+    from dagger_operator.cli.exporting import export_round
+
+    raise typer.Exit(export_round(name, to, round_number, what))
+
+
+@store_app.command("check")
+def store_check(file: File) -> None:
+    """Race conditional writes against the storage that a file names, and refuse one that loses them."""
+    from dagger_operator.cli.storing import check_store
+
+    raise typer.Exit(check_store(file))
+
+
+@store_app.command("fsck")
+def store_fsck(name: Name, deep: Annotated[bool, typer.Option(help="Read every object and verify its digest.")] = False) -> None:
+    """Verify what storage holds of a run: manifests, shards, trajectories, results, policies."""
+    from dagger_operator.cli.storing import check_run
+
+    raise typer.Exit(check_run(name, deep))
+
+
+def main() -> None:
+    """Entry point: bad input and missing services end with one clear message, never a traceback."""
+    from dagger_operator.local.folder import RunInUse, UnknownRun
+    from dagger_operator.store.objects import StoreUnavailable
+
+    try:
+        app()
+    except InvalidRun as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(Exit.BAD_INPUT)
+    except (UnknownRun, RunInUse) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(Exit.BAD_INPUT)
+    except StoreUnavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(Exit.UNAVAILABLE)

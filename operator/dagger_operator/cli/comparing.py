@@ -1,0 +1,33 @@
+"""`daggerctl compare`: two students on the same held-out tasks."""
+
+import asyncio
+import sys
+
+from dagger_operator.cli.app import Exit
+from dagger_operator.cli.storing import stored_run
+from dagger_operator.store.results import EvaluationResult, read_result
+
+
+def compare_rounds(first_run: str, first: int, second_run: str, second: int) -> int:
+    """Prints the difference of the resolved rates, first minus second, and how sure it is."""
+    from dagger_operator.evaluation.statistics import compare
+
+    run, _ = stored_run(first_run)
+    results = []
+    for name, number in ((first_run, first), (second_run, second)):
+        _, store = stored_run(name)
+        result = asyncio.run(read_result(store, number, "evaluation", EvaluationResult))
+        if result is None:
+            print(f"error: round {number} of run {name!r} has no evaluation; see `daggerctl status {name}`", file=sys.stderr)
+            return Exit.BAD_INPUT
+        results.append(result)
+    confidence = run.spec.evaluation.confidence
+    outcome = compare(*results, confidence=confidence)
+    ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
+    difference = f"{100 * outcome.difference:+.1f} points, {confidence:.0%} interval {ends} (paired bootstrap)"
+    print(f"{first_run} round {first}: {outcome.first_rate:.1%} resolved")
+    print(f"{second_run} round {second}: {outcome.second_rate:.1%} resolved")
+    print(f"difference on {outcome.tasks} common tasks: {difference}")
+    print(f"resolved by the first alone: {outcome.only_first}, by the second alone: {outcome.only_second}")
+    print(f"p = {outcome.p_value:.2g} (McNemar's exact test)")
+    return Exit.OK

@@ -1,0 +1,42 @@
+"""`daggerctl status`."""
+
+import json
+import sys
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dagger_operator.cli.app import Exit
+from dagger_operator.cli.report import NOTHING, report
+from dagger_operator.local.folder import RunFolder, home
+
+
+def show(name: str, output: str) -> int:
+    """One run, as a table or as the resource itself."""
+    run = RunFolder(home(), name).require()
+    match output:
+        case "table":
+            Console().print(report(run))
+        case "json":
+            print(json.dumps(run.wire(), indent=2))
+        case "yaml":
+            print(yaml.safe_dump(run.wire(), sort_keys=False), end="")
+        case _:
+            print(f"error: --output: {output!r}: write table, json or yaml", file=sys.stderr)
+            return Exit.BAD_INPUT
+    return Exit.OK
+
+
+def show_all() -> int:
+    """A line for each run of this machine: what `kubectl get daggerruns` shows."""
+    table = Table()
+    for title in ("name", "phase", "round", "resolved", "teacher", "reason"):
+        table.add_column(title)
+    for folder in RunFolder.all(home()):
+        run = folder.require()
+        status = run.status
+        cells = (status.phase, f"{status.round}/{run.spec.rounds}", status.resolved, status.teacher_share, status.reason) if status else ()
+        table.add_row(folder.name, *(str(cell or NOTHING) for cell in cells))
+    Console().print(table)
+    return Exit.OK

@@ -1,0 +1,47 @@
+"""`daggerctl store`: is this storage fit for a run, and is what it holds whole?"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.cli.app import Exit
+from dagger_operator.cli.documents import read
+from dagger_operator.local.acceptance import accept
+from dagger_operator.local.folder import RunFolder, home
+from dagger_operator.store.objects import Store
+
+
+def open_store(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]]) -> Store:
+    """The run's storage, with the credentials that its Secret or this user's environment holds."""
+    reference = run.spec.storage.secret_ref
+    return Store.open(run.spec.storage, secrets.get(reference.name, {}) if reference else os.environ)
+
+
+def stored_run(name: str) -> tuple[DAggerRun, Store]:
+    """A run of this machine and its storage."""
+    folder = RunFolder(home(), name)
+    run = folder.require()
+    return run, open_store(run, folder.secrets())
+
+
+def check_store(file: Path) -> int:
+    from dagger_operator.store.check import check
+
+    documents = read(file)
+    run = accept(documents.run, None, Path.cwd())
+    outcome = asyncio.run(check(open_store(run, documents.secrets)))
+    Console().print(str(outcome), highlight=False, soft_wrap=True)
+    return Exit.OK if outcome.honest else Exit.FAILED
+
+
+def check_run(name: str, deep: bool) -> int:
+    from dagger_operator.store.fsck import fsck
+
+    _, store = stored_run(name)
+    outcome = asyncio.run(fsck(store, deep=deep))
+    Console().print(str(outcome), highlight=False, soft_wrap=True)
+    return Exit.OK if outcome.sound else Exit.FAILED

@@ -1,0 +1,102 @@
+"""Works on one run until it is over: observe, plan, apply, say; again when something changed."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from dagger_operator.api import DAggerRun, Phase, RunStatus
+from dagger_operator.control import Observed, Results, children, plan, read_results
+from dagger_operator.local.environment import inherited
+from dagger_operator.local.folder import RunFolder
+from dagger_operator.local.machine import Machine, Place
+from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
+
+log = structlog.get_logger()
+
+LONGEST_SLEEP = 5.0
+"""Seconds after which things are looked at again, even where nothing was heard."""
+RESTING = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED})
+"""Phases in which a run holds nothing and asks for nothing."""
+
+
+class Supervisor:
+    """The local twin of the operator, for one run. It holds the run's folder while it works."""
+
+    def __init__(
+        self, folder: RunFolder, environ: Mapping[str, str] | None = None, watch: Callable[[DAggerRun], None] = lambda _: None
+    ) -> None:
+        self._folder = folder
+        self._environ = os.environ if environ is None else environ
+        self._watch = watch
+        self._results = Results()
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Asks `run` to end its processes and return; the run goes on when it is supervised again."""
+        self._stop.set()
+
+    async def run(self) -> RunStatus:
+        """Returns the status with which the run ended, or was left when `stop` was called."""
+        run = self._folder.require()
+        secrets = self._folder.secrets()
+        reference = run.spec.storage.secret_ref
+        environment = inherited(self._environ, identity=reference is None)
+        credentials = secrets.get(reference.name, {}) if reference else self._environ
+        store = await asyncio.to_thread(Store.open, run.spec.storage, credentials)
+        async with Machine(self._place(run, environment, secrets)) as machine:
+            while True:
+                machine.changed.clear()
+                observed = await self._observe(run, machine, store)
+                planned = plan(run, observed)
+                run = self._say(run, planned.status)
+                machine.apply(planned.objects)
+                for reference_to in planned.remove:
+                    machine.remove(reference_to.kind, reference_to.name)
+                rests = planned.status.phase in RESTING and not any(child.pods for child in observed.children)
+                if rests or self._stop.is_set():
+                    return planned.status
+                await self._sleep(machine, planned.requeue_after)
+
+    async def _observe(self, run: DAggerRun, machine: Machine, store: Store) -> Observed:
+        # Children before results: a Job that is seen to be done has its result in storage by then.
+        shown = machine.observed()
+        seen = children((manifest for manifest, _ in shown), (pod for _, pods in shown for pod in pods))
+        problem = None
+        try:
+            self._results = await read_results(store, self._results)
+        except (StoreUnavailable, DamagedObject) as error:
+            problem = str(error)
+        return Observed(now=datetime.now(UTC), children=seen, results=self._results, storage_problem=problem)
+
+    def _say(self, run: DAggerRun, status: RunStatus) -> DAggerRun:
+        """Writes the status where it differs, and shows the run."""
+        if status != run.status:
+            if run.status is None or status.phase is not run.status.phase or status.round != run.status.round:
+                log.info("phase", phase=status.phase, round=status.round, reason=status.reason)
+            run = run.model_copy(update={"status": status})
+            self._folder.save(run)
+        self._watch(run)
+        return run
+
+    async def _sleep(self, machine: Machine, requeue_after: float | None) -> None:
+        seconds = LONGEST_SLEEP if requeue_after is None else min(requeue_after, LONGEST_SLEEP)
+        waits = [asyncio.create_task(machine.changed.wait()), asyncio.create_task(self._stop.wait())]
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await wait
+
+    def _place(self, run: DAggerRun, environment: Mapping[str, str], secrets: Mapping[str, Mapping[str, str]]) -> Place:
+        scope = run.metadata.uid or run.metadata.name
+        # Unix sockets stand in pods' volumes, and their paths hold 107 bytes: the folder's own path may be too long.
+        short = hashlib.blake2b(f"{self._folder.path}{scope}".encode(), digest_size=6).hexdigest()
+        folder = Path(self._environ.get("TMPDIR", tempfile.gettempdir())) / f"dagger-{short}"
+        return Place(scope=scope, folder=folder, logs=self._folder.logs, environment=environment, secrets=secrets)
