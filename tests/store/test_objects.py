@@ -1,0 +1,116 @@
+"""What every store promises, on a folder and on a real S3 server."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Storage
+from dagger_operator.store import objects
+from dagger_operator.store.objects import Store, StoreUnavailable
+
+
+async def test_what_is_not_there_is_an_answer_and_no_error(store: Store, tmp_path: Path) -> None:
+    assert await store.get("a/b.json") is None
+    assert not await store.exists("a/b.json")
+    assert await store.list("a") == []
+    assert not await store.download("a/b.json", tmp_path / "b.json")
+    await store.delete("a/b.json")
+
+
+async def test_an_object_is_created_once(store: Store) -> None:
+    assert await store.create("a/b.json", b"first")
+    assert not await store.create("a/b.json", b"second")
+    there = await store.get("a/b.json")
+    assert there is not None and there.data == b"first"
+
+
+async def test_the_first_try_of_a_repeated_creation_counts_as_ours(store: Store) -> None:
+    assert await store.create("a/b.json", b"mine, worker 7")
+    assert await store.create("a/b.json", b"mine, worker 7")
+
+
+async def test_a_swap_succeeds_only_from_the_state_it_was_made_for(store: Store) -> None:
+    first = await store.swap("a/b.json", b"1", None)
+    assert first is not None
+    second = await store.swap("a/b.json", b"2", first)
+    assert second is not None and second == await store.get("a/b.json")
+    assert await store.swap("a/b.json", b"3", first) is None
+    await store.delete("a/b.json")
+    assert await store.swap("a/b.json", b"3", second) is None
+    assert not await store.exists("a/b.json")
+
+
+async def test_of_many_writers_of_one_state_one_wins(store: Store) -> None:
+    now = await store.swap("counter", b"start", None)
+    for number in range(5):
+        made = await asyncio.gather(*(store.swap("counter", f"{number} by {writer}".encode(), now) for writer in range(12)))
+        winners = [one for one in made if one is not None]
+        assert len(winners) == 1
+        now = winners[0]
+        assert now == await store.get("counter")
+
+
+async def test_a_listing_is_of_a_folder_and_in_order(store: Store) -> None:
+    for key in ("a/2.json", "a/1.json", "a/b/3.json", "ab/4.json"):
+        await store.put(key, key.encode())
+    assert [info.key for info in await store.list("a/")] == ["a/1.json", "a/2.json", "a/b/3.json"]
+    assert [(info.key, info.size) for info in await store.list("ab")] == [("ab/4.json", 9)]
+    assert len(await store.list()) == 4
+
+
+async def test_conditional_writes_leave_nothing_but_their_objects(store: Store) -> None:
+    now = await store.swap("a", b"1", None)
+    await store.swap("a", b"2", now)
+    assert [info.key for info in await store.list()] == ["a"]
+
+
+async def test_a_file_of_many_parts_comes_back_as_it_was(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_PART", 5 << 20)  # the least that S3 takes
+    data = os.urandom((13 << 20) + 17)
+    (tmp_path / "up").write_bytes(data)
+    await store.upload("big/file", tmp_path / "up")
+    assert await store.download("big/file", tmp_path / "new folder" / "down")
+    assert (tmp_path / "new folder" / "down").read_bytes() == data
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["down"]
+
+
+async def test_an_empty_file_comes_back_as_it_was(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "up").touch()
+    await store.upload("empty", tmp_path / "up")
+    assert await store.download("empty", tmp_path / "down")
+    assert (tmp_path / "down").read_bytes() == b""
+
+
+async def test_a_failed_download_leaves_no_file(store: Store, tmp_path: Path) -> None:
+    await store.put("file", b"x")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(StoreUnavailable, match="file"):
+        await store.download("file", tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(StoreUnavailable, match="/dev/null/run"):
+        Store.open(Storage(url="file:///dev/null/run"), {})
+
+
+@pytest.mark.heavy
+async def test_a_missing_bucket_is_no_empty_run(versitygw: tuple[str, Path], s3: Any) -> None:
+    storage = Storage(url="s3://no-such-bucket/run", endpoint_url=versitygw[0], region="us-east-1")
+    store = Store.open(storage, s3.environ)
+    with pytest.raises(StoreUnavailable, match="no-such-bucket"):
+        await store.list()
+    with pytest.raises(StoreUnavailable, match="create it first"):
+        await store.create("a", b"1")
+
+
+@pytest.mark.heavy
+async def test_wrong_credentials_are_said_and_not_shown(s3: Any) -> None:
+    environ = {**s3.environ, "AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}
+    store = Store.open(s3.storage, environ)
+    with pytest.raises(StoreUnavailable) as refused:
+        await store.get("a")
+    assert "a-wrong-secret" not in str(refused.value) and "Debug source" not in str(refused.value)
