@@ -26,7 +26,7 @@ class Replicas:
     async def pick(self, affinity: str) -> str:
         """Base URL for this rollout. Raises `OSError` where the host name does not resolve."""
         if self._known is None:
-            self._known = await _addresses(self._urls[0])
+            self._known = await addresses(self._urls[0])
         now = time.monotonic()
         alive = [url for url in self._known if self._down.get(url, 0.0) <= now]
         return max(alive or self._known, key=lambda url: blake2b(f"{affinity}\n{url}".encode(), digest_size=8).digest())
@@ -46,7 +46,8 @@ def _is_address(url: str) -> bool:
         return False
 
 
-async def _addresses(url: str) -> tuple[str, ...]:
+async def addresses(url: str) -> tuple[str, ...]:
+    """One URL for each address of a URL's host name; raises `OSError` where it has none."""
     parsed = URL(url)
     found = await asyncio.get_running_loop().getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
     return tuple(sorted({str(parsed.with_host(str(info[4][0]))) for info in found}))
