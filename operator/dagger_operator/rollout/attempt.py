@@ -1,0 +1,197 @@
+"""One try at one rollout: a sandbox, a session at the gateway, the scaffold between them; then labels, grade and record."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import structlog
+from yarl import URL
+
+from dagger_operator.api import DAggerRun, Mixing, ScaffoldType
+from dagger_operator.policy.gateway import Gateway
+from dagger_operator.policy.session import Recording, Session, SessionRequest
+from dagger_operator.rollout.actions import ActionReader
+from dagger_operator.rollout.metered_sandbox import MeteredSandbox
+from dagger_operator.rollout.metrics import WorkerMetrics
+from dagger_operator.rollout.outcome import InfrastructureFailed, patch_of, verdict
+from dagger_operator.rollout.scaffold import DEADLINE, ScaffoldEnd, ScaffoldProgram
+from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
+from dagger_operator.store.objects import StoreUnavailable
+from dagger_operator.store.records import Failure, Outcome, Timings, Trajectory
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.tasks.deal import Assignment
+from dagger_operator.tasks.grading import grade
+from dagger_operator.tasks.workspace import collect_patch, start
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What all tries of a worker share; called, it makes one."""
+
+    run: DAggerRun
+    round: int
+    worker: str
+    mixing: Mixing | None
+    """None is evaluation: the student alone, greedy, no labels."""
+    max_turns: int
+    student: str
+    """Policy versions."""
+    teacher: str
+    provider: SandboxProvider
+    gateway: Gateway
+    program: ScaffoldProgram
+    reader: ActionReader
+    metrics: WorkerMetrics
+
+    async def __call__(self, assignment: Assignment, tries: int) -> Trajectory:
+        """Runs the rollout to its record. Raises `InfrastructureFailed`; whatever is raised, nothing is left running."""
+        try:
+            return await self._run(assignment, tries)
+        except (InfrastructureFailed, StageFailure):
+            raise
+        except SandboxError as error:
+            raise InfrastructureFailed(Failure(reason=error.reason, message=error.message)) from error
+        except StoreUnavailable as error:
+            raise InfrastructureFailed(Failure(reason="StorageUnavailable", message=str(error))) from error
+        except Exception as error:
+            # A fault of ours, or of the machine: it must cost this rollout a try, not the worker its other rollouts.
+            log.exception("unexpected error in a rollout")
+            raise InfrastructureFailed(Failure(reason="Unexpected", message=f"{type(error).__name__}: {error}")) from error
+
+    def excluded(self, assignment: Assignment, tries: int, failure: Failure) -> Trajectory:
+        """The record of a rollout that infrastructure broke for the last time: counted, and empty of anything that could train."""
+        now = Timings(started_at=time.time())
+        return self._record(assignment, tries, Outcome.INFRASTRUCTURE_FAILURE, failure=failure, timings=now)
+
+    async def _run(self, assignment: Assignment, tries: int) -> Trajectory:
+        started_at, started = time.time(), time.monotonic()
+        session = self.gateway.open(self._session_request(assignment))
+        try:
+            end, patch, spent = await self._act(assignment, tries, session)
+            recording = await session.finish()
+        except BaseException:
+            await session.abort()
+            raise
+        judged = verdict(end, recording, min_coverage=self.run.spec.labels.min_coverage)
+        outcome, submitted, grading = judged.outcome, judged.outcome is None, time.monotonic()
+        if outcome is None:
+            patch = patch_of(end, patch)
+            outcome = await self._grade(assignment, tries, patch)
+        timings = Timings(
+            started_at=started_at,
+            total=time.monotonic() - started,
+            sandbox=spent.sandbox,
+            acting=recording.acting_seconds,
+            commands=spent.commands,
+            labels=recording.label_seconds,
+            grading=time.monotonic() - grading if submitted else 0.0,
+        )
+        return self._record(
+            assignment,
+            tries,
+            outcome,
+            recording=recording,
+            exit_status=judged.exit_status,
+            submitted=submitted,
+            patch=patch,
+            failure=recording.policy_error,
+            timings=timings,
+        )
+
+    async def _act(self, assignment: Assignment, tries: int, session: Session) -> tuple[ScaffoldEnd, str, "_Spent"]:
+        """The agent's part: how it ended, what it changed, and the seconds spent on the sandbox and in its commands."""
+        spec, task, started = self.run.spec, assignment.task, time.monotonic()
+        workspace = await start(
+            task,
+            self.provider,
+            name=self._name(assignment, tries),
+            timeout=spec.sandbox.create_timeout_seconds,
+            network_to=URL(session.base_url).authority if spec.scaffold.type is ScaffoldType.COMMAND else None,
+        )
+        sandbox = MeteredSandbox(workspace.sandbox, self.metrics.command_seconds)
+        try:
+            ready = time.monotonic() - started
+            self.metrics.sandbox_seconds.observe(ready)
+            try:
+                async with asyncio.timeout(spec.rollouts.timeout_seconds):
+                    end = await self.program(task, sandbox, session)
+            except TimeoutError:
+                end = ScaffoldEnd(DEADLINE)
+            patch = await collect_patch(workspace)
+        finally:
+            await sandbox.close()
+        return end, patch, _Spent(sandbox=ready, commands=sandbox.command_seconds)
+
+    async def _grade(self, assignment: Assignment, tries: int, patch: str) -> Outcome:
+        limits = self.run.spec.sandbox
+        found = await grade(
+            assignment.task,
+            patch,
+            self.provider,
+            name=f"{self._name(assignment, tries)}-grade",
+            create_timeout=limits.create_timeout_seconds,
+            timeout=limits.grade_timeout_seconds,
+        )
+        return Outcome.RESOLVED if found.resolved else Outcome.UNRESOLVED
+
+    def _name(self, assignment: Assignment, tries: int) -> str:
+        return f"{self.run.metadata.name}-r{self.round:03d}-{assignment.rollout_id}-{tries}"
+
+    def _session_request(self, assignment: Assignment) -> SessionRequest:
+        spec = self.run.spec
+        return SessionRequest(
+            run=self.run.metadata.name,
+            seed=spec.seed,
+            round=self.round,
+            rollout_id=assignment.rollout_id,
+            task_id=assignment.task.id,
+            attempt=assignment.attempt,
+            student=self.student,
+            max_turns=self.max_turns,
+            label_check=self.reader.flaw,
+            mixing=self.mixing,
+            labels=spec.labels.mode,
+        )
+
+    def _record(
+        self,
+        assignment: Assignment,
+        tries: int,
+        outcome: Outcome,
+        *,
+        timings: Timings,
+        recording: Recording | None = None,
+        exit_status: str = "",
+        submitted: bool = False,
+        patch: str = "",
+        failure: Failure | None = None,
+    ) -> Trajectory:
+        return Trajectory(
+            run=self.run.metadata.name,
+            round=self.round,
+            rollout_id=assignment.rollout_id,
+            task_id=assignment.task.id,
+            attempt=assignment.attempt,
+            student=self.student,
+            teacher=self.teacher,
+            kappa=recording.kappa if recording else None,
+            turns=recording.turns if recording else (),
+            outcome=outcome,
+            exit_status=exit_status,
+            submitted=submitted,
+            patch=patch,
+            failure=failure,
+            tries=tries,
+            worker=self.worker,
+            timings=timings,
+        )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds."""
+
+    sandbox: float
+    commands: float

@@ -1,0 +1,181 @@
+"""The rollouts of a stage as one worker takes its share of them: claim, run, record, until all are finished by whoever."""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from dagger_operator.rollout.metrics import WorkerMetrics
+from dagger_operator.rollout.outcome import InfrastructureFailed
+from dagger_operator.store import progress
+from dagger_operator.store.claims import Claims, Lease, LeaseLost
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.records import Failure, Outcome, Trajectory
+from dagger_operator.store.results import StageProgress
+from dagger_operator.store.trajectories import finished, write_trajectory
+from dagger_operator.tasks.deal import Assignment
+
+log = structlog.get_logger(__name__)
+
+REPORT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker works on, and by which budget."""
+
+    store: Store
+    round: int
+    kind: Kind
+    worker: str
+    index: int
+    workers: int
+    assignments: tuple[Assignment, ...]
+    """All rollouts of the stage; every worker has the same ones."""
+    concurrency: int
+    lease_seconds: float
+    retries: int
+    """Further tries of a rollout that infrastructure broke."""
+    most_backoff_seconds: float = 30.0
+    """Longest pause of a slot after failures in a row: an endpoint that is away must not use up every rollout's tries in a minute."""
+
+
+class Pool:
+    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try."""
+
+    def __init__(
+        self,
+        share: Share,
+        metrics: WorkerMetrics,
+        attempt: Callable[[Assignment, int], Awaitable[Trajectory]],
+        excluded: Callable[[Assignment, int, Failure], Trajectory],
+    ) -> None:
+        self._share, self._metrics, self._attempt, self._excluded = share, metrics, attempt, excluded
+        self._claims = Claims(share.store, share.round, share.kind, share.worker, share.lease_seconds)
+        self._under_way: set[str] = set()
+        self._waiting: deque[Assignment] = deque()
+        self._sweep = asyncio.Lock()
+        self._swept = False
+        self._failures_in_a_row = 0
+        self._counts: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Ends when every rollout is finished. Raises `StoreUnavailable`; cancelled, it gives its claims back."""
+        slots = [asyncio.create_task(self._slot()) for _ in range(min(self._share.concurrency, len(self._share.assignments)))]
+        reporter = asyncio.create_task(self._report_on())
+        try:
+            await asyncio.gather(*slots)
+        finally:
+            for task in (*slots, reporter):
+                task.cancel()
+            await asyncio.gather(*slots, reporter, return_exceptions=True)
+        await self._report()
+
+    async def _slot(self) -> None:
+        while (claimed := await self._next()) is not None:
+            assignment, lease = claimed
+            try:
+                with bound_contextvars(task=assignment.task.id, rollout=assignment.rollout_id, attempt=lease.tries):
+                    await self._work(assignment, lease)
+            finally:
+                self._under_way.discard(assignment.rollout_id)
+
+    async def _next(self) -> tuple[Assignment, Lease] | None:
+        """The next rollout that can be claimed; None where all that are open are under way in this worker, each in a slot of its own."""
+        while True:
+            if not self._waiting:
+                async with self._sweep:
+                    if not self._waiting and not await self._look_again():
+                        return None
+            if not self._waiting:
+                continue
+            assignment = self._waiting.popleft()
+            if assignment.rollout_id in self._under_way:
+                continue
+            self._under_way.add(assignment.rollout_id)
+            lease = None
+            try:
+                lease = await self._claims.take(assignment.rollout_id)
+            finally:
+                if lease is None:
+                    self._under_way.discard(assignment.rollout_id)
+            if lease is not None:
+                return assignment, lease
+
+    async def _look_again(self) -> bool:
+        """Lines up what is open and not under way here; between two sweeps the other workers get time to end or to fall silent."""
+        if self._swept:
+            if not await self._open():
+                return False
+            await asyncio.sleep(min(5.0, self._share.lease_seconds / 4))
+        self._swept = True
+        self._waiting.extend(await self._open())
+        return bool(self._waiting)
+
+    async def _open(self) -> Sequence[Assignment]:
+        done = await finished(self._share.store, self._share.round, self._share.kind)
+        everything = self._share.assignments
+        # Workers start at different places, so that they seldom reach for the same claim.
+        start = self._share.index * len(everything) // max(1, self._share.workers)
+        return [a for a in everything[start:] + everything[:start] if a.rollout_id not in done and a.rollout_id not in self._under_way]
+
+    async def _work(self, assignment: Assignment, lease: Lease) -> None:
+        """One try at a rollout that is ours: recorded where it ended, given back where infrastructure broke it and tries are left."""
+        try:
+            async with lease:
+                with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.labels(self._share.kind.value).time():
+                    trajectory, failure = await self._try(assignment, lease)
+                if trajectory is None:
+                    await lease.release(failure)
+                elif await write_trajectory(self._share.store, self._share.kind, trajectory):
+                    self._count(trajectory)
+        except LeaseLost as error:
+            log.warning("rollout left to another worker", problem=str(error))
+            return
+        self._failures_in_a_row = 0 if failure is None else self._failures_in_a_row + 1
+        if failure is not None:
+            await asyncio.sleep(min(self._share.most_backoff_seconds, 0.5 * 2 ** min(self._failures_in_a_row - 1, 16)))
+
+    async def _try(self, assignment: Assignment, lease: Lease) -> tuple[Trajectory | None, Failure | None]:
+        try:
+            return await self._attempt(assignment, lease.tries), None
+        except InfrastructureFailed as error:
+            failure = error.failure
+        last = lease.failures >= self._share.retries
+        self._metrics.failures.labels(self._share.kind.value).inc()
+        self._counts["broken tries"] += 1
+        log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)
+        return (self._excluded(assignment, lease.tries, failure) if last else None), failure
+
+    def _count(self, trajectory: Trajectory) -> None:
+        self._metrics.rollouts.labels(self._share.kind.value, trajectory.outcome.value).inc()
+        self._counts[trajectory.outcome.value] += 1
+        self._counts["turns"] += len(trajectory.turns)
+        self._counts["labels"] += sum(turn.label is not None and turn.label_flaw is None for turn in trajectory.turns)
+        log.info("rollout finished", outcome=trajectory.outcome.value, exit_status=trajectory.exit_status, turns=len(trajectory.turns))
+
+    async def _report_on(self) -> None:
+        while True:
+            await self._report()
+            await asyncio.sleep(REPORT_SECONDS)
+
+    async def _report(self) -> None:
+        """Says how far the stage is (`done`, `total`), and what this worker has done since it started (`counters`)."""
+        share, seconds = self._share, time.monotonic() - self._started
+        counters: dict[str, float] = {outcome.value: self._counts[outcome.value] for outcome in Outcome if self._counts[outcome.value]}
+        turns = self._counts["turns"]
+        counters |= {"turns": turns, "turns/s": round(turns / seconds, 3) if seconds else 0.0, "labels": self._counts["labels"]}
+        counters |= {"coverage": round(self._counts["labels"] / turns, 4)} if turns else {}
+        counters |= {"under way": len(self._under_way), "broken tries": self._counts["broken tries"]}
+        try:
+            done = len(await finished(share.store, share.round, share.kind) & {a.rollout_id for a in share.assignments})
+            state = StageProgress(done=done, total=len(share.assignments), unit="rollouts", counters=counters, seconds=seconds)
+            await progress.report(share.store, share.round, share.kind.value, share.index, state)
+        except StoreUnavailable as error:
+            log.warning("progress not reported", problem=str(error))

@@ -1,0 +1,98 @@
+"""A worker of a stage: everything that its rollouts share, opened once, and the pool that works through them."""
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from prometheus_client import CollectorRegistry, start_http_server
+
+from dagger_operator.api import Mixing, SandboxBackend, ScaffoldType
+from dagger_operator.policy.gateway import Gateway
+from dagger_operator.policy.upstream import upstreams
+from dagger_operator.rollout.actions import ActionReader
+from dagger_operator.rollout.attempt import Attempts
+from dagger_operator.rollout.command_scaffold import CommandScaffold
+from dagger_operator.rollout.metrics import WorkerMetrics
+from dagger_operator.rollout.mini_scaffold import MiniScaffold
+from dagger_operator.rollout.pool import Pool, Share
+from dagger_operator.rollout.scaffold import ScaffoldProgram
+from dagger_operator.rollout.student import await_student
+from dagger_operator.sandbox.process import ProcessSandboxes
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.stage import Stage, StageFailure
+from dagger_operator.tasks.deal import Assignment
+
+METRICS_PORT = "DAGGER_METRICS_PORT"
+"""Environment variable; where it is set, Prometheus may scrape the worker there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's rollouts are for."""
+
+    kind: Kind
+    assignments: tuple[Assignment, ...]
+    mixing: Mixing | None
+    """None is evaluation: the student alone, greedy, no labels."""
+    max_turns: int
+
+
+async def work(stage: Stage, job: Job, reader: ActionReader) -> None:
+    """Works until every rollout of the job is finished, by whoever. Raises `StageFailure`, `StoreUnavailable`."""
+    rollouts = stage.run.spec.rollouts
+    share = Share(
+        store=stage.store,
+        round=stage.round,
+        kind=job.kind,
+        worker=stage.worker,
+        index=stage.index,
+        workers=rollouts.workers,
+        assignments=job.assignments,
+        concurrency=rollouts.concurrency,
+        lease_seconds=rollouts.lease_seconds,
+        retries=rollouts.infrastructure_retries,
+    )
+    metrics = WorkerMetrics(CollectorRegistry())
+    async with _attempts(stage, job, reader, metrics) as attempts:
+        await Pool(share, metrics, attempts, attempts.excluded).run()
+
+
+@asynccontextmanager
+async def _attempts(stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics) -> AsyncIterator[Attempts]:
+    spec = stage.run.spec
+    if spec.sandbox.backend is SandboxBackend.POD:
+        raise StageFailure("SandboxUnsupported", "spec.sandbox.backend Pod is not available yet: write Process or leave it out")
+    student, teacher = await upstreams(stage, greedy=job.mixing is None)
+    async with AsyncExitStack() as stack:
+        if port := stage.environ.get(METRICS_PORT):
+            server, _ = start_http_server(int(port), registry=metrics.registry)
+            stack.callback(server.shutdown)
+        http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        await await_student(stage, http, patience=spec.student.served.startup_deadline_seconds if spec.student.served else 0)
+        provider = await stack.enter_async_context(ProcessSandboxes(spec.sandbox.limits, stage.scratch / "sandboxes"))
+        # On the loopback address: process sandboxes reach it there through their relay, and nothing else needs to.
+        gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=metrics.registry))
+        yield Attempts(
+            run=stage.run,
+            round=stage.round,
+            worker=stage.worker,
+            mixing=job.mixing,
+            max_turns=job.max_turns,
+            student=student.version,
+            teacher=teacher.version if teacher else "",
+            provider=provider,
+            gateway=gateway,
+            program=_program(stage, http, stack),
+            reader=reader,
+            metrics=metrics,
+        )
+
+
+def _program(stage: Stage, http: aiohttp.ClientSession, stack: AsyncExitStack) -> ScaffoldProgram:
+    spec = stage.run.spec
+    if spec.scaffold.type is ScaffoldType.COMMAND:
+        return CommandScaffold(tuple(spec.scaffold.command or ()), timeout=spec.rollouts.timeout_seconds)
+    executor = stack.enter_context(ThreadPoolExecutor(spec.rollouts.concurrency, thread_name_prefix="scaffold"))
+    return MiniScaffold.of(spec.scaffold, http, executor, spec.sandbox.command_timeout_seconds)
