@@ -1,0 +1,78 @@
+"""kill -9 at any moment, then `daggerctl resume`: the same data as if nothing had happened."""
+
+import random
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.heavy
+
+KILLS = 6
+
+
+def _labelling_only(runs: Any, name: str, **more: Any) -> str:
+    """Two rounds of labelling with a deterministic student behind an endpoint: no vLLM, no training."""
+    spec = {
+        "rounds": 2,
+        "student": {"model": "scripted-student", "endpoint": {"url": runs.teacher}, "serving": None},
+        "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
+        "tasks": {"perRound": 16, "firstRound": 16},
+        "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 2},
+        "training": {"mode": "Disabled"},
+    }
+    return str(runs.document(name, **spec, **more))
+
+
+def _digests(runs: Any, name: str) -> list[str]:
+    status = runs.status(name)
+    assert status["phase"] == "Succeeded", status
+    return [entry["rollout"]["dataDigest"] for entry in status["rounds"]]
+
+
+@pytest.mark.timeout(600)
+def test_a_run_killed_again_and_again_gives_the_data_of_an_undisturbed_one(runs: Any) -> None:
+    started = time.monotonic()
+    runs.ctl("run", _labelling_only(runs, "calm"))
+    undisturbed = time.monotonic() - started
+
+    rng, kills = random.Random(3), 0
+    process = runs.start("run", _labelling_only(runs, "stormy"))
+    while kills < KILLS:
+        try:
+            process.wait(rng.uniform(0.2, 0.6) * undisturbed)
+            break  # it was done before it could be killed once more
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            process = runs.start("resume", "stormy")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert kills >= 2, "it ended before it was disturbed"
+    assert _digests(runs, "stormy") == _digests(runs, "calm")
+    runs.ctl("store", "fsck", "stormy", "--deep")
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(runs: Any) -> None:
+    process = runs.start("run", _labelling_only(runs, "paused"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(8)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130 and "daggerctl resume paused" in output
+    runs.ctl("resume", "paused")
+    assert runs.status("paused")["phase"] == "Succeeded"
+
+
+@pytest.mark.timeout(300)
+def test_two_runs_on_one_storage_prefix_are_refused(runs: Any) -> None:
+    shared = {"url": f"file://{runs.folder}/storage/shared"}
+    runs.ctl("run", _labelling_only(runs, "first", storage=shared))
+    process = runs.start("run", _labelling_only(runs, "second", storage=shared))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "PrefixTaken" in output and "first" in output
