@@ -1,6 +1,7 @@
 """The resource itself, and the one way to load it."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -76,6 +77,8 @@ class RunSpec(ApiModel):
     """Where everything is kept."""
     gpu_sharing: GpuSharing = GpuSharing.DEDICATED
     """TimeShared: serving scales to zero while training holds the GPUs."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/worker:0.1.0"
+    """Image of every stage but training, and of what runs beside vLLM; not used on one machine without containers."""
     suspend: bool = False
     """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -97,11 +100,12 @@ class Metadata(ApiModel):
 
     model_config = {**ApiModel.model_config, "extra": "allow"}
 
-    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
-    """DNS label; at most 40 characters, so that the names of children fit into 63."""
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=32)]
+    """DNS label that starts with a letter; at most 32 characters, so that the host names of its children fit into 63."""
     namespace: Annotated[str, Field(max_length=63)] = "default"
     uid: str | None = None
     generation: int | None = None
+    deletion_timestamp: datetime | None = None
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
 

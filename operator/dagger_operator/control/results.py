@@ -1,12 +1,22 @@
 """The results of a run's stages, as the plan sees them."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
+from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Record
-from dagger_operator.store.results import EvaluationResult, PrepareResult, PreflightResult, PublishResult, RolloutResult, TrainingResult
+from dagger_operator.store.results import (
+    EvaluationResult,
+    PreflightResult,
+    PrepareResult,
+    PublishResult,
+    RolloutResult,
+    TrainingResult,
+    read_result,
+)
 
 R = TypeVar("R", bound=Record)
 
@@ -50,3 +60,22 @@ class Results:
                 return trained.policy
         prepared = self.get(PrepareResult, 0)
         return prepared.policy if prepared else None
+
+
+async def read_results(store: Store, known: Results | None = None) -> Results:
+    """What both runtimes read before they plan: all results of a run, those `known` already not again.
+
+    Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so.
+    """
+    records = dict(known.records) if known else {}
+    number = Results(records).newest_round
+    while True:
+        missing = [stage for stage in KINDS if (number, stage) not in records and (stage in _ROUND_0) == (number == 0)]
+        found = await asyncio.gather(*(read_result(store, number, stage, KINDS[stage]) for stage in missing))
+        records.update({(number, stage): record for stage, record in zip(missing, found, strict=True) if record is not None})
+        if not any(of == number for of, _ in records):
+            return Results(records)
+        number += 1
+
+
+_ROUND_0 = ("prepare", "preflight")

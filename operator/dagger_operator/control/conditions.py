@@ -1,0 +1,98 @@
+"""Conditions in the standard form, their reasons side by side, and what changed in them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from dagger_operator.api import Condition
+
+MESSAGE_LIMIT = 1024
+"""Characters of a message; the start says what it is about."""
+
+
+class ConditionType(StrEnum):
+    ACCEPTED = "Accepted"
+    """The resource is one that can be run."""
+    PROGRESSING = "Progressing"
+    """A stage is at work; where not, the reason says what it waits for."""
+    SERVERS_READY = "ServersReady"
+    """The policies that are served here answer; absent where none is."""
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    """All rounds are done."""
+    FAILED = "Failed"
+    """The run stands still until it is changed or resumed."""
+
+
+class Reason(StrEnum):
+    """Reasons of this operator's own; a pod's or a stage's reason is passed on as it is."""
+
+    VALID = "Valid"
+    INVALID_SPEC = "InvalidSpec"
+    STAGE_STARTING = "StageStarting"
+    SERVERS_STARTING = "ServersStarting"
+    SERVERS_READY = "ServersReady"
+    SERVERS_RELEASED = "ServersReleased"
+    LEFTOVERS_STOPPING = "LeftoversStopping"
+    WAITING_FOR_GPUS = "WaitingForGpus"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
+    RESULT_MISSING = "ResultMissing"
+    SUSPENDED = "Suspended"
+    NOT_SUSPENDED = "NotSuspended"
+    ROUNDS_DONE = "RoundsDone"
+    ROUNDS_LEFT = "RoundsLeft"
+    NOT_FAILED = "NotFailed"
+
+
+def running(stage: str) -> str:
+    """The reason for which a run with a stage at work progresses, such as `RolloutRunning`."""
+    return f"{stage.capitalize()}Running"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that people should hear of once; emitted after the status that says the same was written."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+def condition(kind: ConditionType, holds: bool, reason: str, message: str = "") -> Condition:
+    if len(message) > MESSAGE_LIMIT:
+        message = message[: MESSAGE_LIMIT - 1] + "…"
+    return Condition(type=kind, status="True" if holds else "False", reason=reason, message=message)
+
+
+def settle(fresh: Iterable[Condition], previous: Sequence[Condition], generation: int | None, now: datetime) -> list[Condition]:
+    """Fresh conditions with the generation they were made for, and the time at which their status last changed."""
+    before = {one.type: one for one in previous}
+    settled = []
+    for one in fresh:
+        old = before.get(one.type)
+        since = old.last_transition_time if old is not None and old.status == one.status else None
+        settled.append(one.model_copy(update={"observed_generation": generation, "last_transition_time": since or now}))
+    return settled
+
+
+def events(previous: Sequence[Condition], settled: Sequence[Condition]) -> tuple[Event, ...]:
+    """What is worth telling of a change: an end, a new reason to wait, a new stage."""
+    before, ended = {one.type: one for one in previous}, any(one.type == ConditionType.FAILED and one.status == "True" for one in settled)
+    told = []
+    for one in settled:
+        old = before.get(one.type)
+        if old is not None and (old.status, old.reason) == (one.status, one.reason):
+            continue
+        match one.type, one.status:
+            case (ConditionType.FAILED, "True") | (ConditionType.ACCEPTED, "False"):
+                told.append(Event("Warning", one.reason, one.message))
+            case (ConditionType.SUCCEEDED | ConditionType.SUSPENDED, "True"):
+                told.append(Event("Normal", one.reason, one.message))
+            case (ConditionType.PROGRESSING, _) if not ended and one.reason not in _TOLD_BY_OTHERS:
+                told.append(Event("Normal", one.reason, one.message))
+    return tuple(told)
+
+
+_TOLD_BY_OTHERS = frozenset({Reason.SUSPENDED, Reason.ROUNDS_DONE})

@@ -1,0 +1,149 @@
+"""Jobs: one for each stage of each round."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.control.names import Role, attempt_of, job_name, labels
+from dagger_operator.control.pods import (
+    SCRATCH,
+    container,
+    from_field,
+    own_environment,
+    owned,
+    pod_spec,
+    policy_environment,
+    storage_environment,
+    value,
+)
+from dagger_operator.control.results import Results
+from dagger_operator.control.rounds import StageName, Step, acting_student
+from dagger_operator.store.stage import ExitCode
+
+INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+RETRIES = 6
+"""Further tries of each pod of a stage that has no setting of its own."""
+MASTER_PORT = 29500
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a stage's Job looks like."""
+
+    module: str
+    roles: tuple[Role, ...] = ()
+    """Policies that it asks."""
+    cpu: str = "100m"
+    memory: str = "256Mi"
+
+
+_SHAPES: dict[StageName, _Shape] = {
+    StageName.PREPARE: _Shape("dagger_operator.serving.prepare", memory="1Gi"),
+    StageName.PREFLIGHT: _Shape("dagger_operator.serving.preflight", (Role.STUDENT, Role.TEACHER)),
+    StageName.ROLLOUT: _Shape("dagger_operator.rollout", (Role.STUDENT, Role.TEACHER), cpu="1", memory="2Gi"),
+    StageName.TRAINING: _Shape("dagger_operator.training", cpu="1", memory="4Gi"),
+    StageName.PUBLISH: _Shape("dagger_operator.serving.publish", (Role.STUDENT,)),
+    # No teacher: the student is measured alone, and a Job holds no Secret that it does not need.
+    StageName.EVALUATION: _Shape("dagger_operator.evaluation", (Role.STUDENT,), cpu="1", memory="2Gi"),
+}
+
+
+def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = False) -> dict[str, Any]:
+    """The Job of a step, Indexed, a pod for each worker or node.
+
+    Its attempt is a hash of its spec: a Job's spec is immutable, so another spec is another Job.
+    """
+    spec = _job_spec(run, step, results)
+    attempt = attempt_of(run, spec)
+    own = labels(run, step.stage, step.round, attempt)
+    name = job_name(run, step.stage, step.round, attempt)
+    spec["template"]["metadata"] = {"labels": own}
+    if step.stage is StageName.TRAINING and run.spec.training.nodes > 1:
+        # Nodes find the first one by its host name below the Service; both hold the attempt, so they join only now.
+        spec["template"]["spec"]["subdomain"] = training_service_name(run)
+        address = f"{name}-0.{training_service_name(run)}.{run.metadata.namespace}.svc"
+        spec["template"]["spec"]["containers"][0]["env"].append(value("DAGGER_MASTER_ADDR", address))
+    if suspend:
+        # Left out otherwise: a queue that admits Jobs (Kueue) sets it, and nobody fights over a field that is not applied.
+        spec["suspend"] = True
+    return {**owned(run, "batch/v1", "Job", name, own), "spec": spec}
+
+
+def training_service_name(run: DAggerRun) -> str:
+    return f"{run.metadata.name}-training"
+
+
+def build_training_service(run: DAggerRun) -> dict[str, Any]:
+    """Host names for the pods of a training Job with several nodes."""
+    own = labels(run, StageName.TRAINING, 0, "")
+    selector = {key: own[key] for key in own if own[key] and not key.endswith("/round")}
+    return {
+        **owned(run, "v1", "Service", training_service_name(run), own),
+        # Ranks meet before any of them is ready.
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": selector,
+            "ports": [{"name": "torch", "port": MASTER_PORT}],
+        },
+    }
+
+
+def _job_spec(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
+    pods = pods_of(run, step.stage)
+    return {
+        "completionMode": "Indexed",
+        "completions": pods,
+        "parallelism": pods,
+        "backoffLimit": run.spec.training.retries if step.stage is StageName.TRAINING else RETRIES * pods,
+        # A worker's name is its index: no second one starts before the first has ended.
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": {"containerName": "stage", "operator": "In", "values": [int(ExitCode.PERMANENT)]}},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        "template": {"spec": _pod(run, step, results)},
+    }
+
+
+def pods_of(run: DAggerRun, stage: StageName) -> int:
+    """Pods of a stage's Job."""
+    if stage is StageName.TRAINING:
+        return run.spec.training.nodes
+    return run.spec.rollouts.workers if stage in (StageName.ROLLOUT, StageName.EVALUATION) else 1
+
+
+def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
+    shape, training = _SHAPES[step.stage], step.stage is StageName.TRAINING
+    env = [
+        *own_environment(run, step.stage),
+        value("DAGGER_ROUND", step.round),
+        from_field("JOB_COMPLETION_INDEX", INDEX),
+        value("DAGGER_WORKER", f"{step.stage}-$(JOB_COMPLETION_INDEX)"),
+        *policy_environment(run, shape.roles),
+    ]
+    policy = acting_student(results, step)
+    if policy is not None and step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
+        env.append(value("DAGGER_POLICY", policy))
+    if training and run.spec.training.nodes > 1:
+        env.append(value("DAGGER_MASTER_PORT", MASTER_PORT))
+    stage = container(
+        "stage",
+        run.spec.training.image if training else run.spec.image,
+        ["python", "-m", shape.module],
+        env,
+        env_from=storage_environment(run),
+        mounts=[("scratch", SCRATCH), *([("shm", "/dev/shm")] if training else [])],  # noqa: S108 - a mount of the pod's own
+        gpus=run.spec.training.gpus_per_node if training else 0,
+        requests={"cpu": shape.cpu, "memory": shape.memory},
+    )
+    return pod_spec(
+        [stage],
+        volumes=["scratch"],
+        memory_volumes=["shm"] if training else [],
+        restartPolicy="Never",
+        # A trainer saves a checkpoint and a worker gives its claims back before they go.
+        terminationGracePeriodSeconds=60,
+    )

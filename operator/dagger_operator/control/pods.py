@@ -1,0 +1,154 @@
+"""What all pods of a run have in common: environment, volumes, confinement."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint
+from dagger_operator.control.names import Role, server_name
+
+Json = dict[str, Any]
+
+SCRATCH = "/scratch"
+SHARED = "/shared"
+AGENT_PORT = 8000
+USER_ID = 10001
+"""An ordinary user: no image needs root, and restricted namespaces admit the pods."""
+
+READS: dict[str, frozenset[str]] = {
+    "prepare": frozenset(),
+    "preflight": frozenset({"labels"}),
+    "rollout": frozenset({"sandbox", "labels", "rollouts"}),
+    "training": frozenset({"training"}),
+    "publish": frozenset(),
+    "evaluation": frozenset({"sandbox", "labels", "rollouts", "evaluation"}),
+    "serving": frozenset(),
+}
+"""Sections of the spec that a command reads, beside those that every command may read because they cannot change (`_ALWAYS`).
+Its pods carry no others, so that an edit restarts what it concerns and nothing else."""
+
+_ALWAYS = frozenset({"seed", "mixing", "student", "teacher", "tasks", "scaffold", "storage"})
+
+
+def carried_run(run: DAggerRun, command: str) -> str:
+    """`DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads."""
+    kept = _ALWAYS | READS[command]
+    spec = {key: value for key, value in run.spec.wire().items() if key in kept}
+    if command != "training" and run.spec.student.endpoint:
+        spec["training"] = {"mode": run.spec.training.mode}  # without it the document would be refused
+    metadata = {"name": run.metadata.name, "namespace": run.metadata.namespace, "uid": run.metadata.uid}
+    document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {k: v for k, v in metadata.items() if v is not None}, "spec": spec}
+    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def value(name: str, text: object) -> Json:
+    return {"name": name, "value": str(text)}
+
+
+def from_field(name: str, path: str) -> Json:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+
+def from_secret(name: str, endpoint: Endpoint | None) -> list[Json]:
+    """A policy's token, where its endpoint needs one."""
+    if endpoint is None or endpoint.secret_ref is None:
+        return []
+    reference = {"name": endpoint.secret_ref.name, "key": endpoint.secret_ref.key}
+    return [{"name": name, "valueFrom": {"secretKeyRef": reference}}]
+
+
+def policy_environment(run: DAggerRun, roles: Iterable[Role]) -> list[Json]:
+    """Where policies answer, for the commands that ask them."""
+    env: list[Json] = []
+    for role in roles:
+        policy = run.spec.student if role is Role.STUDENT else run.spec.teacher
+        if policy.endpoint is not None:
+            env.append(value(f"DAGGER_{role.upper()}_URL", policy.endpoint.url))
+            env += from_secret(f"DAGGER_{role.upper()}_TOKEN", policy.endpoint)
+            continue
+        base = f"http://{server_name(run, role)}.{run.metadata.namespace}.svc:{AGENT_PORT}"
+        env.append(value(f"DAGGER_{role.upper()}_URL", f"{base}/v1"))
+        if role is Role.STUDENT:
+            env.append(value("DAGGER_AGENT_URL", base))
+    return env
+
+
+def storage_environment(run: DAggerRun) -> list[Json]:
+    """`envFrom` with the credentials of the storage."""
+    secret = run.spec.storage.secret_ref
+    return [{"secretRef": {"name": secret.name}}] if secret else []
+
+
+def own_environment(run: DAggerRun, command: str) -> list[Json]:
+    """What every container that runs a command of this project is told."""
+    return [
+        value("DAGGER_RUN", carried_run(run, command)),
+        from_field("DAGGER_POD", "metadata.name"),
+        from_field("POD_IP", "status.podIP"),
+        value("DAGGER_SCRATCH", SCRATCH),
+    ]
+
+
+def container(
+    name: str,
+    image: str,
+    command: Iterable[str],
+    env: Iterable[Json],
+    *,
+    env_from: Iterable[Json] = (),
+    mounts: Iterable[tuple[str, str]] = (),
+    gpus: int = 0,
+    requests: Json | None = None,
+    **more: Any,
+) -> Json:
+    """A container as the restricted pod security standard wants it; `mounts` are (volume, path)."""
+    resources: Json = {"requests": requests} if requests else {}
+    if gpus:
+        resources["limits"] = {"nvidia.com/gpu": str(gpus)}
+    return {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": list(command),
+        "env": list(env),
+        **({"envFrom": sources} if (sources := list(env_from)) else {}),
+        **({"resources": resources} if resources else {}),
+        "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        **more,
+    }
+
+
+def pod_spec(containers: list[Json], *, memory_volumes: Iterable[str] = (), volumes: Iterable[str] = (), **more: Any) -> Json:
+    """A pod that has no identity in the cluster, no root and no links to services."""
+    return {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": containers,
+        "volumes": [
+            *({"name": name, "emptyDir": {}} for name in volumes),
+            *({"name": name, "emptyDir": {"medium": "Memory"}} for name in memory_volumes),
+        ],
+        **more,
+    }
+
+
+def owned(
+    run: DAggerRun, api_version: str, kind: str, name: str, labels: dict[str, str], annotations: dict[str, str] | None = None
+) -> Json:
+    """The head of an object that goes when the run goes."""
+    metadata: Json = {"name": name, "namespace": run.metadata.namespace, "labels": labels}
+    if annotations:
+        metadata["annotations"] = annotations
+    if run.metadata.uid:
+        owner = {"apiVersion": API_VERSION, "kind": KIND, "name": run.metadata.name, "uid": run.metadata.uid}
+        metadata["ownerReferences"] = [{**owner, "controller": True, "blockOwnerDeletion": True}]
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata}

@@ -1,0 +1,134 @@
+"""The status: what people read, derived from what was decided and from results; bounded in size, written once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from dagger_operator.api import Condition, DAggerRun, Phase, Problem, RoundStatus, RunStatus
+from dagger_operator.control.conditions import ConditionType, Reason, condition, settle
+from dagger_operator.control.gates import Servers, servers_trouble
+from dagger_operator.control.names import Role
+from dagger_operator.control.observe import Observed, Trouble
+from dagger_operator.control.results import Results
+from dagger_operator.control.servers import served
+from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult
+
+ROUNDS_SHOWN = 100
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where a run stands, in one look."""
+
+    phase: Phase
+    round: int
+    reason: str
+    message: str
+    progressing: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in (Phase.SUCCEEDED, Phase.FAILED)
+
+
+def report(run: DAggerRun, observed: Observed, situation: Situation, servers: Servers) -> RunStatus:
+    """The whole status."""
+    previous = run.status or RunStatus()
+    rounds = _rounds(observed.results)
+    resolved = next((one.evaluation.resolved_rate for one in reversed(rounds) if one.evaluation), None)
+    share = next((one.rollout.teacher_turn_share for one in reversed(rounds) if one.rollout), None)
+    still_ended = situation.ended and previous.phase is situation.phase
+    return RunStatus(
+        observed_generation=run.metadata.generation,
+        phase=situation.phase,
+        round=situation.round,
+        reason=situation.reason,
+        conditions=settle(_conditions(run, situation, servers), previous.conditions, run.metadata.generation, observed.now),
+        rounds=rounds[-ROUNDS_SHOWN:],
+        resolved=_percent(resolved),
+        teacher_share=_percent(share),
+        start_time=previous.start_time or observed.now,
+        completion_time=(previous.completion_time if still_ended else None) or (observed.now if situation.ended else None),
+    )
+
+
+def refused(run: DAggerRun, problems: Sequence[Problem], now: datetime) -> RunStatus:
+    """The status of a resource that cannot be run, or was edited as it must not be; nothing else about it changes."""
+    message = "\n".join(map(str, problems))
+    return _overlaid(run, now, Reason.INVALID_SPEC, [condition(ConditionType.ACCEPTED, False, Reason.INVALID_SPEC, message)])
+
+
+def blind(run: DAggerRun, problem: str, now: datetime) -> RunStatus:
+    """The status where results cannot be read: what was known before, and why no more is."""
+    fresh = [
+        condition(ConditionType.ACCEPTED, True, Reason.VALID),
+        condition(ConditionType.PROGRESSING, False, Reason.STORAGE_UNAVAILABLE, problem),
+    ]
+    if run.spec.suspend:
+        fresh.append(condition(ConditionType.SUSPENDED, True, Reason.SUSPENDED))
+    return _overlaid(run, now, Reason.STORAGE_UNAVAILABLE, fresh)
+
+
+def _overlaid(run: DAggerRun, now: datetime, reason: Reason, fresh: list[Condition]) -> RunStatus:
+    previous = run.status or RunStatus()
+    kept = [one for one in previous.conditions if one.type not in {new.type for new in fresh}]
+    update = {
+        "observed_generation": run.metadata.generation,
+        "reason": reason.value,
+        "conditions": settle([*fresh, *kept], previous.conditions, run.metadata.generation, now),
+        "start_time": previous.start_time or now,
+    }
+    return previous.model_copy(update=update)
+
+
+def since(trouble: Trouble) -> str:
+    """A message that says since when, as far as that was observed."""
+    return f"{trouble.message} (since {trouble.since:%Y-%m-%d %H:%M:%S} UTC)" if trouble.since else trouble.message
+
+
+def _conditions(run: DAggerRun, situation: Situation, servers: Servers) -> list[Condition]:
+    reason, message = situation.reason, situation.message
+
+    def end(kind: ConditionType, phase: Phase, otherwise: Reason) -> Condition:
+        holds = situation.phase is phase
+        return condition(kind, holds, reason if holds else otherwise, message if holds else "")
+
+    conditions = [
+        condition(ConditionType.ACCEPTED, True, Reason.VALID),
+        condition(ConditionType.PROGRESSING, situation.progressing, reason, message),
+        end(ConditionType.SUSPENDED, Phase.SUSPENDED, Reason.NOT_SUSPENDED),
+        end(ConditionType.SUCCEEDED, Phase.SUCCEEDED, Reason.ROUNDS_LEFT),
+        end(ConditionType.FAILED, Phase.FAILED, Reason.NOT_FAILED),
+    ]
+    if any(served(run, role) for role in Role):
+        conditions.insert(2, _servers_ready(servers))
+    return conditions
+
+
+def _servers_ready(servers: Servers) -> Condition:
+    if not servers:
+        return condition(ConditionType.SERVERS_READY, False, Reason.SERVERS_RELEASED, "no stage asks them at this moment")
+    if (trouble := servers_trouble(servers)) is not None:
+        return condition(ConditionType.SERVERS_READY, False, trouble.reason, since(trouble))
+    return condition(ConditionType.SERVERS_READY, True, Reason.SERVERS_READY, ", ".join(servers))
+
+
+def _rounds(results: Results) -> list[RoundStatus]:
+    rounds = []
+    for number in range(1, results.newest_round + 1):
+        rollout, training = results.get(RolloutResult, number), results.get(TrainingResult, number)
+        evaluation = results.get(EvaluationResult, number)
+        rounds.append(
+            RoundStatus(
+                round=number,
+                policy=results.student_after(number - 1),
+                rollout=rollout.summary if rollout else None,
+                training=training.summary if training else None,
+                evaluation=evaluation.summary if evaluation else None,
+            )
+        )
+    return rounds
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}%"

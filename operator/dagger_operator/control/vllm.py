@@ -1,0 +1,36 @@
+"""vLLM's command line and environment, as `docs/architecture.md` (Serving) gives them."""
+
+from typing import Any
+
+from dagger_operator.api import Serving
+from dagger_operator.control.pods import SCRATCH, value
+
+
+def vllm_arguments(serving: Serving) -> list[str]:
+    """Arguments of `vllm.entrypoints.openai.api_server`; the user's own come last and win."""
+    arguments = ["--model", "$(DAGGER_SHARED)/current", "--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
+    arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
+    if serving.gpus > 1:
+        arguments += ["--tensor-parallel-size", str(serving.gpus)]
+    if serving.gpus == 0:
+        arguments += ["--enforce-eager"]
+    if serving.tool_call_parser is not None:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", serving.tool_call_parser]
+    return [*arguments, *serving.extra_args]
+
+
+def vllm_environment(serving: Serving) -> list[dict[str, Any]]:
+    """Environment of the server; the user's own comes last and wins."""
+    fixed = {
+        # Weights are reloaded and servers paused through the development endpoints, which no socket of the network reaches.
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        # The user of the pod has no entry in the image's passwd, and no home.
+        "HOME": SCRATCH,
+        "USER": "dagger",
+    }
+    if serving.gpus == 0:
+        fixed["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    given = {variable.name: variable.value for variable in serving.env}
+    return [value(name, text) for name, text in {**fixed, **given}.items()]
