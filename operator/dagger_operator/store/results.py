@@ -19,6 +19,8 @@ class PrepareResult(Record):
     """Version of the initial student."""
     teacher: str
     """Version of the teacher."""
+    teacher_revision: str = ""
+    """Commit of a teacher from the Hugging Face hub, so that every replica serves the same."""
     round_trip_seconds: float = 0.0
     """Median time of one small read from the store."""
     seconds: float = 0.0
