@@ -57,7 +57,7 @@ def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = F
     attempt = attempt_of(run, spec)
     own = labels(run, step.stage, step.round, attempt)
     name = job_name(run, step.stage, step.round, attempt)
-    spec["template"]["metadata"] = {"labels": own}
+    spec["template"]["metadata"] = {"labels": dict(own)}
     if step.stage is StageName.TRAINING and run.spec.training.nodes > 1:
         # Nodes find the first one by its host name below the Service; both hold the attempt, so they join only now.
         spec["template"]["spec"]["subdomain"] = training_service_name(run)

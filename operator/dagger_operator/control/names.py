@@ -45,7 +45,7 @@ def labels(run: DAggerRun, component: str, round_number: int, attempt: str) -> d
     return {
         MANAGED_BY: MANAGER,
         RUN: run.metadata.name,
-        COMPONENT: component,
+        COMPONENT: str(component),
         ROUND: str(round_number),
         ATTEMPT: attempt,
     }

@@ -30,15 +30,27 @@ Its pods carry no others, so that an edit restarts what it concerns and nothing 
 _ALWAYS = frozenset({"seed", "mixing", "student", "teacher", "tasks", "scaffold", "storage"})
 
 
-def carried_run(run: DAggerRun, command: str) -> str:
-    """`DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads."""
+def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
+    """`DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads; `role`: that of a serving pod."""
     kept = _ALWAYS | READS[command]
-    spec = {key: value for key, value in run.spec.wire().items() if key in kept}
+    spec = {key: part for key, part in run.spec.wire().items() if key in kept}
+    if command == "serving":
+        spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
     if command != "training" and run.spec.student.endpoint:
         spec["training"] = {"mode": run.spec.training.mode}  # without it the document would be refused
     metadata = {"name": run.metadata.name, "namespace": run.metadata.namespace, "uid": run.metadata.uid}
     document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {k: v for k, v in metadata.items() if v is not None}, "spec": spec}
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _as_a_server_sees(policy: Json, *, own: bool) -> Json:
+    """A policy without what would restart servers for nothing: sampling, replicas, and most of the other policy."""
+    seen = {"model": policy["model"]}
+    if serving := policy.get("serving"):
+        seen["serving"] = {key: part for key, part in serving.items() if key == "toolCallParser" or (own and key != "replicas")}
+    if endpoint := policy.get("endpoint"):
+        seen["endpoint"] = {key: endpoint[key] for key in ("url", "model") if key in endpoint}
+    return seen
 
 
 def value(name: str, text: object) -> Json:
@@ -79,10 +91,10 @@ def storage_environment(run: DAggerRun) -> list[Json]:
     return [{"secretRef": {"name": secret.name}}] if secret else []
 
 
-def own_environment(run: DAggerRun, command: str) -> list[Json]:
+def own_environment(run: DAggerRun, command: str, role: Role | None = None) -> list[Json]:
     """What every container that runs a command of this project is told."""
     return [
-        value("DAGGER_RUN", carried_run(run, command)),
+        value("DAGGER_RUN", carried_run(run, command, role)),
         from_field("DAGGER_POD", "metadata.name"),
         from_field("POD_IP", "status.podIP"),
         value("DAGGER_SCRATCH", SCRATCH),

@@ -17,7 +17,7 @@ from dagger_operator.control.pods import (
 )
 from dagger_operator.control.vllm import vllm_arguments, vllm_environment
 
-PROBE_SECONDS = 5
+PROBE_SECONDS = 2
 
 
 def served(run: DAggerRun, role: Role) -> Serving | None:
@@ -41,7 +41,7 @@ def build_deployment(
             "strategy": {"type": "Recreate"},
             "progressDeadlineSeconds": serving.startup_deadline_seconds + 60,
             "selector": {"matchLabels": _selector(own)},
-            "template": {"metadata": {"labels": own}, "spec": pod},
+            "template": {"metadata": {"labels": dict(own)}, "spec": pod},
         },
     }
 
@@ -61,22 +61,7 @@ def _selector(own: dict[str, str]) -> dict[str, str]:
 
 
 def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
-    env = [
-        *own_environment(run, "serving"),
-        value("DAGGER_ROUND", 0),
-        value("DAGGER_WORKER", role),
-        value("DAGGER_ROLE", role),
-        value("DAGGER_SHARED", SHARED),
-    ]
-    own: dict[str, Any] = {"env_from": storage_environment(run), "mounts": [("shared", SHARED), ("scratch", SCRATCH)]}
-    weights = container(
-        "weights",
-        run.spec.image,
-        ["python", "-m", "dagger_operator.serving.weights"],
-        env,
-        requests={"cpu": "100m", "memory": "1Gi"},
-        **own,
-    )
+    weights = _own_container(run, role, "weights", requests={"cpu": "100m", "memory": "1Gi"})
     vllm = container(
         "vllm",
         serving.image,
@@ -87,19 +72,30 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
         requests={"cpu": "1", "memory": "2Gi"},
         # The agent answers for vLLM, which listens on a Unix socket only.
         startupProbe=_probe("/health/server", failures=-(-serving.startup_deadline_seconds // PROBE_SECONDS)),
-        livenessProbe=_probe("/health/server", failures=3),
+        livenessProbe=_probe("/health/server", failures=5),
     )
-    agent = container(
+    agent = _own_container(
+        run,
+        role,
         "agent",
-        run.spec.image,
-        ["python", "-m", "dagger_operator.serving.agent"],
-        env,
         requests={"cpu": "250m", "memory": "512Mi"},
         ports=[{"name": "http", "containerPort": AGENT_PORT}],
         readinessProbe=_probe("/health/ready", failures=1),
-        **own,
     )
     return pod_spec([vllm, agent], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[weights])
+
+
+def _own_container(run: DAggerRun, role: Role, name: str, **more: Any) -> dict[str, Any]:
+    env = [
+        *own_environment(run, "serving", role),
+        value("DAGGER_ROUND", 0),
+        value("DAGGER_WORKER", role),
+        value("DAGGER_ROLE", role),
+        value("DAGGER_SHARED", SHARED),
+    ]
+    mounts = [("shared", SHARED), ("scratch", SCRATCH)]
+    command = ["python", "-m", f"dagger_operator.serving.{name}"]
+    return container(name, run.spec.image, command, env, env_from=storage_environment(run), mounts=mounts, **more)
 
 
 def _probe(path: str, *, failures: int) -> dict[str, Any]:
