@@ -4,8 +4,8 @@
 
 It is stateless: each answer follows from the request's messages alone, so it can label any state that any student has
 reached. It knows what the four helpers compute, and replays the conversation to find out what it may still believe: a
-test result holds until something changes, a line that grep showed holds but for the edits since then, and after a command
-whose effect it cannot tell it restores the files first.
+test result holds until something changes, a line that grep showed holds until its file changes, and after a command whose effect
+it cannot tell it restores the files first.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tasks import CONSTANTS, FUNCTIONS, HELPERS, MODULES, TEST
 RESTORE = "git checkout -f . && git clean -fdq"
 SUBMIT = "submit"
 
-_EDIT = re.compile(r"sed -i '(\d+)s/(\w+)/(\w+)/' (\w+\.py)")
+_EDIT = re.compile(r"sed -i '\d+s/\w+/\w+/' (\w+\.py)")
 _SEARCH = re.compile(r'grep -n "(?:def (?=\w+")|(?=\w+ =))(\w+)(?: =)?" \*\.py')
 # Nothing here can write: no redirection, no other command, no option that edits.
 _READ = re.compile(r"""grep -n [\w "*.=]+|cat [\w .*]+|ls|git diff|git status|sed -n \d+p [\w.*]+""")
@@ -63,17 +63,13 @@ class Knowledge:
             found = {_name(text): Line(file, int(number), text) for file, number, text in _LINE.findall(output)}
             return replace(self, lines={**self.lines, search[1]: found.get(search[1])})
         if edit := _EDIT.fullmatch(command):
-            return self if output.startswith("sed: ") else self._edited(int(edit[1]), edit[2], edit[3], edit[4])
+            return self if output.startswith("sed: ") else self._edited(edit[1])
         if _READ.fullmatch(command) or (_WORDS.fullmatch(command) and "not found" in output):
             return self
         return replace(self, understood=False)
 
-    def _edited(self, number: int, old: str, new: str, file: str) -> "Knowledge":
-        def edited(line: Line | None) -> Line | None:
-            here = line and (line.file, line.number) == (file, number)
-            return replace(line, text=line.text.replace(old, new, 1)) if line and here else line
-
-        lines = {name: edited(line) for name, line in self.lines.items() if line}
+    def _edited(self, file: str) -> "Knowledge":
+        lines = {name: line for name, line in self.lines.items() if line and line.file != file}
         return Knowledge(self.understood and file.removesuffix(".py") in MODULES, None, lines)
 
 
@@ -101,13 +97,13 @@ def _repair(verdict: str, lines: Mapping[str, Line | None]) -> str:
     line = lines[name]
     if line is None:
         return RESTORE  # what the test calls stands nowhere
-    wrong, right = _call(line.text, int(a), int(b), int(got), int(want)) if a else (got, want)
+    wrong, right = _call(int(a), int(b), int(got), int(want)) if a else (got, want)
     expected = f"def {name}(a, b): return {wrong}(a, b)" if a else f"{name} = {wrong}"
     # A line that does not explain the failure, or a failure that no helper would mend: something else was changed.
     return f"sed -i '{line.number}s/{wrong}/{right}/' {line.file}" if line.text == expected and wrong != right else RESTORE
 
 
-def _call(text: str, a: int, b: int, got: int, want: int) -> tuple[str, str]:
+def _call(a: int, b: int, got: int, want: int) -> tuple[str, str]:
     """The helper that a line calls and the one that it should; twice the same where they do not explain the failure."""
     by_result = {function(a, b): helper for helper, (_, function) in HELPERS.items()}
     wrong = by_result.get(got, "")
@@ -164,7 +160,7 @@ def mistake(rng: random.Random, messages: Sequence[Mapping[str, Any]]) -> str:
         right[: rng.randint(1, len(right))],
     ]
     if edit:  # the likeliest mistake: the right place, the wrong guess
-        guesses += [f"sed -i '{edit[1]}s/{edit[2]}/{helper}/' {edit[4]}"] * len(guesses)
+        guesses += [right.replace(right.split("/")[2], helper)] * len(guesses)
     return rng.choice(guesses)
 
 

@@ -1,0 +1,100 @@
+"""The quickstart: makes tasks and a student, starts the teacher, and runs `dagger-run.yaml` to its last table.
+
+    python examples/quickstart/run.py
+
+Everything lands in `.dagger` below the current folder. Interrupt it at any moment: the same command goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from tasks import generate, write
+
+HERE = Path(__file__).resolve().parent
+MANIFEST = HERE / "dagger-run.yaml"
+FOLDER = Path(".dagger/quickstart")
+"""Where `dagger-run.yaml` looks for tasks and student, from the current folder."""
+PORT = 8971
+TRAIN, HELD_OUT = 400, 100
+
+
+def make_inputs(folder: Path, seed: int, *, train: int, held_out: int) -> None:
+    """Tasks and student; what is there already stays, so that an interrupted run goes on with the same."""
+    if not (folder / "tasks.jsonl").exists():
+        write(folder / "tasks.jsonl", chain(generate(seed, train, held_out=False), generate(seed, held_out, held_out=True)))
+    if not (folder / "student").exists():
+        partial = folder / "student.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        made = subprocess.run(
+            [sys.executable, HERE / "student.py", "--seed", str(seed), "--out", partial], check=True, capture_output=True, text=True
+        )
+        partial.rename(folder / "student")
+        print(f"made a student of {json.loads(made.stdout)['parameters']:,} random parameters")
+
+
+@contextlib.contextmanager
+def serving_teacher(log: Path) -> Iterator[None]:
+    """The teacher's endpoint as a process of its own."""
+    if answers():
+        sys.exit(f"error: something answers on port {PORT} already, where the teacher should: end it first")
+    with log.open("a") as output:
+        process = subprocess.Popen([sys.executable, HERE / "teacher.py", "--port", str(PORT)], stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers():
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"error: the teacher did not start; see {log}")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers() -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def daggerctl(*arguments: str | Path) -> int:
+    """Runs the command line in the foreground; Ctrl-C reaches it too, and it ends in order."""
+    process = subprocess.Popen([sys.executable, "-m", "dagger_operator.cli", *arguments])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier quickstart")
+    if parser.parse_args().fresh:
+        for old in (FOLDER, Path(".dagger/runs/quickstart")):
+            shutil.rmtree(old, ignore_errors=True)
+    started = time.monotonic()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    make_inputs(FOLDER, seed=1, train=TRAIN, held_out=HELD_OUT)
+    with serving_teacher(FOLDER / "teacher.log"):
+        code = daggerctl("run", MANIFEST)
+    print(f"{time.monotonic() - started:.0f} seconds in all")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
