@@ -21,11 +21,16 @@ class Act:
         self._chunks: list[Chunk] = []
         self._news = asyncio.Event()
         self._task: asyncio.Future[Answer] = asyncio.ensure_future(run(self))
-        self._task.add_done_callback(lambda _: self._news.set())
+        self._task.add_done_callback(self._ended)
 
     @property
     def done(self) -> bool:
         return self._task.done()
+
+    def _ended(self, task: asyncio.Future[Answer]) -> None:
+        # Looked at here because perhaps nobody waits for it any more; the session keeps what failed.
+        _ = task.cancelled() or task.exception()
+        self._tell()
 
     def forward(self, chunk: Chunk) -> None:
         """Takes a chunk of the stream as it arrives."""

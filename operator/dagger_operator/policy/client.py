@@ -102,7 +102,7 @@ class Client:
     async def _try(self, url: str, body: dict[str, Any], forward: Callable[[Chunk], None] | None) -> Answer:
         assert self._http is not None, "Client is an async context manager"
         started = time.monotonic()
-        stream = _Stream(self.upstream, forward) if forward else None
+        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk)) if forward else None
         try:
             async with self._http.post(f"{url}/chat/completions", json=body, allow_redirects=False) as response:
                 if response.status != 200:
@@ -123,8 +123,10 @@ class Client:
             raise _passing(error, self.upstream.timeout_seconds) from error
 
     def _check_version(self, url: str, payload: dict[str, Any]) -> None:
-        if (found := wrong_version(self.upstream, payload)) is not None:
-            raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found} answered"))
+        """A served policy's answer names the version that was asked for: nothing else is recorded under it."""
+        found = payload.get("model")
+        if self.upstream.served and found != self.upstream.version:
+            raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found!r} answered"))
 
     def _refusal(self, url: str, response: aiohttp.ClientResponse, text: str) -> Exception:
         status, message = response.status, f"HTTP {response.status}: {text[:500]}"
@@ -151,8 +153,9 @@ class Client:
 class _Stream:
     """Passes a stream on while it adds it up."""
 
-    def __init__(self, upstream: Upstream, forward: Callable[[Chunk], None]) -> None:
-        self._upstream, self._forward = upstream, forward
+    def __init__(self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None]) -> None:
+        """`check` sees the first chunk before anything is passed on, and raises where it must not be."""
+        self._forward, self._check = forward, check
         self.forwarded = False
 
     async def read(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -164,8 +167,8 @@ class _Stream:
                 chunk = parse(event)
                 if "error" in chunk:
                     raise _Passing("ServerError", f"error in the stream: {str(chunk['error'])[:500]}")
-                if not self.forwarded and (found := wrong_version(self._upstream, chunk)) is not None:
-                    raise PolicyUnavailable("WrongVersion", f"asked for policy {self._upstream.version}, {found} answered")
+                if not self.forwarded:
+                    self._check(chunk)
                 assembler.add(chunk)
                 self.send([chunk])
         return assembler.answer()
@@ -187,12 +190,6 @@ def _passing(error: Exception, timeout: float) -> _Passing:
         return _Passing("Timeout", f"no answer within {timeout:g} s")
     # The class's name alone says something where str() is empty.
     return _Passing("Unreachable", f"{type(error).__name__}: {error}", unreachable=True)
-
-
-def wrong_version(upstream: Upstream, payload: dict[str, Any]) -> str | None:
-    """What answered, where a served policy's answer does not name the version that was asked for."""
-    found = payload.get("model")
-    return None if not upstream.served or found == upstream.version else repr(found)
 
 
 def completion_of(payload: dict[str, Any], version: str, seconds: float) -> Completion:

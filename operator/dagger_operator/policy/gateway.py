@@ -1,5 +1,6 @@
 """The policy gateway: an OpenAI-compatible server with a base URL and a token for each rollout. It runs inside the rollout worker."""
 
+import contextlib
 import json
 import resource
 import secrets
@@ -115,7 +116,7 @@ class Gateway:
         session = self._sessions.get(http.match_info["rollout"])
         given = http.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         expected = session.token if session else secrets.token_urlsafe(32)
-        return session if secrets.compare_digest(given.encode(), expected.encode()) else None
+        return session if secrets.compare_digest(given.encode(errors="surrogateescape"), expected.encode()) else None
 
     async def _models(self, http: web.Request) -> web.StreamResponse:
         if self._session(http) is None:
@@ -163,7 +164,7 @@ async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.Stre
                 await response.prepare(http)
             await response.write(_event(chunk | {"model": request.model}))
         assert response is not None, "an answer has at least one chunk"
-        await response.write(f"data: {DONE}\n\n".encode())
+        await response.write(b"data: %b\n\n" % DONE)
         await response.write_eof()
     except ConnectionError:
         structlog.get_logger().info("a scaffold went away in the middle of a turn", rollout=http.match_info["rollout"])
@@ -195,4 +196,5 @@ def _raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError, OSError):  # some systems allow less than their hard limit says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from dagger_operator.api import LabelMode
-from dagger_operator.policy.act import Act
+from dagger_operator.policy.act import Act, TurnDropped
 from dagger_operator.policy.client import Answer, Client
 from dagger_operator.policy.coins import request_seed
 from dagger_operator.policy.failures import PolicyFailure, PolicyRefused, PolicyUnavailable
@@ -46,17 +46,20 @@ class RolloutSession:
         self._act: Act | None = None
         self._labels: dict[int, asyncio.Task[None]] = {}
         self._deferred: dict[int, ChatRequest] = {}
-        self._failed: PolicyFailure | None = None
+        self._failed: Exception | None = None
+        self._closed = False
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
 
     async def turn(self, request: ChatRequest) -> Act:
         """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
 
-        Raises `TurnLimit`, and `PolicyFailure` where a policy has failed this rollout before.
+        Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it before.
         """
         while True:
             act = self._act
+            if self._closed:
+                raise TurnDropped
             if self._failed is not None:
                 raise self._failed
             if act is not None and act.request == request:
@@ -90,7 +93,7 @@ class RolloutSession:
                 forward=act.forward if act.request.stream else None,
             )
         except BaseException as error:
-            if isinstance(error, PolicyFailure):
+            if isinstance(error, Exception):
                 self._failed = error
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
@@ -104,7 +107,7 @@ class RolloutSession:
         elif labelled and mode is LabelMode.DEFERRED:
             self._deferred[index] = act.request
         elif labelled and mode is LabelMode.INLINE:
-            await self._labels[index]
+            await asyncio.shield(self._labels[index])
         return answer
 
     async def _label(self, index: int, request: ChatRequest) -> None:
@@ -128,15 +131,20 @@ class RolloutSession:
 
     async def finish(self) -> Recording:
         """Closes, waits for outstanding labels, and returns the record. A turn still under way is dropped: nobody will execute it."""
-        self._on_close()
-        if self._act is not None and not self._act.done:
-            await self._act.drop()
+        await self._close()
+        if self._failed is not None and not isinstance(self._failed, PolicyFailure):
+            await self._drop_labels()
+            raise self._failed
         if isinstance(self._failed, PolicyUnavailable):
             await self._drop_labels()  # nothing of this rollout will train
         else:
             for index, request in self._deferred.items():
                 self._labels[index] = asyncio.create_task(self._label(index, request))
-            await asyncio.gather(*self._labels.values())
+            try:
+                await asyncio.gather(*self._labels.values())
+            except BaseException:
+                await self._drop_labels()
+                raise
         return Recording(
             turns=self._recorder.labelled(),
             kappa=self._mixer.kappa,
@@ -149,10 +157,14 @@ class RolloutSession:
 
     async def abort(self) -> None:
         """Drops the session and cancels its upstream requests."""
+        await self._close()
+        await self._drop_labels()
+
+    async def _close(self) -> None:
+        self._closed = True
         self._on_close()
         if self._act is not None and not self._act.done:
             await self._act.drop()
-        await self._drop_labels()
 
     async def _drop_labels(self) -> None:
         for task in self._labels.values():

@@ -8,7 +8,7 @@ from dagger_operator.policy.wire import InvalidWire
 Chunk = dict[str, Any]
 """A `chat.completion.chunk`."""
 
-DONE = "[DONE]"
+DONE = b"[DONE]"
 """Payload of the last event."""
 
 
@@ -17,18 +17,18 @@ class EventParser:
 
     def __init__(self) -> None:
         self._rest = b""
-        self._data: list[str] = []
+        self._data: list[bytes] = []
 
-    def feed(self, data: bytes) -> list[str]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Takes what arrived; returns the data of every event that this completes."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         events = []
         for raw in lines:
             line = raw.removesuffix(b"\r")
             if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
+                self._data.append(line[5:].removeprefix(b" "))
             elif not line and self._data:
-                events.append("\n".join(self._data))
+                events.append(b"\n".join(self._data))
                 self._data = []
         return events
 

@@ -8,7 +8,7 @@ class InvalidWire(ValueError):
     """A body that is no JSON object."""
 
 
-def parse(data: bytes | str) -> dict[str, Any]:
+def parse(data: bytes) -> dict[str, Any]:
     """A JSON object. Lone surrogates, which tools that decode with `surrogateescape` produce, become U+FFFD: neither UTF-8
     nor Parquet can hold them."""
     try:
@@ -17,9 +17,8 @@ def parse(data: bytes | str) -> dict[str, Any]:
         raise InvalidWire(f"no JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidWire(f"a JSON object is needed, got {type(value).__name__}")
-    # Surrogates can only have come from escapes, so most bodies are spared the walk.
-    escaped = b"\\u" if isinstance(data, bytes) else "\\u"
-    return {key: _storable(item) for key, item in value.items()} if escaped in data else value  # type: ignore[operator]  # same type on both sides
+    # Only an escape can have made a surrogate, so most bodies are spared the walk.
+    return {_storable(name): _storable(item) for name, item in value.items()} if b"\\u" in data else value
 
 
 def _refuse(constant: str) -> NoReturn:
