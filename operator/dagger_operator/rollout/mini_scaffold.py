@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from pydantic import BaseModel
 
 from dagger_operator.api import Protocol, Scaffold
 from dagger_operator.policy.session import Session
@@ -33,7 +32,6 @@ class GatewayModel:
     def __init__(self, http: aiohttp.ClientSession, session: Session, bridge: Bridge, protocol: Protocol, words: Templates) -> None:
         self._http, self._session, self._bridge = http, session, bridge
         self._protocol, self._words = protocol, words
-        self.config = BaseModel()
 
     def query(self, messages: list[Message], **_: Any) -> Message:
         choice = self._bridge.call(self._complete(messages))["choices"][0]
@@ -87,7 +85,6 @@ class SandboxEnvironment:
         self._submit_command = submit_command.strip()
         # The library's rule, for any word: an agent submits by a command whose first line of output is the word that it echoes.
         self._marker = self._submit_command.removeprefix("echo ").strip() if self._submit_command.startswith("echo ") else None
-        self.config = BaseModel()
 
     def execute(self, action: dict[str, Any], cwd: str = "") -> dict[str, Any]:
         command = action["command"]

@@ -33,7 +33,7 @@ def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float) -> V
     if recording.failure is not None:
         raise InfrastructureFailed(recording.failure)
     lost = sum(turn.label_flaw is LabelFlaw.REQUEST_FAILED for turn in recording.turns)
-    if lost > (1 - min_coverage) * len(recording.turns):
+    if len(recording.turns) - lost < min_coverage * len(recording.turns):
         message = f"requests for {lost} of {len(recording.turns)} labels failed"
         raise InfrastructureFailed(Failure(reason="LabelsUnavailable", message=message))
     if recording.policy_error is not None:

@@ -149,7 +149,7 @@ class Pool:
             failure = error.failure
         last = lease.failures >= self._share.retries
         self._metrics.failures.labels(self._share.kind.value).inc()
-        self._counts["broken tries"] += 1
+        self._counts["broken_tries"] += 1
         log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)
         return (self._excluded(assignment, lease.tries, failure) if last else None), failure
 
@@ -166,13 +166,11 @@ class Pool:
             await asyncio.sleep(REPORT_SECONDS)
 
     async def _report(self) -> None:
-        """Says how far the stage is (`done`, `total`), and what this worker has done since it started (`counters`)."""
+        """Says how far the stage is (`done`, `total`), and what this worker did since it started (`counters`; they add up over workers)."""
         share, seconds = self._share, time.monotonic() - self._started
         counters: dict[str, float] = {outcome.value: self._counts[outcome.value] for outcome in Outcome if self._counts[outcome.value]}
-        turns = self._counts["turns"]
-        counters |= {"turns": turns, "turns/s": round(turns / seconds, 3) if seconds else 0.0, "labels": self._counts["labels"]}
-        counters |= {"coverage": round(self._counts["labels"] / turns, 4)} if turns else {}
-        counters |= {"under way": len(self._under_way), "broken tries": self._counts["broken tries"]}
+        counters |= {name: self._counts[name] for name in ("turns", "labels", "broken_tries")}
+        counters |= {"turns_per_second": self._counts["turns"] / seconds if seconds else 0.0, "under_way": len(self._under_way)}
         try:
             done = len(await finished(share.store, share.round, share.kind) & {a.rollout_id for a in share.assignments})
             state = StageProgress(done=done, total=len(share.assignments), unit="rollouts", counters=counters, seconds=seconds)

@@ -1,0 +1,160 @@
+"""Workers share a stage's rollouts: each is finished once, whatever happens to those who work on it."""
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from dagger_operator.api import Storage
+from dagger_operator.rollout.metrics import WorkerMetrics
+from dagger_operator.rollout.outcome import InfrastructureFailed
+from dagger_operator.rollout.pool import Pool, Share
+from dagger_operator.store.claims import Claims
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.objects import Store
+from dagger_operator.store.progress import read_progress
+from dagger_operator.store.records import Failure, Outcome, Trajectory
+from dagger_operator.store.trajectories import finished, read_trajectories
+from dagger_operator.tasks.deal import Assignment
+from dagger_operator.tasks.task import ScriptGrading, Task
+
+AWAY = Failure(reason="Unreachable", message="the teacher is away")
+
+
+def assignments(count: int) -> tuple[Assignment, ...]:
+    tasks = [Task(id=f"t{i}", statement="s", grading=ScriptGrading(command="true")) for i in range(count)]
+    return tuple(Assignment(rollout_id=f"t{i:05d}-a0", ordinal=i, task=task, attempt=0) for i, task in enumerate(tasks))
+
+
+class Bench:
+    """Attempts that are counted, take a moment, and fail as often as they are told to."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        self.store, self.assignments = store, assignments(count)
+        self.started: Counter[str] = Counter()
+        self.failing: Counter[str] = Counter()
+        self.under_way = self.most_under_way = 0
+        self.seconds = 0.02
+
+    def pool(self, index: int = 0, *, workers: int = 1, concurrency: int = 3, retries: int = 2, lease: float = 2.0) -> Pool:
+        share = Share(
+            store=self.store,
+            round=1,
+            kind=Kind.ROLLOUT,
+            worker=f"rollout-{index:04d}",
+            index=index,
+            workers=workers,
+            assignments=self.assignments,
+            concurrency=concurrency,
+            lease_seconds=lease,
+            retries=retries,
+            most_backoff_seconds=0.05,
+        )
+        return Pool(share, WorkerMetrics(CollectorRegistry()), self.attempt, self.excluded)
+
+    async def attempt(self, assignment: Assignment, tries: int) -> Trajectory:
+        self.started[assignment.rollout_id] += 1
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            self.under_way -= 1
+        if self.failing[assignment.rollout_id] > 0:
+            self.failing[assignment.rollout_id] -= 1
+            raise InfrastructureFailed(AWAY)
+        return self.record(assignment, tries, Outcome.RESOLVED)
+
+    def excluded(self, assignment: Assignment, tries: int, failure: Failure) -> Trajectory:
+        return self.record(assignment, tries, Outcome.INFRASTRUCTURE_FAILURE, failure)
+
+    def record(self, assignment: Assignment, tries: int, outcome: Outcome, failure: Failure | None = None) -> Trajectory:
+        where: dict[str, Any] = {"run": "r", "round": 1, "rollout_id": assignment.rollout_id, "task_id": assignment.task.id}
+        return Trajectory(**where, student="s", turns=(), outcome=outcome, failure=failure, tries=tries)
+
+    async def ended(self) -> dict[str, Trajectory]:
+        return {t.rollout_id: t async for t in read_trajectories(self.store, 1, Kind.ROLLOUT)}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(Store.open(Storage(url=f"file://{tmp_path}/store"), {}), 20)
+
+
+async def test_every_rollout_is_run_once_by_as_many_slots_as_there_may_be(bench: Bench) -> None:
+    await asyncio.wait_for(bench.pool(concurrency=3).run(), 60)
+    assert set(bench.started.values()) == {1}
+    assert await finished(bench.store, 1, Kind.ROLLOUT) == {a.rollout_id for a in bench.assignments}
+    assert bench.most_under_way == 3
+    assert await bench.store.list("rounds/0001/rollout/claims/") == []
+
+
+async def test_workers_share_the_rollouts_and_end_together(bench: Bench) -> None:
+    await asyncio.wait_for(asyncio.gather(*(bench.pool(index, workers=3).run() for index in range(3))), 60)
+    assert set(bench.started.values()) == {1}
+    assert len(await bench.ended()) == 20
+
+
+async def test_what_infrastructure_broke_is_tried_again_on_its_own_budget(bench: Bench) -> None:
+    bench.failing.update({"t00001-a0": 2, "t00002-a0": 99})
+    await asyncio.wait_for(bench.pool(retries=2).run(), 60)
+    ended = await bench.ended()
+    assert (ended["t00001-a0"].outcome, ended["t00001-a0"].tries) == (Outcome.RESOLVED, 3)
+    lost = ended["t00002-a0"]
+    assert (lost.outcome, lost.failure, lost.tries) == (Outcome.INFRASTRUCTURE_FAILURE, AWAY, 3)
+    assert bench.started["t00002-a0"] == 3
+    assert {a.outcome for i, a in ended.items() if i != "t00002-a0"} == {Outcome.RESOLVED}
+
+
+async def test_a_cancelled_worker_gives_its_rollouts_back_at_once(bench: Bench) -> None:
+    bench.seconds = 60
+    running = asyncio.create_task(bench.pool(lease=60).run())
+    while bench.under_way < 3:
+        await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert bench.under_way == 0
+    bench.seconds, began = 0.01, time.monotonic()
+    await asyncio.wait_for(bench.pool(1, workers=2, lease=60).run(), 60)
+    assert time.monotonic() - began < 30, "the next worker waited for the leases of the first"
+    assert len(await bench.ended()) == 20
+
+
+async def test_a_silent_workers_rollouts_are_taken_over(bench: Bench) -> None:
+    bench.assignments = bench.assignments[:3]
+    silent = Claims(bench.store, 1, Kind.ROLLOUT, "rollout-0000", 60)  # takes one, and is never heard of again
+    assert await silent.take("t00000-a0") is not None
+    await asyncio.wait_for(bench.pool(1, workers=2, lease=1.0).run(), 60)
+    assert len(await bench.ended()) == 3
+
+
+async def test_a_worker_that_lost_its_claim_writes_nothing_and_goes_on(bench: Bench) -> None:
+    bench.assignments = bench.assignments[:2]
+    bench.seconds = 3.0
+    slow = asyncio.create_task(bench.pool(0, concurrency=1, lease=2.0).run())
+    while not bench.under_way:
+        await asyncio.sleep(0.01)
+    (claim,) = await bench.store.list("rounds/0001/rollout/claims/")
+    thief = Claims(bench.store, 1, Kind.ROLLOUT, "rollout-0000", 60)  # another life under the same name takes over at first sight
+    lease = await thief.take(claim.key.removeprefix("rounds/0001/rollout/claims/").removesuffix(".json"))
+    assert lease is not None
+    bench.seconds = 0.01
+    async with asyncio.timeout(60):
+        while bench.under_way:
+            await asyncio.sleep(0.01)
+    assert await finished(bench.store, 1, Kind.ROLLOUT) <= {a.rollout_id for a in bench.assignments} - {lease.rollout_id}
+    await lease.release()
+    await asyncio.wait_for(slow, 60)
+    assert len(await bench.ended()) == 2
+
+
+async def test_progress_counts_the_whole_stage_and_this_workers_part(bench: Bench) -> None:
+    await bench.pool().run()
+    said = (await read_progress(bench.store, 1, "rollout"))[0]
+    assert (said.done, said.total, said.unit) == (20, 20, "rollouts")
+    assert said.counters["Resolved"] == 20

@@ -1,0 +1,273 @@
+"""The stages as a runtime starts them: from the environment to a result in the store."""
+
+import asyncio
+import json
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dagger_operator.evaluation.stage import evaluate
+from dagger_operator.rollout.round import rollout
+from dagger_operator.store import layout
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.manifest import RoundManifest, read_manifest, training_set
+from dagger_operator.store.objects import Store
+from dagger_operator.store.records import Actor, Outcome, Trajectory, labelled_states
+from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
+from dagger_operator.store.stage import ExitCode, StageFailure
+from dagger_operator.store.trajectories import finished, read_trajectories
+
+
+async def trajectories(store: Store, kind: Kind = Kind.ROLLOUT) -> list[Trajectory]:
+    return [trajectory async for trajectory in read_trajectories(store, 1, kind)]
+
+
+async def test_a_round_goes_from_tasks_to_labels_that_train(ground: Any) -> None:
+    run = ground.run(train=6)
+    await rollout(ground.stage(run))
+    store = ground.store(run)
+    result = await read_result(store, 1, "rollout", RolloutResult)
+    assert result is not None
+    summary = result.summary
+    assert (summary.rollouts, summary.label_coverage, summary.nominal_beta, result.excluded) == (6, 1.0, 0.4, {})
+    ended = await trajectories(store)
+    turns = [turn for trajectory in ended for turn in trajectory.turns]
+    assert summary.turns == len(turns) == summary.labels
+    assert 0.0 < summary.teacher_turn_share == sum(turn.actor is Actor.TEACHER for turn in turns) / len(turns) < 1.0
+    assert summary.agreement is not None and 0.0 < summary.agreement < 1.0
+    assert all((turn.coin < turn.beta) == (turn.actor is Actor.TEACHER) for turn in turns)
+    # What the trainer reads is the same data, and no token that opens a session is in it.
+    data = await training_set(store, 1, run.spec.training.aggregation)
+    labels = [state async for trajectory in data.trajectories() for state in _states(trajectory)]
+    assert len(labels) == summary.labels
+    resolved = [trajectory for trajectory in ended if trajectory.outcome is Outcome.RESOLVED]
+    assert resolved and all("+right" in trajectory.patch for trajectory in resolved)
+    manifest = await read_manifest(store, 1)
+    assert manifest is not None and (manifest.digest, manifest.data_digest) == (result.manifest_digest, summary.data_digest)
+
+
+async def _states(trajectory: Trajectory) -> AsyncIterator[Any]:
+    for state in labelled_states(trajectory):
+        yield state
+
+
+async def test_a_finished_stage_ends_at_once(ground: Any) -> None:
+    run = ground.run(train=2)
+    await rollout(ground.stage(run))
+    asked = len(ground.policies.requests)
+    await rollout(ground.stage(run))
+    assert len(ground.policies.requests) == asked
+
+
+async def test_the_same_seed_gathers_the_same_data(ground: Any) -> None:
+    digests = []
+    for name in ("one", "two"):
+        run = ground.run(train=4, storage={"url": f"file://{ground.root}/{name}"}, rollouts={"concurrency": 4 if name == "one" else 1})
+        await rollout(ground.stage(run))
+        manifest = await read_manifest(ground.store(run), 1)
+        assert manifest is not None
+        digests.append(manifest.data_digest)
+    assert digests[0] == digests[1]
+
+
+async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(ground: Any) -> None:
+    run = ground.run(held_out=8, evaluation={"maxTurns": 6})
+    stage = ground.stage(run, kind="evaluation")
+    await evaluate(stage)
+    result = await read_result(ground.store(run), 1, "evaluation", EvaluationResult)
+    assert result is not None
+    assert {model for model, _, _ in ground.policies.requests} == {"student"}
+    assert {body["temperature"] for _, _, body in ground.policies.requests} == {0.0}
+    ended = await trajectories(ground.store(run), Kind.EVALUATION)
+    assert all(turn.label is None for trajectory in ended for turn in trajectory.turns)
+    assert max(len(trajectory.turns) for trajectory in ended) <= 6
+    assert set(result.resolved_tasks) | set(result.unresolved_tasks) == {f"repair-{number}" for number in range(1000, 1008)}
+    by_task = {trajectory.task_id: trajectory for trajectory in ended}
+    assert all(by_task[task].outcome is Outcome.RESOLVED for task in result.resolved_tasks)
+    false_submits = [t for t in ended if t.submitted and t.outcome is Outcome.UNRESOLVED]
+    # The student submits too early on some of these tasks: were it otherwise, the count below would prove nothing.
+    assert len(false_submits) == result.summary.false_submits > 0
+    assert 0 < result.summary.resolved < 8
+    assert result.summary.policy == stage.policy
+
+
+def unavailable(model: str) -> Callable[[str, list[dict[str, Any]]], web.Response | None]:
+    return lambda asked, messages: web.json_response({"error": "away"}, status=503) if asked == model else None
+
+
+async def test_a_teacher_that_is_away_fails_the_round_and_a_resume_runs_what_it_broke(ground: Any) -> None:
+    run = ground.run(train=4, rollouts={"concurrency": 4, "leaseSeconds": 4, "infrastructureRetries": 0})
+    broken = "right 2"
+    ground.policies.fault = lambda model, messages: (
+        web.json_response({"error": "away"}, status=503) if model == "teacher" and broken in str(messages) else None
+    )
+    with pytest.raises(StageFailure) as caught:
+        await rollout(ground.stage(run))
+    failure = caught.value
+    assert (failure.reason, failure.permanent) == ("TooFewValidRollouts", True)
+    assert "1 of 4 rollouts (1 ServerError" in failure.message or "1 of 4 rollouts (1 LabelsUnavailable" in failure.message
+    store = ground.store(run)
+    assert await read_manifest(store, 1) is None and len(await finished(store, 1, Kind.ROLLOUT)) == 3
+    ground.policies.fault = lambda model, messages: None
+    ground.policies.requests.clear()
+    await rollout(ground.stage(run))
+    assert all(broken in str(messages) for _, messages, _ in ground.policies.requests), "finished rollouts were run again"
+    assert (await _result(store)).summary.outcomes.get("InfrastructureFailure", 0) == 0
+
+
+async def test_a_round_goes_on_without_the_few_that_infrastructure_broke(ground: Any) -> None:
+    run = ground.run(train=4, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 1, "minValidFraction": 0.5})
+    ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None
+    await rollout(ground.stage(run))
+    result = await _result(ground.store(run))
+    assert result.excluded == {"Garbled": 1}
+    assert (result.summary.rollouts, result.summary.outcomes["InfrastructureFailure"]) == (4, 1)
+    (lost,) = [t for t in await trajectories(ground.store(run)) if t.outcome is Outcome.INFRASTRUCTURE_FAILURE]
+    assert (lost.task_id, lost.turns, lost.tries, lost.patch) == ("repair-1", (), 2, "")
+    data = await training_set(ground.store(run), 1, run.spec.training.aggregation)
+    assert "repair-1" not in {trajectory.task_id async for trajectory in data.trajectories()}
+
+
+async def test_a_teacher_whose_turns_cannot_be_run_is_named_as_the_cause(ground: Any) -> None:
+    run = ground.run(train=2, mixing={"beta": {"type": "Constant", "value": 0.0}})
+    answer = {"id": "x", "object": "chat.completion", "model": "teacher"}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "I would rather talk."}, "finish_reason": "stop"}
+    ground.policies.fault = lambda model, messages: web.json_response(answer | {"choices": [choice]}) if model == "teacher" else None
+    with pytest.raises(StageFailure) as caught:
+        await rollout(ground.stage(run))
+    assert caught.value.reason == "LabelCoverageTooLow"
+    assert "Unparsable" in caught.value.message
+
+
+async def test_a_context_that_is_too_long_is_the_policys_own_error_and_not_tried_again(ground: Any) -> None:
+    run = ground.run(train=2, mixing={"beta": {"type": "Constant", "value": 0.0}}, labels={"minCoverage": 0.0, "attempts": 1})
+    refusal = {"error": {"message": "maximum context length is 64 tokens", "code": "context_length_exceeded"}}
+    ground.policies.fault = lambda model, messages: (
+        web.json_response(refusal, status=400) if model == "student" and len(messages) > 3 else None
+    )
+    await rollout(ground.stage(run))
+    ended = await trajectories(ground.store(run))
+    refused = [t for t in ended if t.outcome is Outcome.POLICY_ERROR]
+    assert refused and {(t.exit_status, t.tries) for t in refused} == {("ContextTooLong", 1)}
+
+
+async def test_a_task_whose_setup_fails_is_infrastructure(ground: Any) -> None:
+    run = ground.run(train=1, rollouts={"infrastructureRetries": 0})
+    path = ground.root / "train.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"setup": "exit 7"}) + "\n")
+    with pytest.raises(StageFailure, match="infrastructure broke 1 of 1"):
+        await rollout(ground.stage(run))
+
+
+async def _result(store: Store) -> RolloutResult:
+    result = await read_result(store, 1, "rollout", RolloutResult)
+    assert result is not None
+    return result
+
+
+async def start(ground: Any, run: Any, index: int = 0, module: str = "rollout") -> asyncio.subprocess.Process:
+    environ = ground.environ(run, index=index, kind=module)
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", f"dagger_operator.{module}", env=environ, stdout=asyncio.subprocess.PIPE
+    )
+
+
+async def test_the_command_logs_what_it_does_and_never_a_token(ground: Any) -> None:
+    run = ground.run(train=2)
+    environ = ground.environ(run) | {"DAGGER_TEACHER_TOKEN": "sk-teacher-secret"}
+    worker = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "dagger_operator.rollout", env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(worker.communicate(), 120)
+    assert (worker.returncode, err) == (ExitCode.DONE, b"")
+    lines = [json.loads(line) for line in out.splitlines()]
+    ended = [line for line in lines if line["event"] == "rollout finished"]
+    assert len(ended) == 2
+    assert {"run", "round", "task", "rollout", "worker", "outcome", "turns"} <= ended[0].keys()
+    assert b"sk-teacher-secret" not in out
+    everything = b"".join(path.read_bytes() for path in ground.root.rglob("*") if path.is_file() and "store" in path.parts)
+    assert b"sk-teacher-secret" not in everything
+
+
+async def test_a_worker_that_is_asked_to_end_ends_and_the_next_goes_on(ground: Any) -> None:
+    run = ground.run(train=6, rollouts={"concurrency": 2, "leaseSeconds": 30})
+    worker = await start(ground, run)
+    await _until(lambda: len(ground.policies.requests) > 4)
+    worker.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(worker.communicate(), 60)
+    assert worker.returncode == ExitCode.UNAVAILABLE
+    began = time.monotonic()
+    await rollout(ground.stage(run))
+    assert time.monotonic() - began < 25, "claims were not given back"
+    assert (await _result(ground.store(run))).summary.rollouts == 6
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(120):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+async def test_workers_killed_again_and_again_lose_and_double_nothing(ground: Any) -> None:
+    """kill -9 at random moments; the data set is the one of a run that nobody disturbed."""
+    count, workers = 24, 2
+    settings = {"workers": workers, "concurrency": 3, "leaseSeconds": 2}
+    calm = ground.run(train=count, rollouts=settings, storage={"url": f"file://{ground.root}/calm"})
+    await rollout(ground.stage(calm))
+    undisturbed = await read_manifest(ground.store(calm), 1)
+
+    run = ground.run(train=count, rollouts=settings)
+    store, rng = ground.store(run), random.Random(7)
+    lives: dict[int, asyncio.subprocess.Process] = {}
+    kills, seen = 0, dict[str, bytes]()
+
+    async def finished_objects() -> dict[str, bytes]:
+        found = {}
+        for info in await store.list(layout.trajectories(1, Kind.ROLLOUT)):
+            entry = await store.get(info.key)
+            assert entry is not None
+            found[info.key] = entry.data
+        return found
+
+    try:
+        while not await store.exists(layout.result(1, "rollout")):
+            for index in range(workers):
+                if index not in lives or lives[index].returncode is not None:
+                    lives[index] = await start(ground, run, index)
+            # Early kills hit the start of a worker, later ones hit rollouts, records and the closing of the round.
+            await asyncio.sleep(rng.uniform(0.5, 5.0))
+            now = await finished_objects()
+            assert seen.items() <= now.items(), "a finished rollout was lost or written again"
+            seen = now
+            victim = rng.randrange(workers)
+            if lives[victim].returncode is None:
+                lives[victim].kill()
+                await lives[victim].communicate()
+                kills += 1
+        for worker in lives.values():
+            await asyncio.wait_for(worker.communicate(), 120)
+    finally:
+        for worker in lives.values():
+            if worker.returncode is None:
+                worker.kill()
+                await worker.communicate()
+    disturbed = await read_manifest(store, 1)
+    assert kills >= 3, "the round was over before it was disturbed"
+    assert disturbed is not None and undisturbed is not None
+    assert _what_counts(disturbed) == _what_counts(undisturbed)
+    ended = await trajectories(store)
+    assert Counter(t.rollout_id for t in ended) == Counter({t.rollout_id: 1 for t in ended}) and len(ended) == count
+    assert (await _result(store)).summary.data_digest == undisturbed.data_digest
+
+
+def _what_counts(manifest: RoundManifest) -> tuple[Any, ...]:
+    return manifest.data_digest, manifest.rollouts, manifest.turns, manifest.labels, manifest.excluded, manifest.shards

@@ -1,0 +1,105 @@
+"""A round's numbers say what was delivered, and what infrastructure broke is in none of them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagger_operator.api import Scaffold
+from dagger_operator.rollout.actions import action_reader
+from dagger_operator.rollout.round import check_coverage
+from dagger_operator.rollout.summary import Tally
+from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
+from dagger_operator.store.stage import StageFailure
+
+READER = action_reader(Scaffold(action_regex="(?s)(.+)"))
+
+
+def said(content: str, tokens: int = 1) -> Completion:
+    return Completion(message={"role": "assistant", "content": content}, policy="p", finish_reason="stop", completion_tokens=tokens)
+
+
+def turn(actor: Actor, action: str, label: str | None, *, tokens: int = 1, flaw: LabelFlaw | None = None) -> Turn:
+    return Turn(
+        index=0,
+        actor=actor,
+        beta=0.5,
+        coin=0.1,
+        kept=0,
+        messages=(),
+        action=said(action, tokens),
+        label=said(label) if label is not None else None,
+        label_flaw=flaw,
+    )
+
+
+def trajectory(*turns: Turn, outcome: Outcome = Outcome.RESOLVED, start: float = 0.0, failure: Failure | None = None) -> Trajectory:
+    return Trajectory(
+        run="r",
+        round=1,
+        rollout_id="t",
+        task_id="t",
+        student="s",
+        turns=turns,
+        outcome=outcome,
+        failure=failure,
+        timings=Timings(started_at=start, total=10.0),
+    )
+
+
+def test_a_round_is_counted_by_hand() -> None:
+    tally = Tally.of(
+        READER,
+        [
+            trajectory(turn(Actor.TEACHER, "a", "a", tokens=30), turn(Actor.STUDENT, "b", "c", tokens=5), start=100.0),
+            trajectory(
+                turn(Actor.STUDENT, "b", "b", tokens=5),
+                turn(Actor.STUDENT, "b", None, tokens=0, flaw=LabelFlaw.REQUEST_FAILED),
+                turn(Actor.TEACHER, "cut", "cut", tokens=20, flaw=LabelFlaw.TRUNCATED),
+                outcome=Outcome.LIMIT_REACHED,
+                start=150.0,
+            ),
+            trajectory(outcome=Outcome.INFRASTRUCTURE_FAILURE, failure=Failure(reason="Unreachable", message="m"), start=90.0),
+        ],
+    )
+    found = tally.summary(nominal_beta=0.5, data_digest="d")
+    assert found.outcomes == {"Resolved": 1, "LimitReached": 1, "InfrastructureFailure": 1}
+    assert (found.rollouts, found.turns, found.labels, found.label_coverage) == (3, 5, 3, 0.6)
+    assert (found.teacher_turn_share, found.teacher_token_share) == (0.4, 50 / 60)
+    assert found.agreement == 0.5  # of two student turns with a label that trains
+    assert found.seconds == 70.0
+    assert tally.excluded == {"Unreachable": 1}
+    assert tally.flaws == {LabelFlaw.REQUEST_FAILED: 1, LabelFlaw.TRUNCATED: 1}
+    assert tally.valid_fraction == pytest.approx(2 / 3)
+
+
+def test_nothing_to_compare_is_no_agreement_rather_than_none_at_all() -> None:
+    tally = Tally.of(READER, [trajectory(turn(Actor.TEACHER, "a", "a"))])
+    assert tally.summary(nominal_beta=1.0, data_digest="d").agreement is None
+
+
+KINDS = st.tuples(st.sampled_from(Actor), st.booleans(), st.booleans())
+
+
+@given(st.lists(st.lists(KINDS, max_size=5), max_size=6), st.integers(0, 5))
+def test_broken_rollouts_move_no_share(shapes: list[list[tuple[Actor, bool, bool]]], broken: int) -> None:
+    whole = [
+        trajectory(
+            *(turn(actor, "a", "a" if same else "b", flaw=LabelFlaw.UNPARSABLE if flawed else None) for actor, same, flawed in shape)
+        )
+        for shape in shapes
+    ]
+    lost = [trajectory(turn(Actor.TEACHER, "x", "x"), outcome=Outcome.INFRASTRUCTURE_FAILURE)] * broken
+    there, without = (Tally.of(READER, t).summary(nominal_beta=None, data_digest="d") for t in (whole + lost, whole))
+    assert there.rollouts == without.rollouts + broken
+    same = {"rollouts", "outcomes"}
+    assert there.model_dump(exclude=same) == without.model_dump(exclude=same)
+
+
+def test_too_little_coverage_names_the_causes_and_what_to_do() -> None:
+    turns = [turn(Actor.STUDENT, "a", "b", flaw=LabelFlaw.TRUNCATED), turn(Actor.STUDENT, "a", "b")]
+    with pytest.raises(StageFailure) as caught:
+        check_coverage(Tally.of(READER, [trajectory(*turns)]), 0.95)
+    assert (caught.value.reason, caught.value.permanent) == ("LabelCoverageTooLow", True)
+    assert "1 of 2 visited states" in caught.value.message
+    assert "1 Truncated" in caught.value.message
+    check_coverage(Tally.of(READER, [trajectory(*turns)]), 0.5)
