@@ -32,17 +32,13 @@ class Isolation:
 
     def describe(self) -> str:
         """One paragraph for people, such as `daggerctl` prints."""
-        cgroup = (
-            f"memory, processes and CPU by {self.cgroups.describe()}"
-            if self.cgroups
-            else "memory and processes by sampling, CPU not limited"
-        )
+        memory = f"memory and CPU limited by {self.cgroups.describe()}" if self.cgroups else "memory limited by sampling, CPU not limited"
         if self.bubblewrap:
             user = "a user id of its own" if self.root else "this user in a namespace of its own"
-            return f"Process sandboxes: bubblewrap namespaces, no network, no host files but read-only /usr, {user}; {cgroup}."
+            return f"Process sandboxes: bubblewrap namespaces, no network, no host files but read-only /usr, {user}; {memory}."
         return (
             f"Process sandboxes WITHOUT namespaces ({self.reason}): commands run as this user, can reach the network and read this "
-            f"user's files, and what leaves its process group outlives its command; {cgroup}. Install bubblewrap, "
+            f"user's files, and what leaves its process group outlives its command; {memory}. Install bubblewrap, "
             "or use the Pod backend, before running agents that you do not trust."
         )
 

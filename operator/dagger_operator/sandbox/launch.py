@@ -69,8 +69,8 @@ class Launcher:
         arguments = ["prlimit", "--core=0", f"--nofile={_OPEN_FILES}", f"--fsize={size}"]
         if self.cgroup is None:
             arguments.append(f"--data={self.limits.memory_mib * _MIB}")
-            if self.isolation.counts_processes:
-                arguments.append(f"--nproc={self.limits.processes}")
+        if self.isolation.counts_processes:
+            arguments.append(f"--nproc={self.limits.processes}")
         return [*arguments, "--"]
 
     def _join(self, argv: Argv) -> Argv:

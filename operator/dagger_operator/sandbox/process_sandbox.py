@@ -156,7 +156,7 @@ class ProcessSandbox:
         limits, ceiling = self._launcher.limits, max(self._launcher.limits.disk_mib << 20, self._disk.used + _DISK_SLACK)
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            if self._launcher.cgroup is None:
+            if self._launcher.cgroup is None or not self._launcher.isolation.counts_processes:
                 use = self._processes.below(pid)
                 if use.memory > limits.memory_mib << 20:
                     return f"more than {limits.memory_mib} MiB of memory"

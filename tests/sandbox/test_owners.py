@@ -1,0 +1,120 @@
+"""What a provider leaves behind, whatever happens to it; and sandboxes without namespaces."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+import dagger_operator
+from dagger_operator.sandbox.interface import SandboxRequest
+from dagger_operator.sandbox.isolation import probe
+from dagger_operator.sandbox.process import ProcessSandboxes
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from dagger_operator.api import SandboxLimits
+from dagger_operator.sandbox.interface import SandboxRequest
+from dagger_operator.sandbox.process import ProcessSandboxes
+
+async def main():
+    async with ProcessSandboxes(SandboxLimits(), Path(sys.argv[1])) as provider:
+        sandbox = await provider.create(SandboxRequest("orphan", files={"f": "x"}), timeout=60)
+        print((await sandbox.execute("id -u; cat f; ls /proc | grep -c '^[0-9]'", timeout=60)).output, flush=True)
+        print(await sandbox.execute(sys.argv[2], timeout=600))
+
+asyncio.run(main())
+"""
+
+
+async def test_an_owner_killed_leaves_no_processes_and_the_next_one_removes_its_folders(
+    provider: ProcessSandboxes, tmp_path: Path, alive: Callable[[str], int]
+) -> None:
+    root = tmp_path / "shared"
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(root), "setsid -f sleep 98764; sleep 98764"], stdout=subprocess.PIPE)
+    try:
+        while alive("98764") < 2:
+            assert owner.poll() is None
+            time.sleep(0.05)
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate()
+    deadline = time.monotonic() + 30
+    while alive("98764") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive("98764") == 0
+    assert list(root.glob("*/*-orphan"))
+    async with ProcessSandboxes(provider._limits, root) as first:
+        assert not list(root.glob("*/*-orphan"))
+        sandbox = await first.create(SandboxRequest("living", files={"f": "x"}), timeout=60)
+        async with ProcessSandboxes(provider._limits, root):
+            assert await sandbox.read("f") == b"x"
+    assert not [path for path in root.iterdir() if path.name != ".sweeping"]
+    groups = first.isolation.cgroups
+    assert not [folder for parent in (groups.parents if groups else ()) for folder in parent.glob(f"dagger-{first._tenancy.name}*")]
+
+
+def interpreter_of_ordinary_user() -> list[str] | None:
+    """An interpreter that a user without rights can start with our packages; the test's own may lie in a closed folder."""
+    search = os.pathsep.join([str(Path(dagger_operator.__file__).parent.parent), *(p for p in sys.path if p.endswith("site-packages"))])
+    for python in (sys.executable, shutil.which("python3.11", path="/usr/bin:/usr/local/bin")):
+        command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "env", "-i", f"PYTHONPATH={search}", "PATH=/usr/bin:/bin"]
+        if (
+            python
+            and subprocess.run([*command, python, "-c", "import pydantic, structlog, psutil"], capture_output=True, check=False).returncode
+            == 0
+        ):
+            return [*command, python]
+    return None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the other tests run as an ordinary user already")
+def test_an_ordinary_user_has_namespaces_and_limits_too(tmp_path: Path) -> None:
+    if not probe().bubblewrap or (python := interpreter_of_ordinary_user()) is None:
+        pytest.skip("no namespaces, or no interpreter that an ordinary user can start")
+    root = Path("/var/tmp") / f"ordinary-{os.getpid()}"
+    root.mkdir(mode=0o700)
+    os.chown(root, 54321, 54321)
+    try:
+        bomb = "bomb() { bomb | bomb & }; bomb; sleep 1; for i in $(seq 600); do sleep 2 & done; wait; mkdir -p closed/in; chmod 000 closed"
+        done = subprocess.run([*python, "-c", OWNER, str(root), bomb], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("54321\nx"), done.stdout
+        assert "WITHOUT" not in done.stdout and "Resource temporarily unavailable" in done.stdout
+        assert [path.name for path in root.iterdir()] == [".sweeping"]
+    finally:
+        shutil.rmtree(root)
+
+
+async def test_without_namespaces_it_says_so_once_and_still_holds_deadlines_and_limits(
+    plain: ProcessSandboxes, tmp_path: Path, alive: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-worker")
+    assert "WITHOUT namespaces (the test forbids it)" in plain.isolation.describe()
+    sandbox = await plain.create(SandboxRequest("plain", files={"a/f": "x", "/tmp/g": "y"}), timeout=60)
+    result = await sandbox.execute("pwd; cat a/f $TMPDIR/g; env | grep -c secret", timeout=60)
+    assert result.output.endswith("work\nxy0\n")
+    assert await sandbox.read("/testbed/a/f") == b"x" and await sandbox.read("/tmp/g") == b"y"
+    result = await sandbox.execute("sleep 98765 & sleep 98765", timeout=1)
+    assert (result.returncode, alive("98765")) == (124, 0)
+    result = await sandbox.execute("for i in $(seq 300); do sleep 20 & done; wait", timeout=60)
+    assert result.returncode == 137 and "more than 48 processes" in result.output
+    assert (await sandbox.execute("head -c 100M /dev/zero > big", timeout=60)).returncode == 137
+    await sandbox.execute("setsid -f sleep 98766", timeout=60)
+    await sandbox.close()
+    assert alive("98766") == 0
+    assert not list(tmp_path.glob("plain/*/*-plain"))
+
+
+async def test_the_warning_comes_when_a_provider_without_namespaces_starts(plain: ProcessSandboxes, tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        async with ProcessSandboxes(plain._limits, tmp_path / "again", isolation=plain.isolation):
+            pass
+    assert [entry["log_level"] for entry in logs] == ["warning"] and "Install bubblewrap" in logs[0]["isolation"]
