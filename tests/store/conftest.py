@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from dagger_operator.api import Storage
+from dagger_operator.api import DAggerRun, Storage, load
 from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
 
@@ -25,6 +25,25 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, d
 @pytest.fixture
 def store(settings: tuple[Storage, dict[str, str]]) -> Store:
     return Store.open(*settings)
+
+
+@pytest.fixture
+def document(settings: tuple[Storage, dict[str, str]]) -> dict[str, Any]:
+    """A run on this test's store, as YAML would give it."""
+    return {
+        "metadata": {"name": "a-run", "namespace": "team", "uid": "1234"},
+        "spec": {
+            "student": {"model": "tiny"},
+            "teacher": {"model": "big", "endpoint": {"url": "http://127.0.0.1:1/v1"}},
+            "tasks": {"source": {"type": "JSONL", "uri": "a.jsonl"}, "heldOut": {"source": {"type": "JSONL", "uri": "b.jsonl"}}},
+            "storage": settings[0].wire(),
+        },
+    }
+
+
+@pytest.fixture
+def run(document: dict[str, Any]) -> DAggerRun:
+    return load(document)
 
 
 @pytest.fixture(scope="session")

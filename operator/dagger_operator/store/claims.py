@@ -92,6 +92,11 @@ class Claims:
     def _let_go(self, rollout_id: str) -> None:
         self._held.discard(rollout_id)
 
+    def _lost_to(self, rollout_id: str, rival: Object | None) -> None:
+        self._held.discard(rollout_id)
+        if rival is not None:
+            self._seen[rollout_id] = (rival.etag, time.monotonic())
+
 
 class Lease:
     """A rollout that is ours. As a context manager it renews itself, cancels its body and raises `LeaseLost` when it is lost,
@@ -175,7 +180,7 @@ class Lease:
             current = await self._claims.store.get(key)
             if current is None or _parse(current).holder != self._claims.life:
                 self.lost = True
-                self._claims._let_go(self.rollout_id)
+                self._claims._lost_to(self.rollout_id, current)
                 raise LeaseLost(self._explain())
             # A renewal that we gave up waiting for arrived after all: go on from there.
             self._there = current

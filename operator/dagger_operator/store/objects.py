@@ -184,11 +184,11 @@ class Store:
             raise self._unavailable("uploading", key, error) from error
 
     async def download(self, key: str, path: Path) -> bool:
-        """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all.
+        """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all. One caller a file.
 
         False where there is no such object. Parts are read side by side and each is retried alone.
         """
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.partial")
         try:
             size = (await self._backend.head_async(key))["size"]
             path.parent.mkdir(parents=True, exist_ok=True)

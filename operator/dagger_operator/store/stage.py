@@ -5,10 +5,12 @@ docs/architecture.md lists it.
 """
 
 import asyncio
+import atexit
 import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -67,18 +69,36 @@ class Stage:
             run = load(json.loads(environ["DAGGER_RUN"]))
         except KeyError:
             raise StageFailure("NoRun", "DAGGER_RUN is not set: stages are started by `daggerctl run` or the operator") from None
+        except json.JSONDecodeError as error:
+            raise StageFailure("InvalidRun", f"DAGGER_RUN is not JSON ({error}): it is the resource, as the runtime writes it") from error
         except InvalidRun as error:
             raise StageFailure("InvalidRun", str(error)) from error
         return cls(
             run=run,
-            round=int(environ.get("DAGGER_ROUND", "1")),
-            index=int(environ.get("JOB_COMPLETION_INDEX", "0")),
+            round=_number(environ, "DAGGER_ROUND", 1),
+            index=_number(environ, "JOB_COMPLETION_INDEX", 0),
             worker=environ.get("DAGGER_WORKER") or environ.get("DAGGER_POD") or f"local-{os.getpid()}",
             policy=environ.get("DAGGER_POLICY", ""),
-            scratch=Path(environ.get("DAGGER_SCRATCH") or Path(tempfile.gettempdir()) / f"dagger-{os.getpid()}"),
+            scratch=_scratch(environ),
             store=Store.open(run.spec.storage, environ),
             environ=environ,
         )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name, str(default))
+    if not value.isdecimal():
+        raise StageFailure("BadEnvironment", f"{name} is {value!r}: it has to be a number from 0")
+    return int(value)
+
+
+def _scratch(environ: Mapping[str, str]) -> Path:
+    if given := environ.get("DAGGER_SCRATCH"):
+        Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(given)
+    own = Path(tempfile.mkdtemp(prefix="dagger-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
 
 
 def configure_logging(**context: object) -> None:

@@ -1,0 +1,41 @@
+"""Results prove that a stage is done; progress proves nothing."""
+
+import pytest
+
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.progress import read_progress, report
+from dagger_operator.store.results import PublishResult, StageProgress, read_result, save_result
+
+
+async def test_the_first_result_stands(store: Store) -> None:
+    assert await read_result(store, 1, "publish", PublishResult) is None
+    first = PublishResult(policy="r001-a", replicas=2, seconds=3.5)
+    assert await save_result(store, 1, "publish", first)
+    assert not await save_result(store, 1, "publish", PublishResult(policy="r001-b", replicas=1, seconds=1))
+    assert await read_result(store, 1, "publish", PublishResult) == first
+    assert await read_result(store, 2, "publish", PublishResult) is None
+
+
+async def test_a_garbled_result_is_damage_and_not_an_undone_stage(store: Store) -> None:
+    await store.put(layout.result(1, "publish"), b'{"policy": 3}')
+    with pytest.raises(DamagedObject, match=r"results/publish\.json: is no PublishResult"):
+        await read_result(store, 1, "publish", PublishResult)
+
+
+async def test_progress_is_overwritten_and_kept_apart_by_stage_and_worker(store: Store) -> None:
+    def at(done: int) -> StageProgress:
+        return StageProgress(done=done, total=9, unit="rollouts", counters={"loss": 0.5})
+
+    assert await read_progress(store, 1, "rollout") == {}
+    await report(store, 1, "rollout", 0, at(1))
+    await report(store, 1, "rollout", 0, at(2))
+    await report(store, 1, "rollout", 11, at(3))
+    await report(store, 1, "training", 0, at(4))
+    assert await read_progress(store, 1, "rollout") == {0: at(2), 11: at(3)}
+
+
+async def test_progress_that_cannot_be_read_stops_nobody(store: Store) -> None:
+    await report(store, 1, "rollout", 0, StageProgress(done=1, total=9, unit="rollouts"))
+    await store.put(layout.progress(1, "rollout", 1), b"\0")
+    assert set(await read_progress(store, 1, "rollout")) == {0}
