@@ -42,7 +42,9 @@ def make(folder: Path, seed: int) -> int:
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast  # transformers does not say what its constructors take
+    causal: Any = Qwen3ForCausalLM
+    tokenizer = fast(
         tokenizer_object=_tokenizer(),
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
@@ -53,7 +55,7 @@ def make(folder: Path, seed: int) -> int:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
+    model = causal(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -98,7 +100,7 @@ def _let_heads_copy(model: Any) -> None:
             layer.self_attn.o_proj.weight.copy_(0.05 * by_head.reshape(-1, config.hidden_size).T)
 
 
-def _tokenizer():  # type: ignore[no-untyped-def]  # tokenizers has no stubs that say what its parts are
+def _tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

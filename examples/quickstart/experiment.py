@@ -1,0 +1,195 @@
+"""Why DAgger: against behaviour cloning with the same number of labels and optimiser steps, over several seeds.
+
+    python examples/quickstart/experiment.py --seeds 1 2 3 4 5
+
+Both arms are the quickstart's DAggerRun. Behaviour cloning is the same resource with beta = 1 in every round; its later
+rounds take as many tasks as make the labels equal, since a teacher needs five turns for a task. Batches are counted in
+labels, so both arms see the same number of labels in the same number of steps, at the same learning rates. A seed decides
+tasks, held-out tasks, the student's first weights, coins and batches. Finished arms are kept: an interrupted experiment
+goes on where it stopped.
+"""
+
+import argparse
+import asyncio
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+from run import MANIFEST, daggerctl, make_inputs, serving_teacher
+
+from dagger_operator.api import Storage
+from dagger_operator.evaluation.statistics import Comparison, compare, mcnemar, wilson
+from dagger_operator.store.objects import Store
+from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult, read_result
+
+FOLDER = Path(".dagger/experiment")
+HELD_OUT = 200
+TRAIN = 1200
+TEACHER_TURNS = 5
+"""Turns, and so labels, that the teacher needs for a task."""
+# Two-sided 95 % points of Student's t by number of seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What an arm delivered, round by round."""
+
+    rollouts: tuple[RolloutResult, ...]
+    trainings: tuple[TrainingResult, ...]
+    evaluations: tuple[EvaluationResult, ...]
+
+    @property
+    def labels(self) -> int:
+        return sum(result.summary.labels for result in self.rollouts)
+
+    @property
+    def steps(self) -> int:
+        return sum(result.summary.steps for result in self.trainings)
+
+    @property
+    def rates(self) -> str:
+        return " ".join(f"{result.summary.resolved_rate:.2f}" for result in self.evaluations)
+
+    @property
+    def false_submits(self) -> float:
+        last = self.evaluations[-1].summary
+        return last.false_submits / last.tasks
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both arms of one seed."""
+
+    seed: int
+    dagger: Arm
+    cloning: Arm
+
+    @property
+    def comparison(self) -> Comparison:
+        return compare(self.cloning.evaluations[-1], self.dagger.evaluations[-1])
+
+
+def manifest(seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
+    """The quickstart's resource, for one arm of one seed; `later_tasks` is the number of tasks of rounds after the first."""
+    document: dict[str, Any] = copy.deepcopy(yaml.safe_load(MANIFEST.read_text()))
+    folder = f"./{FOLDER}/seed-{seed}"
+    document["metadata"]["name"] = f"experiment-{arm}-{seed}"
+    spec = document["spec"]
+    spec["seed"] = seed
+    spec["student"]["model"] = f"{folder}/student"
+    spec["tasks"]["source"]["uri"] = spec["tasks"]["heldOut"]["source"]["uri"] = f"{folder}/tasks.jsonl"
+    spec["storage"]["url"] = f"file://{folder}/{arm}"
+    if later_tasks is not None:
+        spec["mixing"] = {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 1.0}}
+        spec["tasks"]["perRound"] = later_tasks
+    return document
+
+
+def run_arm(document: dict[str, Any]) -> Arm:
+    """Runs one arm to its end, if it has not ended yet, and reads what it left."""
+    path = FOLDER / f"{document['metadata']['name']}.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    code = daggerctl("run", path)
+    if code != 0:
+        sys.exit(code)
+    url = f"file://{Path(document['spec']['storage']['url'].removeprefix('file://')).resolve()}"
+    return asyncio.run(read_arm(Store.open(Storage(url=url)), document["spec"]["rounds"]))
+
+
+async def read_arm(store: Store, rounds: int) -> Arm:
+    """All results of a finished run."""
+
+    async def results(stage: str, kind: Any) -> tuple[Any, ...]:
+        found = [await read_result(store, number, stage, kind) for number in range(1, rounds + 1)]
+        if None in found:
+            raise SystemExit(f"error: {store.url} has no result of {stage} in round {found.index(None) + 1}")
+        return tuple(found)
+
+    return Arm(
+        await results("rollout", RolloutResult),
+        await results("training", TrainingResult),
+        await results("evaluation", EvaluationResult),
+    )
+
+
+def run_pair(seed: int) -> Pair:
+    make_inputs(FOLDER / f"seed-{seed}", seed, train=TRAIN, held_out=HELD_OUT)
+    dagger = run_arm(manifest(seed, "dagger"))
+    later = [result.summary.labels for result in dagger.rollouts[1:]]
+    cloning = run_arm(manifest(seed, "cloning", later_tasks=round(fmean(later) / TEACHER_TURNS)))
+    return Pair(seed, dagger, cloning)
+
+
+def report(pairs: Sequence[Pair]) -> str:
+    """The result as Markdown, whatever it says."""
+    differences = [pair.comparison.difference for pair in pairs]
+    mean = fmean(differences)
+    half = T95[len(pairs)] * stdev(differences) / sqrt(len(pairs)) if len(pairs) > 1 else float("nan")
+    only_cloning = sum(pair.comparison.only_first for pair in pairs)
+    only_dagger = sum(pair.comparison.only_second for pair in pairs)
+    dagger, cloning = _pooled([pair.dagger for pair in pairs]), _pooled([pair.cloning for pair in pairs])
+    return f"""\
+# DAgger against behaviour cloning
+
+Made by `make experiment` (`examples/quickstart/experiment.py`), written as it came out. Every seed that was run is listed.
+
+Both arms are the quickstart's resource: the same student at the start, the same number of labels, of optimiser steps and of
+labels in a batch, the same learning rates, {HELD_OUT} held-out tasks of unseen pairs of module and name. The cloning arm sets
+beta = 1 in every round, so that its labels come from the teacher's own states only, and gets as many tasks as make the
+labels equal: it sees more different tasks than the DAgger arm.
+
+| seed | DAgger by round | cloning by round | difference (95 % interval) | McNemar p | false submits DAgger / cloning | labels | steps |
+|---|---|---|---|---|---|---|---|
+{"".join(_row(pair) for pair in pairs)}
+Mean difference over {len(pairs)} seeds: **{mean:+.3f}** (95 % interval {mean - half:+.3f} to {mean + half:+.3f}; Student's t, one
+observation a seed).
+
+All seeds together: DAgger resolved {dagger}, cloning {cloning}. {only_dagger} tasks were resolved by DAgger alone,
+{only_cloning} by cloning alone (McNemar's exact test, p = {mcnemar(only_cloning, only_dagger):.2g}).
+
+A false submit is a task that the student declared done and that is not. The interval of a seed is a paired bootstrap over its
+tasks; it says nothing about other seeds, which the interval of the mean does.
+"""
+
+
+def _pooled(arms: Sequence[Arm]) -> str:
+    last = [arm.evaluations[-1].summary for arm in arms]
+    resolved, tasks = sum(summary.resolved for summary in last), sum(summary.tasks for summary in last)
+    low, high = wilson(resolved, tasks)
+    return f"{resolved} of {tasks} ({low:.3f} to {high:.3f})"
+
+
+def _row(pair: Pair) -> str:
+    c = pair.comparison
+    return (
+        f"| {pair.seed} | {pair.dagger.rates} | {pair.cloning.rates} "
+        f"| {c.difference:+.3f} ({c.interval[0]:+.3f} to {c.interval[1]:+.3f}) | {c.p_value:.2g} "
+        f"| {pair.dagger.false_submits:.3f} / {pair.cloning.false_submits:.3f} "
+        f"| {pair.dagger.labels} / {pair.cloning.labels} | {pair.dagger.steps} / {pair.cloning.steps} |\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--out", type=Path, default=Path("docs/experiment.md"))
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    pairs = []
+    with serving_teacher(FOLDER / "teacher.log"):
+        for seed in options.seeds:
+            pairs.append(run_pair(seed))
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(report(pairs))
+            print(report(pairs))
+
+
+if __name__ == "__main__":
+    main()
