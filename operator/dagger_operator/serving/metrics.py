@@ -1,0 +1,36 @@
+"""The agent's own metrics; vLLM's follow them on `/metrics`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from dagger_operator.serving.gate import Gate
+
+
+class AgentMetrics:
+    def __init__(self, gate: Gate) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter("dagger_agent_requests", "Requests for a turn, by status code.", ["code"], registry=self._registry)
+        self._swaps = Histogram(
+            "dagger_agent_swap_seconds",
+            "How long nobody was served while weights changed, by how they changed.",
+            ["how"],
+            buckets=(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
+            registry=self._registry,
+        )
+        self._policy = Gauge("dagger_agent_policy", "1 for the version that was verified last.", ["version"], registry=self._registry)
+        inside = Gauge("dagger_agent_requests_in_flight", "Requests for a turn under way.", registry=self._registry)
+        inside.set_function(lambda: gate.inside)
+
+    def answered(self, code: int) -> None:
+        self._requests.labels(code).inc()
+
+    def swapped(self, how: str, seconds: float) -> None:
+        """`how`: InPlace or Restart (then until the restart was asked for)."""
+        self._swaps.labels(how).observe(seconds)
+
+    def serves(self, version: str) -> None:
+        self._policy.clear()
+        self._policy.labels(version).set(1)
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,207 @@
+"""Where a model comes from, and whether what came can be served: a folder, a URL below the run's storage, or a Hugging Face id."""
+
+import asyncio
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from dagger_operator.store.objects import Store
+from dagger_operator.store.policies import file_digest
+from dagger_operator.store.stage import StageFailure
+
+Field = Literal["student.model", "teacher.model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+"""What serving and training read; other formats of the same weights stay where they are."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    path: Path
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A folder below the run's prefix of the storage."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    id: str
+    revision: str | None = None
+    """Commit; None is the newest."""
+
+
+Source = Folder | Stored | Hub
+
+
+def source(model: str, store: Store, field: Field) -> Source:
+    """What a `model` field points at. Raises `StageFailure` ModelNotFound where it can be none of the three."""
+    if "://" in model and not model.startswith("file://"):
+        prefix = store.url.rstrip("/") + "/"
+        if model.startswith(prefix):
+            return Stored(model.removeprefix(prefix).strip("/"))
+        raise StageFailure("ModelNotFound", f"{field} {model!r} is not below storage.url: write a URL that starts with {prefix}")
+    path = Path(model.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        return Folder(path)
+    if model.startswith(("/", ".", "~", "file://")):
+        raise StageFailure("ModelNotFound", f"{field} {model!r}: there is no such folder where this stage runs")
+    if _HUB_ID.fullmatch(model):
+        return Hub(model)
+    raise StageFailure("ModelNotFound", f"{field} {model!r} is no folder, and no Hugging Face id such as 'Qwen/Qwen3-4B-Instruct-2507'")
+
+
+async def fetch(origin: Source, store: Store, into: Path, field: Field) -> Path:
+    """The folder that holds the model: the origin's own, or `into`. A second call goes on where the first stopped."""
+    match origin:
+        case Folder(path):
+            return path
+        case Stored(key):
+            found = await store.list(key)
+            if not found:
+                raise StageFailure("ModelNotFound", f"{field}: there is nothing below {key}/ in {store.url}")
+            for info in found:
+                target = into / info.key.removeprefix(key).lstrip("/")
+                if not target.exists() or target.stat().st_size != info.size:
+                    await store.download(info.key, target)
+            return into
+        case Hub():
+            return await asyncio.to_thread(_download, origin, into, field)
+
+
+async def commit(origin: Hub, field: Field) -> str:
+    """The commit that a Hugging Face id stands for now."""
+    return await asyncio.to_thread(_commit, origin, field)
+
+
+def _commit(origin: Hub, field: Field) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        sha = HfApi().model_info(origin.id, revision=origin.revision, timeout=60).sha
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        _refuse(origin, field, error)
+    if sha is None:
+        raise StageFailure("ModelNotFound", f"{field} {origin.id!r}: the hub names no commit of it")
+    return sha
+
+
+def _download(origin: Hub, into: Path, field: Field) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(origin.id, revision=origin.revision, local_dir=into, allow_patterns=list(_WANTED)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        _refuse(origin, field, error)
+
+
+def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, GatedRepoError):
+        remedy = "accept its licence on the hub and give HF_TOKEN in the storage Secret, or put a copy below storage.url"
+        raise StageFailure("ModelGated", f"{field} {origin.id!r}: {said}: {remedy}") from error
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
+        raise StageFailure(
+            "ModelNotFound", f"{field} {origin.id!r}: {said}: look for a typing error; a private model needs HF_TOKEN"
+        ) from error
+    remedy = "where the hub cannot be reached, put the model below storage.url or into a folder, and name that"
+    raise StageFailure("ModelUnreachable", f"{field} {origin.id!r}: {said}: {remedy}", permanent=False) from error
+
+
+def check_model(folder: Path, field: Field, max_model_len: int | None) -> None:
+    """Raises `StageFailure` where a folder cannot be served: parts missing, cut short, no chat template, or too short a context."""
+    config = _json(folder / "config.json", field)
+    if not config.get("architectures"):
+        _incomplete(folder, field, "config.json names no architectures")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = {str(name) for name in _json(index, field).get("weight_map", {}).values()}
+        if missing := sorted(named - {shard.name for shard in shards}):
+            _incomplete(folder, field, f"{missing[0]} is named by the index and not there")
+    if not shards:
+        _incomplete(folder, field, "there are no weights in *.safetensors files; convert other formats first")
+    for shard in shards:
+        if (wrong := _safetensors_flaw(shard)) is not None:
+            _incomplete(folder, field, f"{shard.name} {wrong}")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")):
+        _incomplete(folder, field, "there is no tokenizer")
+    if not _has_chat_template(folder, field):
+        _incomplete(folder, field, "the tokenizer has no chat template (chat_template.jinja), so no agent can talk to it")
+    _check_context(config, field, max_model_len)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a folder that make the model; a checkout's own files and other formats of the weights do not."""
+    return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over names and contents of a model's files; blocks."""
+    lines = [f"{path.name}\0{file_digest(path)}" for path in model_files(folder)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_context(config: Mapping[str, Any], field: Field, max_model_len: int | None) -> None:
+    inner = config.get("text_config", config)
+    trained = inner.get("max_position_embeddings")
+    rope = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if max_model_len and isinstance(trained, int) and not scaled and max_model_len > trained:
+        serving = field.replace("model", "serving.maxModelLen")
+        raise StageFailure(
+            "ContextTooLong", f"{serving} is {max_model_len}, but the model has {trained} positions: write {trained} or less"
+        )
+
+
+def _has_chat_template(folder: Path, field: Field) -> bool:
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.exists() and bool(_json(settings, field).get("chat_template"))
+
+
+def _safetensors_flaw(path: Path) -> str | None:
+    """What is wrong with a file, as far as its header tells: a length, JSON with offsets, then exactly the data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            return "is cut short or no safetensors file"
+        try:
+            tensors = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "is no safetensors file"
+    return None if 8 + length + end == size else f"has {size} bytes instead of {8 + length + end}: it is cut short"
+
+
+def _json(path: Path, field: Field) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        _incomplete(path.parent, field, f"there is no {path.name}")
+    except ValueError as error:
+        _incomplete(path.parent, field, f"{path.name} is no JSON ({error})")
+    if not isinstance(value, dict):
+        _incomplete(path.parent, field, f"{path.name} holds no JSON object")
+    return value
+
+
+def _incomplete(folder: Path, field: Field, what: str) -> NoReturn:
+    remedy = "give a Hugging Face folder with config, tokenizer, chat template and safetensors"
+    raise StageFailure("ModelIncomplete", f"{field}: {folder.name}: {what}: {remedy}")

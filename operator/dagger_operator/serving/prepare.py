@@ -1,0 +1,88 @@
+"""Stage `prepare`: the storage prefix is this run's, the store is honest, and the first student is in it."""
+
+import shutil
+import sys
+import time
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import structlog
+
+from dagger_operator.serving.models import Hub, check_model, commit, fetch, model_files, source
+from dagger_operator.serving.weights import teacher_version
+from dagger_operator.store.check import require_honest
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.policies import point_to, save_policy
+from dagger_operator.store.results import PrepareResult, read_result, save_result
+from dagger_operator.store.stage import Stage, main
+
+log = structlog.get_logger()
+
+
+async def prepare(stage: Stage) -> None:
+    """The stage. Raises `StageFailure` where storage or models cannot be used, and says what to change."""
+    started = time.monotonic()
+    await take_prefix(stage.store, stage.run)
+    if await read_result(stage.store, 0, "prepare", PrepareResult) is not None:
+        return
+    report = await require_honest(stage.store)
+    # The teacher first: a mistake in its name shows before a large student is copied.
+    teacher, revision = await _teacher(stage)
+    policy = await _student(stage)
+    result = PrepareResult(
+        policy=policy,
+        teacher=teacher,
+        teacher_revision=revision,
+        round_trip_seconds=report.round_trip_seconds,
+        seconds=time.monotonic() - started,
+    )
+    await save_result(stage.store, 0, "prepare", result)
+    log.info("prepared", policy=policy, teacher=teacher)
+
+
+async def _teacher(stage: Stage) -> tuple[str, str]:
+    """Version and, of a model on the hub, its commit: all replicas of all rounds serve that one."""
+    teacher = stage.run.spec.teacher
+    if teacher.endpoint is not None:
+        return teacher.endpoint.version(teacher.model), ""
+    version, origin = await teacher_version(stage)
+    return version, (origin.revision or "") if isinstance(origin, Hub) else ""
+
+
+async def _student(stage: Stage) -> str:
+    """Version of the initial student, stored and pointed at."""
+    student = stage.run.spec.student
+    if student.endpoint is not None:
+        return student.endpoint.version(student.model)
+    origin = source(student.model, stage.store, "student.model")
+    base_model = student.model
+    if isinstance(origin, Hub):
+        origin = Hub(origin.id, await commit(origin, "student.model"))
+        base_model = f"{origin.id}@{origin.revision}"
+    folder = await fetch(origin, stage.store, stage.scratch / "student", "student.model")
+    check_model(folder, "student.model", student.served.max_model_len if student.served else None)
+    manifest = await save_policy(
+        stage.store,
+        _selected(folder, stage.scratch / "selected"),
+        round=0,
+        base_model=base_model,
+        parent=None,
+        data_digest=None,
+        settings={},
+        software={"dagger-operator": installed("dagger-operator")},
+    )
+    await point_to(stage.store, manifest.version, 0)
+    return manifest.version
+
+
+def _selected(folder: Path, into: Path) -> Path:
+    """A folder of links to the files that make the model: a version holds nothing else."""
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir(parents=True)
+    for path in model_files(folder):
+        (into / path.name).symlink_to(path.resolve())
+    return into
+
+
+if __name__ == "__main__":
+    sys.exit(main("prepare", prepare))

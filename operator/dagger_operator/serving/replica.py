@@ -1,0 +1,179 @@
+"""What one replica serves, and how it gets to what it should serve: in place where vLLM can, through a restart where it cannot.
+
+    Starting --vLLM is up and verified--> Serving --the pointer moved--> Swapping --reloaded and verified--> Serving
+                                                                            |
+        Starting <-- vLLM is made to restart on the new weights -- reload failed
+
+Which weights a server holds is known by its label. `FRESH`: it started since a label was last written, so it loaded `current`, which
+moves only after the label `RELOADING` was written to a live server. `RELOADING`: unknown. A version: that one, verified.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+
+from dagger_operator.serving.engine import FRESH, RELOADING, Engine, EngineFailure, Health
+from dagger_operator.serving.gate import Gate
+from dagger_operator.serving.metrics import AgentMetrics
+from dagger_operator.serving.shared import Shared
+from dagger_operator.store.objects import DamagedObject, StoreUnavailable
+
+log = structlog.get_logger()
+
+
+class State(StrEnum):
+    STARTING = "Starting"
+    SERVING = "Serving"
+    SWAPPING = "Swapping"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A version that is on disk."""
+
+    version: str
+    digest: str
+    """Of everything it is made of."""
+    tensors: frozenset[str]
+    """SHA-256 of its safetensors files; versions that share them hold the same weights."""
+
+
+class Replica:
+    """Converges on the version that should be served, one `step` at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        shared: Shared,
+        gate: Gate,
+        metrics: AgentMetrics,
+        *,
+        wanted: Callable[[], Awaitable[str | None]],
+        provide: Callable[[str], Awaitable[Weights]],
+        drain_seconds: float,
+    ) -> None:
+        """`wanted` names the version that should be served (None: as it is), `provide` puts it into the shared folder, verified."""
+        self._drain_seconds = drain_seconds
+        self._engine, self._shared, self._gate, self._metrics = engine, shared, gate, metrics
+        self._wanted, self._provide = wanted, provide
+        self._restarting = False
+        self.state = State.STARTING
+        self.reason = ""
+        """Why it does not serve what it should; empty where it does."""
+        self.serves: Weights | None = None
+        self.fingerprint = ""
+        self.max_model_len = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests may be sent here: while it swaps in place they are told to come back at once."""
+        return self.state is not State.STARTING
+
+    async def server_well(self) -> bool:
+        """Whether vLLM runs and need not be replaced."""
+        return not self._restarting and await self._engine.health() is Health.UP
+
+    async def step(self) -> None:
+        """Looks, and does what is to be done. Whatever goes wrong becomes `reason`, and the next step tries again."""
+        try:
+            await self._step()
+        except (EngineFailure, StoreUnavailable, DamagedObject) as error:
+            self._say(str(error))
+
+    async def _step(self) -> None:
+        health = await self._engine.health()
+        if health is Health.SILENT:
+            self._say("vLLM listens and does not answer")  # busy, perhaps: its requests show whether it works
+            return
+        if health is not Health.UP:
+            self._leave(State.STARTING, "vLLM's engine is lost" if health is Health.DEAD else "vLLM does not listen yet")
+            self._restarting = self._restarting or health is Health.DEAD
+            if health is Health.AWAY:
+                self._shared.remove_stale_socket()
+            return
+        label = await self._engine.label()
+        if self._restarting:
+            if label != FRESH:
+                return  # still the server that has to go
+            self._restarting = False
+        running = self._shared.current if label == FRESH else None if label == RELOADING else label
+        target, away = await self._target(running)
+        if running is not None and (self.state is not State.SERVING or label == FRESH):
+            self._leave(State.STARTING, "verifying vLLM")
+            await self._verify(await self._provide(running))
+        if target is not None and target != running:
+            await self._swap(target)
+        elif target == running and not away:
+            self.reason = ""
+
+    async def _target(self, running: str | None) -> tuple[str | None, bool]:
+        """What should be served, and whether storage is away: that stops nobody from answering with what is loaded."""
+        try:
+            return await self._wanted() or running, False
+        except StoreUnavailable as error:
+            self._say(str(error))
+            return running, True
+
+    async def _verify(self, weights: Weights) -> None:
+        """Makes sure of what vLLM runs, and lets requests in."""
+        await self._engine.resume()  # paused by a swap, or by an agent that was killed in one
+        await self._engine.check_chat()
+        self.fingerprint = await self._engine.fingerprint()
+        self.max_model_len = await self._engine.max_model_len()
+        await self._engine.set_label(weights.version)
+        self.serves, self.state, self.reason = weights, State.SERVING, ""
+        self._gate.open(weights.version)
+        self._metrics.serves(weights.version)
+        log.info("serving", policy=weights.version, weights=self.fingerprint)
+
+    async def _swap(self, target: str) -> None:
+        weights = await self._provide(target)  # while the old version still answers
+        started = time.monotonic()
+        self._leave(State.SWAPPING, f"changing to {target}")
+        with contextlib.suppress(TimeoutError):  # a client that stalls holds an answer of the old version, and is told so
+            await asyncio.wait_for(self._gate.drained(), self._drain_seconds)
+        try:
+            await self._exchange(weights)
+        except EngineFailure as error:
+            self._restarting = True
+            self._leave(State.STARTING, f"vLLM restarts on {target}, because its weights could not be changed in place: {error}")
+            self._metrics.swapped("Restart", time.monotonic() - started)
+            log.warning("reload failed", policy=target, error=str(error))
+            return
+        self._metrics.swapped("InPlace", time.monotonic() - started)
+        self._shared.prune({target})
+
+    async def _exchange(self, weights: Weights) -> None:
+        before, held = await self._engine.fingerprint(), self.serves
+        await self._engine.set_label(RELOADING)
+        self._shared.point(weights.version)
+        await self._engine.pause()
+        await self._engine.reload(self._shared.folder(weights.version))
+        await self._engine.reset_prefix_cache()
+        if held is not None and held.tensors != weights.tensors and await self._engine.fingerprint() == before:
+            raise EngineFailure(f"vLLM says that it reloaded, and still holds the weights of {held.version}")
+        await self._verify(weights)
+
+    def _leave(self, state: State, reason: str) -> None:
+        """Lets nobody in any more."""
+        self._gate.close()
+        if self.state is State.SERVING:
+            log.info("not serving", policy=self.serves.version if self.serves else None, reason=reason)
+        self.state, self.reason = state, reason
+
+    def _say(self, reason: str) -> None:
+        if reason != self.reason:
+            log.warning("cannot converge", reason=reason)
+        self.reason = reason
+
+
+async def converge(replica: Replica, *, seconds: float) -> None:
+    """Steps for ever."""
+    while True:
+        await replica.step()
+        await asyncio.sleep(seconds)

@@ -1,0 +1,94 @@
+"""Init container of a serving pod: puts the version that should be served into the shared folder and points `current` at it.
+
+Idempotent: what is there and whole is used, and a killed try is gone on with.
+"""
+
+import asyncio
+import hashlib
+import sys
+
+import structlog
+
+from dagger_operator.serving.models import Folder, Hub, check_model, commit, digest_folder, fetch, source
+from dagger_operator.serving.shared import Shared
+from dagger_operator.store.policies import load_policy, pointed
+from dagger_operator.store.results import PrepareResult, read_result
+from dagger_operator.store.stage import Stage, StageFailure, main
+
+log = structlog.get_logger()
+
+
+async def put_weights(stage: Stage) -> None:
+    """The stage: afterwards `current` names a whole version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
+    shared = Shared.of(stage)
+    shared.folder("x").parent.mkdir(parents=True, exist_ok=True)
+    version = await (_student(stage, shared) if role(stage) == "student" else _teacher(stage, shared))
+    shared.point(version)
+    shared.prune({version})
+    shared.remove_stale_socket()
+    log.info("weights are in place", policy=version)
+
+
+def role(stage: Stage) -> str:
+    """Which policy this pod serves."""
+    found = stage.environ.get("DAGGER_ROLE", "")
+    if found not in ("student", "teacher"):
+        raise StageFailure("IncompleteEnvironment", f"DAGGER_ROLE is {found!r}: it has to be student or teacher")
+    return found
+
+
+async def teacher_version(stage: Stage) -> tuple[str, Hub | Folder]:
+    """Version of a teacher served here, and where it comes from: pinned to a commit, or to the contents of its folder."""
+    model = stage.run.spec.teacher.model
+    origin = source(model, stage.store, "teacher.model")
+    match origin:
+        case Hub(id):
+            revision = await commit(origin, "teacher.model")
+            return _named(f"{id}\n{revision}"), Hub(id, revision)
+        case Folder(path):
+            return _named(await asyncio.to_thread(digest_folder, path)), origin
+        case _:
+            raise StageFailure("ModelNotFound", f"teacher.model {model!r}: a teacher is a Hugging Face id or a folder")
+
+
+def _named(content: str) -> str:
+    return f"teacher-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+async def _student(stage: Stage, shared: Shared) -> str:
+    pointer = await pointed(stage.store)
+    if pointer is None:
+        raise StageFailure("NotPrepared", "no policy version is named to be served: the prepare stage comes first", permanent=False)
+    await load_policy(stage.store, pointer.policy, shared.folder(pointer.policy))
+    return pointer.policy
+
+
+async def _teacher(stage: Stage, shared: Shared) -> str:
+    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    if prepared is None:
+        raise StageFailure("NotPrepared", "the teacher's version is in the result of the prepare stage, which comes first", permanent=False)
+    serving = stage.run.spec.teacher.serving
+    if prepared.teacher_revision:
+        origin: Hub | Folder = Hub(stage.run.spec.teacher.model, prepared.teacher_revision)
+    else:
+        version, origin = await teacher_version(stage)
+        if version != prepared.teacher:
+            raise StageFailure(
+                "TeacherChanged",
+                f"teacher.model {stage.run.spec.teacher.model!r} is not what it was when the run was prepared ({version}, not "
+                f"{prepared.teacher}): restore it, or make a new run",
+            )
+    target = shared.folder(prepared.teacher)
+    if not target.exists():
+        partial = target.with_name(target.name + ".partial")
+        folder = await fetch(origin, stage.store, partial, "teacher.model")
+        check_model(folder, "teacher.model", serving.max_model_len if serving else None)
+        if folder == partial:
+            partial.rename(target)
+        else:
+            target.symlink_to(folder.resolve())
+    return prepared.teacher
+
+
+if __name__ == "__main__":
+    sys.exit(main("weights", put_weights))
