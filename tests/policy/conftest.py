@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
+
 from dagger_operator.api import LabelMode, Labels, Mixing, Sampling, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.retry import Backoff
@@ -18,7 +20,6 @@ from dagger_operator.policy.rollout_session import RolloutSession
 from dagger_operator.policy.session import SessionRequest
 from dagger_operator.policy.upstream import Upstream
 from dagger_operator.store.records import Actor
-from prometheus_client import CollectorRegistry
 
 Behaviour = Callable[["StubPolicy", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 

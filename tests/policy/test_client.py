@@ -10,15 +10,16 @@ from email.utils import format_datetime
 
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.replicas import Replicas
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff, retry_after_seconds
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
 STATE = ChatRequest(({"role": "user", "content": "hello"},), ({"type": "function", "function": {"name": "bash"}},), {"stop": ["x"]})
 
@@ -143,7 +144,7 @@ async def test_a_policy_that_is_down_is_unreachable(upstream):
 
 async def test_a_slow_policy_misses_its_deadline(student, upstream):
     student.delay = 30
-    with pytest.raises(PolicyUnavailable, match="no answer within 0.3 s") as caught:
+    with pytest.raises(PolicyUnavailable, match=r"no answer within 0\.3 s") as caught:
         await ask(upstream(student.url, timeout_seconds=0.3, attempts=2))
     assert (caught.value.reason, len(student.requests)) == ("Timeout", 2)
 

@@ -1,11 +1,13 @@
 """Coins are the same for ever, and fair."""
 
 import math
+from itertools import pairwise
 
 import pytest
-from dagger_operator.policy.coins import coin, kappa, request_seed
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dagger_operator.policy.coins import coin, kappa, request_seed
 
 ids = st.text(max_size=20)
 numbers = st.integers(0, 2**63 - 1)
@@ -53,7 +55,7 @@ def test_coins_are_uniform_over_turns_rollouts_and_seeds():
 
 def test_neighbouring_turns_are_uncorrelated():
     draws = [coin(3, 1, "t", "00000", turn) - 0.5 for turn in range(20_000)]
-    correlation = 12 * sum(a * b for a, b in zip(draws, draws[1:], strict=False)) / (len(draws) - 1)
+    correlation = 12 * sum(a * b for a, b in pairwise(draws)) / (len(draws) - 1)
     assert abs(correlation) < 5 / math.sqrt(len(draws))
 
 

@@ -5,6 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 from aiohttp import web
+
 from dagger_operator.api import LabelMode, Mixing, Schedule, ScheduleType
 from dagger_operator.policy.coins import coin
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, states

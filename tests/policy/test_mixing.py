@@ -2,11 +2,12 @@
 
 import math
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dagger_operator.api import Mixing, MixingStrategy, Schedule, ScheduleType
 from dagger_operator.policy.mixing import Mixer
 from dagger_operator.store.records import Actor
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def per_turn(beta: float) -> Mixing:

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
+import sys
 
 import openai
 import pytest
 from aiohttp import web
+
 from dagger_operator.api import Mixing, Schedule, ScheduleType
 
 STATE = [{"role": "user", "content": "task"}]
@@ -121,7 +124,7 @@ async def test_a_stream_that_breaks_is_an_error_to_the_client_and_a_failure_of_t
     async with rig(student, teacher) as r:
         session = r.open(mixing=STUDENT_ALONE)
         async with client_of(session) as client:
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(openai.APIConnectionError):
                 async for _ in await client.chat.completions.create(model="m", messages=STATE, stream=True):
                     pass
         recording = await session.finish()
@@ -139,12 +142,24 @@ async def test_openais_own_retries_do_not_multiply_a_failure(student, teacher, r
                 await client.chat.completions.create(model="m", messages=STATE, n=3)
 
 
+MINI_SWE_AGENT = """
+import json, sys
+from minisweagent.agents.default import DefaultAgent
+from minisweagent.environments.local import LocalEnvironment
+from minisweagent.models.litellm_model import LitellmModel
+
+base_url, token, folder = sys.argv[1:]
+options = {"api_base": base_url, "api_key": token}
+model = LitellmModel(model_name="openai/policy", model_kwargs=options, cost_tracking="ignore_errors")
+templates = {"system_template": "You repair software.", "instance_template": "Task: {{task}}"}
+agent = DefaultAgent(model, LocalEnvironment(cwd=folder), cost_limit=0, **templates)
+print(json.dumps(agent.run("write a greeting")))
+"""
+
+
 @pytest.mark.heavy
-async def test_mini_swe_agent_runs_against_it_unchanged(student, teacher, rig, monkeypatch, tmp_path):
-    """Its own agent, its own LiteLLM model and its own local environment."""
-    monkeypatch.setenv("MSWEA_SILENT_STARTUP", "1")
-    monkeypatch.setenv("MSWEA_GLOBAL_CONFIG_DIR", str(tmp_path))
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+async def test_mini_swe_agent_runs_against_it_unchanged(student, teacher, rig, tmp_path):
+    """Its own agent, its own LiteLLM model and its own local environment, in a process of their own."""
 
     async def acts(stub, http, request):
         turns = sum(message["role"] == "assistant" for message in request["messages"])
@@ -153,30 +168,23 @@ async def test_mini_swe_agent_runs_against_it_unchanged(student, teacher, rig, m
         return web.json_response(stub.answer(request, content=None, tool_calls=[call]))
 
     student.always = teacher.always = acts
-
-    def work(base_url, token):
-        from minisweagent.agents.default import DefaultAgent
-        from minisweagent.environments.local import LocalEnvironment
-        from minisweagent.models.litellm_model import LitellmModel
-
-        model = LitellmModel(
-            model_name="openai/policy", model_kwargs={"api_base": base_url, "api_key": token}, cost_tracking="ignore_errors"
-        )
-        agent = DefaultAgent(
-            model,
-            LocalEnvironment(cwd=str(tmp_path)),
-            system_template="You repair software.",
-            instance_template="Task: {{task}}",
-            cost_limit=0,
-        )
-        return agent.run("write a greeting")
-
+    environment = os.environ | {
+        "MSWEA_SILENT_STARTUP": "1",
+        "MSWEA_GLOBAL_CONFIG_DIR": str(tmp_path),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     async with rig(student, teacher) as r:
         session = r.open()
-        result = await asyncio.to_thread(work, session.base_url, session.token)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", MINI_SWE_AGENT, session.base_url, session.token, str(tmp_path)),
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | quiet,
+        )
+        output, _ = await process.communicate()
         recording = await session.finish()
-    assert result["exit_status"] == "Submitted"
-    assert result["submission"].strip() == "hello"
+    assert process.returncode == 0
+    result = json.loads(output.decode().splitlines()[-1])
+    assert (result["exit_status"], result["submission"].strip()) == ("Submitted", "hello")
     assert len(recording.turns) == 2
     assert all(turn.label is not None for turn in recording.turns)
     assert recording.turns[0].tools is not None

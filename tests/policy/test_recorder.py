@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dagger_operator.policy.mixing import Decision
 from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.store.records import Actor, Completion, LabelFlaw, Outcome, Trajectory, labelled_states, states
-from hypothesis import given
-from hypothesis import strategies as st
 
 messages = st.lists(st.sampled_from(["a", "b", "c"]).map(lambda text: {"role": "user", "content": text}), min_size=1, max_size=6)
 tools = st.sampled_from([(), ({"type": "function", "function": {"name": "bash"}},), ({"type": "function", "function": {"name": "edit"}},)])

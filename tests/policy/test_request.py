@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from dagger_operator.policy.request import UnsupportedRequest, chat_request
-from dagger_operator.policy.wire import InvalidWire, parse
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dagger_operator.policy.request import UnsupportedRequest, chat_request
+from dagger_operator.policy.wire import InvalidWire, parse
 
 STATE = [{"role": "user", "content": "hello"}]
 

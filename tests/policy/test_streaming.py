@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from dagger_operator.policy.streaming import Assembler, EventParser, chunks_of
-from dagger_operator.policy.wire import InvalidWire
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dagger_operator.policy.streaming import Assembler, EventParser, chunks_of
+from dagger_operator.policy.wire import InvalidWire
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 calls = st.lists(st.tuples(text.filter(bool), text.filter(bool), text), max_size=3)
