@@ -135,7 +135,7 @@ def corpus() -> Iterator[str]:
         yield f"sed -i '3s/mix/dot/' {module}.py\nERROR {module}.py SyntaxError\n"
         yield f"ERROR {module}.py NameError\nERROR {module}.py ImportError\n"
         yield f"sed: can't read {module}.py: No such file or directory\nPASS 12 checks\nexit 0\nexit 1\n"
-        yield f"bash: line 1: {module}: command not found\n"
+        yield f"bash: line 1: {module}: command not found\nbash: -c: line 1: unexpected EOF while looking for matching `\"'\n"
         yield "sed: -e expression #1, char 12: unterminated `s' command\nERROR tax.py AttributeError\n"
 
 

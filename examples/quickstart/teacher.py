@@ -26,9 +26,11 @@ SUBMIT = "submit"
 
 _EDIT = re.compile(r"sed -i '\d+s/\w+/\w+/' (\w+\.py)")
 _SEARCH = re.compile(r'grep -n "(?:def (?=\w+")|(?=\w+ =))(\w+)(?: =)?" \*\.py')
-# Nothing here can write: no redirection, no other command, no option that edits.
-_READ = re.compile(r"""grep -n [\w "*.=]+|cat [\w .*]+|ls|git diff|git status|sed -n \d+p [\w.*]+""")
-_WORDS = re.compile(r"[\w ]*")
+_SIMPLE = re.compile(r"[^;|&<>()$`\n]+")
+"""One command: nothing that redirects, chains or substitutes."""
+_READERS = ("grep ", "cat ", "ls", "head ", "tail ")
+_NOT_RUN = re.compile(r"bash: (?:-c: )?line 1: .*(?:unexpected EOF|syntax error)|sed: -e expression", re.DOTALL)
+"""What bash and sed say when they could not even read a command."""
 _LINE = re.compile(r"^(\w+\.py):(\d+):(.*)$", re.MULTILINE)
 _FAIL = re.compile(r"FAIL (\w+)(?:\((\d+), (\d+)\))? got (\d+) want (\d+)")
 
@@ -64,13 +66,17 @@ class Knowledge:
             return replace(self, lines={**self.lines, search[1]: found.get(search[1])})
         if edit := _EDIT.fullmatch(command):
             return self if output.startswith("sed: ") else self._edited(edit[1])
-        if _READ.fullmatch(command) or (_WORDS.fullmatch(command) and "not found" in output):
-            return self
-        return replace(self, understood=False)
+        return self if _changes_nothing(command, output) else replace(self, understood=False)
 
     def _edited(self, file: str) -> "Knowledge":
         lines = {name: line for name, line in self.lines.items() if line and line.file != file}
         return Knowledge(self.understood and file.removesuffix(".py") in MODULES, None, lines)
+
+
+def _changes_nothing(command: str, output: str) -> bool:
+    if "\n" not in command and _NOT_RUN.match(output):
+        return True
+    return bool(_SIMPLE.fullmatch(command)) and (command.startswith(_READERS) or output.endswith("command not found"))
 
 
 def act(messages: Sequence[Mapping[str, Any]]) -> str:
