@@ -1,0 +1,40 @@
+"""Stage `preflight`: before round 1 both policies are asked as the rollouts will ask them. What would spoil labels or turns stops the run
+here, with what to change; what a policy may lack without harm is written down.
+"""
+
+import sys
+
+import structlog
+
+from dagger_operator.serving.examination import Examination, Role
+from dagger_operator.store.policies import pointed
+from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
+from dagger_operator.store.stage import Stage, StageFailure, main
+
+log = structlog.get_logger()
+
+
+async def preflight(stage: Stage) -> None:
+    """The stage. Raises `StageFailure`; its reason starts with the policy that is to blame."""
+    if await read_result(stage.store, 0, "preflight", PreflightResult) is not None:
+        return
+    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    if prepared is None:
+        raise StageFailure("NotPrepared", "the prepare stage has no result: it comes first", permanent=False)
+    pointer = await pointed(stage.store)
+    versions: dict[Role, str] = {"student": pointer.policy if pointer else prepared.policy, "teacher": prepared.teacher}
+    checks: dict[str, str] = {}
+    contexts: dict[Role, int] = {}
+    for role, version in versions.items():
+        examination = Examination(stage, role, version)
+        found = await examination.run()
+        checks |= {f"{role}.{name}": what for name, what in found.items()}
+        contexts[role] = examination.context
+        log.info("policy checked", policy=version, role=role, **found)
+    if 0 < contexts["teacher"] < contexts["student"]:
+        checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts['student']}, get no label"
+    await save_result(stage.store, 0, "preflight", PreflightResult(student=versions["student"], teacher=versions["teacher"], checks=checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main("preflight", preflight))
