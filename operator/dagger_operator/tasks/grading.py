@@ -1,0 +1,63 @@
+"""Whether a patch resolves its task: judged in a fresh sandbox by a check that the agent never saw.
+
+The sandbox in which the agent worked is never graded. Only its patch is taken over, so that nothing else it did (a changed
+interpreter, a rewritten test, a process left behind) counts, and the check's files come last of all, over whatever the patch put there.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from dagger_operator.sandbox.interface import SandboxProvider
+from dagger_operator.tasks import swebench
+from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
+from dagger_operator.tasks.workspace import NO_PATCH, Workspace, apply_patch, start
+
+_LOG_CHARS = 4000
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verdict. That infrastructure broke is none: it raises `SandboxError`."""
+
+    resolved: bool
+    returncode: int | None
+    """Exit code of the check; None where it was not run, because there was no patch that applies."""
+    log: str
+    """The end of what the check printed."""
+
+
+async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str, create_timeout: float, timeout: float) -> Grade:
+    """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it is unresolved.
+
+    Raises `SandboxError` where the sandbox, or by swebench's own classification its environment, is to blame.
+    """
+    if patch.startswith(NO_PATCH):
+        return Grade(False, None, patch)
+    workspace = await start(task, provider, name=name, timeout=create_timeout)
+    try:
+        if isinstance(task.grading, SwebenchGrading):
+            return await _by_swebench(workspace, task.grading, patch, timeout)
+        return await _by_script(workspace, task.grading, patch, timeout)
+    finally:
+        await workspace.sandbox.close()
+
+
+async def _by_script(workspace: Workspace, grading: ScriptGrading, patch: str, timeout: float) -> Grade:
+    applied = await apply_patch(workspace, patch)
+    if applied.returncode != 0:
+        return Grade(False, None, applied.output[-_LOG_CHARS:])
+    if grading.files:
+        await workspace.sandbox.write(grading.files)
+    done = await workspace.sandbox.execute(grading.command, timeout=timeout)
+    return Grade(done.returncode == 0, done.returncode, done.output[-_LOG_CHARS:])
+
+
+async def _by_swebench(workspace: Workspace, grading: SwebenchGrading, patch: str, timeout: float) -> Grade:
+    applied = await apply_patch(workspace, patch, swebench.APPLY)
+    if applied.returncode != 0:
+        return Grade(False, None, applied.output[-_LOG_CHARS:])
+    ran = await swebench.evaluate(workspace.sandbox, grading.row, timeout=timeout)
+    if ran.timed_out:
+        return Grade(False, ran.returncode, ran.log[-_LOG_CHARS:])
+    resolved = await asyncio.to_thread(swebench.judge, grading.row, patch, ran.log)
+    return Grade(resolved, ran.returncode, ran.log[-_LOG_CHARS:])

@@ -1,0 +1,184 @@
+"""Where tasks come from: this project's own rows as JSONL or Parquet, and rows of SWE-bench and SWE-Gym."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dagger_operator.api import SourceType, Storage, Tasks, TaskSource
+from dagger_operator.api.errors import explain
+from dagger_operator.store.objects import Store
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.tasks import swe
+from dagger_operator.tasks.task import Task
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_OWN = (SourceType.JSONL, SourceType.PARQUET)
+Row = dict[str, Any]
+
+
+async def load_training(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
+    """The tasks to train on; refused where one of them is held out."""
+    return (await _both(spec, store, environ))[0]
+
+
+async def load_held_out(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
+    """The tasks to evaluate on; refused where one of them is trained on."""
+    return (await _both(spec, store, environ))[1]
+
+
+async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
+    """All tasks of a source, in its order. `environ` holds the credentials of object storage under their cloud's names.
+
+    Raises `StageFailure` (`InvalidTasks`: names source, row, field and remedy) and `StoreUnavailable`.
+    """
+    rows = await _rows(source, store, environ)
+    if source.split is not None and (named := sorted({str(row["split"]) for row in rows if row.get("split") is not None})):
+        rows = [row for row in rows if row.get("split") == source.split]
+        if not rows:
+            raise _invalid(source, f"split {source.split!r} has no rows; there are: {', '.join(named)}")
+    if not rows:
+        raise _invalid(source, "it holds no rows: name a source that does")
+    tasks = tuple(_task(source, number, row) for number, row in enumerate(rows, 1))
+    first: dict[str, int] = {}
+    for number, task in enumerate(tasks, 1):
+        if task.id in first:
+            raise _invalid(
+                source, f"row {number}, field id: {task.id!r} is row {first[task.id]}'s already: give every task an id of its own"
+            )
+        first[task.id] = number
+    return tasks
+
+
+async def _both(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    training = await load_tasks(spec.source, store, environ)
+    held_out = await load_tasks(spec.held_out.source, store, environ)
+    if shared := sorted({task.id for task in training} & {task.id for task in held_out}):
+        raise StageFailure(
+            "InvalidTasks",
+            f"{len(shared)} tasks of spec.tasks.source are held out too, such as {', '.join(shared[:3])}: what is trained on cannot be "
+            "evaluated on. Give the two sources different splits or files",
+        )
+    return _mirrored(training, spec.image_prefix), _mirrored(held_out, spec.image_prefix)
+
+
+def _mirrored(tasks: tuple[Task, ...], prefix: str | None) -> tuple[Task, ...]:
+    if not prefix:
+        return tasks
+    return tuple(task.model_copy(update={"image": f"{prefix.rstrip('/')}/{task.image}"}) if task.image else task for task in tasks)
+
+
+async def _rows(source: TaskSource, store: Store, environ: Mapping[str, str]) -> list[Row]:
+    if source.type not in _OWN and not source.uri.lower().endswith(_SUFFIXES):
+        return await asyncio.to_thread(_hugging_face, source)
+    data = await _bytes(source, store, environ)
+    parquet = source.type is SourceType.PARQUET or (source.type not in _OWN and source.uri.lower().endswith(".parquet"))
+    return await asyncio.to_thread(_parquet if parquet else _jsonl, source, data)
+
+
+async def _bytes(source: TaskSource, store: Store, environ: Mapping[str, str]) -> bytes:
+    uri = source.uri
+    if "://" not in uri or uri.startswith("file://"):
+        try:
+            return await asyncio.to_thread(Path(uri.removeprefix("file://")).expanduser().read_bytes)
+        except OSError as error:
+            raise _invalid(source, f"it cannot be read: {error.strerror}. Write the path of a file that this process can read") from error
+    own = store.url.rstrip("/") + "/"
+    if uri.startswith(own):
+        found = await store.get(uri.removeprefix(own))
+    else:
+        folder, _, name = uri.rpartition("/")
+        try:
+            storage = Storage(url=folder)
+        except ValidationError as error:
+            raise _invalid(source, "it is no file, and no URL of object storage such as s3://bucket/tasks.jsonl") from error
+        found = await Store.open(storage, environ).get(name)
+    if found is None:
+        raise _invalid(source, "there is no such object")
+    return found.data
+
+
+def _jsonl(source: TaskSource, data: bytes) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise _invalid(source, f"line {number} is no JSON ({error}): write one object a line") from error
+            if not isinstance(row, dict):
+                raise _invalid(source, f"line {number} is no object but {type(row).__name__}: write one object a line")
+            rows.append(row)
+    return rows
+
+
+def _parquet(source: TaskSource, data: bytes) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[Row] = pq.read_table(pa.BufferReader(data)).to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise _invalid(source, f"it is no whole Parquet file: {error}") from error
+    return [_without_nulls(row) for row in rows]
+
+
+def _without_nulls(row: Row) -> Row:
+    """Parquet has every column in every row; what is null was not written."""
+    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in row.items() if value is not None}
+
+
+def _hugging_face(source: TaskSource) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise _invalid(
+            source, "data sets of the Hugging Face hub need the extra 'rollout': pip install 'dagger-operator[rollout]'"
+        ) from error
+    if source.split is None:
+        raise _invalid(source, "a data set of the Hugging Face hub needs spec.tasks.source.split, such as train or test")
+    try:
+        rows = list(load_dataset(source.uri, split=source.split))
+    except Exception as error:  # the library raises whatever its transports raise
+        raise StageFailure(
+            "TasksUnavailable",
+            f"data set {source.uri!r}, split {source.split!r}: {type(error).__name__}: {error}. Check the id and the network, or export "
+            "the rows to a .parquet or .jsonl file and name that",
+            permanent=False,
+        ) from error
+    # The split was chosen already; a column of that name means something else.
+    return [{key: value for key, value in row.items() if key != "split"} for row in rows]
+
+
+def _task(source: TaskSource, number: int, row: Row) -> Task:
+    try:
+        match source.type:
+            case SourceType.SWE_BENCH:
+                return swe.swebench_task(row)
+            case SourceType.SWE_GYM:
+                return swe.swegym_task(row)
+            case _:
+                return Task.model_validate(_decoded(row))
+    except swe.MissingColumns as error:
+        raise _invalid(source, f"row {number}, {error}") from error
+    except ValidationError as error:
+        raise _invalid(source, f"row {number}, field {explain(error, Task).problems[0]}") from error
+
+
+def _decoded(row: Row) -> Row:
+    """Nested fields may be JSON text: Parquet has no good type for a mapping of file names."""
+    decoded = dict(row)
+    for field in ("files", "grading"):
+        if isinstance(value := row.get(field), str):
+            try:
+                decoded[field] = json.loads(value)
+            except ValueError:
+                pass  # the model's own complaint about a string is the clearer one
+    return decoded
+
+
+def _invalid(source: TaskSource, what: str) -> StageFailure:
+    return StageFailure("InvalidTasks", f"task source {source.uri!r} ({source.type}): {what}")

@@ -1,0 +1,43 @@
+"""Rows of SWE-bench and SWE-Gym as tasks.
+
+Supported are rows that say themselves how they are graded, as swebench 5 has them: `SWE-bench/SWE-bench_Verified`, `_Lite`,
+`_Multilingual` and their exports. SWE-Gym's published rows do not: they need the columns `eval_script`, `log_parser` and `eval_type` added.
+Gold patches and hints are dropped when a row is read.
+"""
+
+from typing import Any
+
+from dagger_operator.tasks.task import SwebenchGrading, Task
+
+_GRADING = ("instance_id", "image", "repo", "version", "FAIL_TO_PASS", "PASS_TO_PASS", "log_parser", "eval_type", "eval_script")
+"""What swebench's `make_test_spec` reads."""
+
+
+class MissingColumns(ValueError):
+    """A row that lacks what grading needs."""
+
+
+def swebench_task(row: dict[str, Any]) -> Task:
+    """A row of SWE-bench. Raises `MissingColumns`."""
+    remedy = "rows of princeton-nlp/* lack them: use SWE-bench/SWE-bench_Verified or another data set of SWE-bench/*"
+    return _task(row, "swebench", "_1776_", remedy)
+
+
+def swegym_task(row: dict[str, Any]) -> Task:
+    """A row of SWE-Gym. Raises `MissingColumns`."""
+    remedy = (
+        "SWE-Gym publishes rows without them: export its rows with an eval_script (the shell script that runs the tests between "
+        "swebench's markers), a log_parser of swebench such as parse_log_pytest, and eval_type pass_and_fail"
+    )
+    return _task(row, "xingyaoww", "_s_", remedy)
+
+
+def _task(row: dict[str, Any], owner: str, separator: str, remedy: str) -> Task:
+    if not row.get("instance_id"):
+        raise MissingColumns("field instance_id: missing: every row needs one")
+    name = str(row["instance_id"]).lower().replace("__", separator)
+    row = {**row, "image": row.get("image") or f"docker.io/{owner}/sweb.eval.x86_64.{name}:latest"}
+    if missing := [column for column in (*_GRADING, "problem_statement") if row.get(column) is None]:
+        raise MissingColumns(f"field {', '.join(missing)}: missing: {remedy}")
+    grading = {column: row[column] for column in _GRADING}
+    return Task(id=row["instance_id"], statement=row["problem_statement"], image=row["image"], grading=SwebenchGrading(row=grading))

@@ -1,0 +1,70 @@
+"""swebench's grading without Docker: its evaluation script runs in one of our sandboxes, its own parser reads the log outside of it."""
+
+import asyncio
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dagger_operator.sandbox.interface import Sandbox, SandboxError
+from dagger_operator.store.stage import StageFailure
+
+APPLY = ("git apply --verbose", "git apply --verbose --3way", "git apply --verbose --reject", "patch --batch --forward --fuzz=5 -p1 -i")
+"""How swebench's harness tries to apply a patch (swebench 5.0, `run_evaluation.GIT_APPLY_CMDS`)."""
+_SCRIPT, _LOG = ".dagger-eval.sh", ".dagger-eval.log"
+_MAX_LOG_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What running an evaluation script left."""
+
+    log: str
+    returncode: int
+    timed_out: bool
+
+
+async def evaluate(sandbox: Sandbox, row: dict[str, Any], *, timeout: float) -> Evaluated:
+    """Runs a row's evaluation script; the whole log is kept, for a parser that is shown half of it misjudges."""
+    script = await asyncio.to_thread(lambda: _library().utils.make_test_spec(row).eval_script)
+    await sandbox.write({_SCRIPT: script})
+    done = await sandbox.execute(f"bash {_SCRIPT} > {_LOG} 2>&1", timeout=timeout)
+    log = await sandbox.read(_LOG, limit=_MAX_LOG_BYTES)
+    if log is None:
+        raise SandboxError("NoLog", f"the evaluation script left no log: {done.output[-500:].strip()}")
+    return Evaluated(log.decode("utf-8", "replace"), done.returncode, done.timed_out)
+
+
+def judge(row: dict[str, Any], patch: str, log: str) -> bool:
+    """Whether swebench calls it resolved. Blocks; raises `SandboxError` where it blames the environment.
+
+    Out of memory is not blamed on it: the limit is the sandbox's, and a patch can run into it.
+    """
+    library = _library()
+    prediction = {"instance_id": row["instance_id"], "model_name_or_path": "student", "model_patch": patch}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        path.write_text(log)
+        report = library.grading.get_eval_report(library.utils.make_test_spec(row), prediction, str(path), include_tests_status=False)[
+            row["instance_id"]
+        ]
+    if report["infra_failure"] and report["infra_failure_reason"] != "out_of_memory":
+        raise SandboxError(
+            "EvaluationEnvironment", f"{row['instance_id']}: swebench found {report['infra_failure_reason']} in the log: {log[-300:]}"
+        )
+    return bool(report["resolved"])
+
+
+@cache
+def _library() -> ModuleType:
+    """swebench's harness: 4 s of imports, once, and only where such tasks are graded."""
+    # It reads a dotenv file at import, from wherever it finds one.
+    os.environ.setdefault("PYTHON_DOTENV_DISABLED", "1")
+    try:
+        from swebench import harness
+    except ImportError as error:
+        raise StageFailure("MissingExtra", f"grading SWE-bench tasks needs the extra 'rollout': {error}") from error
+    return harness

@@ -1,0 +1,112 @@
+"""A task's sandbox from its start to the patch that comes out of it.
+
+What the files were at the start is kept in a git repository of its own outside the working directory. So it does not matter whether
+the task has a repository, what the agent commits there, or whether it breaks or removes it; and the agent sees no file that the task does not have.
+"""
+
+from dataclasses import dataclass
+
+from dagger_operator.sandbox.interface import CommandResult, Sandbox, SandboxError, SandboxProvider, SandboxRequest
+from dagger_operator.tasks.task import Task
+
+PATCH_FILE = ".dagger-patch"
+"""Where patches pass between a sandbox and us, in the working directory; never part of a patch."""
+NO_PATCH = "# no patch: "
+"""How a patch begins that could not be collected; what follows says why. It applies nowhere."""
+_MAX_PATCH_BYTES = 8 << 20
+_COLLECT_SECONDS = 300.0
+_GIT = (
+    "export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 GIT_LITERAL_PATHSPECS=1 GIT_DIR=${HOME:-/tmp}/.dagger-start GIT_WORK_TREE=$PWD\n"
+    "unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY\n"
+)
+_SNAPSHOT = (
+    _GIT
+    + f"""
+tracked=$(mktemp); [ -e .git ] && env -u GIT_DIR -u GIT_WORK_TREE git -c safe.directory='*' ls-files -z > "$tracked" 2>/dev/null
+set -e
+git init -q --template= "$GIT_DIR" && mkdir -p "$GIT_DIR/info"
+git config core.compression 0; git config core.autocrlf false; git config core.excludesFile /dev/null; git config gc.auto 0
+printf '%s\\n' __pycache__/ '*.pyc' .pytest_cache/ /{PATCH_FILE} > "$GIT_DIR/info/exclude"
+# Bytes as they are, whatever .gitattributes says.
+echo '* -text !filter !ident !diff !merge !working-tree-encoding' > "$GIT_DIR/info/attributes"
+git add -A
+# What the task's repository tracks although it ignores it.
+[ -s "$tracked" ] && git add -f --ignore-errors --pathspec-from-file="$tracked" --pathspec-file-nul || true
+rm -f "$tracked"; git write-tree > "$GIT_DIR/start"
+"""
+)
+_DIFF = (
+    _GIT
+    + f"""
+start=$(cat "$GIT_DIR/start") && git cat-file -e "$start" || exit 1
+git add -A --ignore-errors
+[ -n "$AS_BINARY" ] && echo '* -diff' >> "$GIT_DIR/info/attributes"
+git diff --cached --binary --no-color --no-ext-diff --no-textconv --no-renames "$start" > {PATCH_FILE}
+"""
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A sandbox in which a task is ready to be worked on."""
+
+    sandbox: Sandbox
+    task: Task
+
+
+async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: float, network_to: str | None = None) -> Workspace:
+    """Makes a sandbox with the task's files, runs its setup and notes what the files are. `timeout` holds for each of these steps.
+
+    Raises `SandboxError`; then no sandbox is left.
+    """
+    request = SandboxRequest(name=name, image=task.image, workdir=task.workdir, files=task.files, network_to=network_to)
+    sandbox = await provider.create(request, timeout=timeout)
+    try:
+        if task.setup is not None:
+            _check(await sandbox.execute(task.setup, timeout=timeout), "SetupFailed", f"setup of task {task.id}")
+        _check(await sandbox.execute(_SNAPSHOT, timeout=timeout), "SnapshotFailed", f"noting the files of task {task.id}; it needs git")
+    except BaseException:
+        await sandbox.close()
+        raise
+    return Workspace(sandbox, task)
+
+
+async def collect_patch(workspace: Workspace) -> str:
+    """The difference between now and the start, of all files that are tracked or new and not ignored: what `git apply` takes.
+
+    Text that is not UTF-8 is written as git's binary patches. Where the agent made it impossible, the text says so after `NO_PATCH`
+    and no patch is in it. Raises `SandboxError` where the sandbox is gone.
+    """
+    for environment in ({}, {"AS_BINARY": "1"}):
+        done = await workspace.sandbox.execute(_DIFF, timeout=_COLLECT_SECONDS, env=environment)
+        data = await workspace.sandbox.read(PATCH_FILE, limit=_MAX_PATCH_BYTES + 1) if done.returncode == 0 else None
+        if data is None:
+            return f"{NO_PATCH}the record of the start or the disk is broken: {done.output[-300:].strip()}\n"
+        if len(data) > _MAX_PATCH_BYTES:
+            return f"{NO_PATCH}it is larger than {_MAX_PATCH_BYTES >> 20} MiB\n"
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            continue
+    return f"{NO_PATCH}a file name is not UTF-8\n"
+
+
+async def apply_patch(
+    workspace: Workspace, patch: str, commands: tuple[str, ...] = ("git apply --binary --whitespace=nowarn",)
+) -> CommandResult:
+    """Applies a collected patch to a fresh workspace; `commands` are tried in turn, each on the unchanged files. An empty patch is fine."""
+    if not patch.strip():
+        return CommandResult("", 0)
+    await workspace.sandbox.write({PATCH_FILE: patch})
+    # A failed try, `--reject` above all, leaves parts behind.
+    again = 'git read-tree "$(cat "$GIT_DIR/start")" && git checkout-index -f -a && git clean -fdq'
+    tries = [f"{command} {PATCH_FILE}" for command in commands]
+    chain = " || ".join([tries[0], *(f"{{ {again} && {command}; }}" for command in tries[1:])])
+    # The last one may have applied all of it and still complain.
+    script = f"{_GIT}{chain} || git apply --check --reverse {PATCH_FILE}\ncode=$?; rm -f {PATCH_FILE}; exit $code"
+    return await workspace.sandbox.execute(script, timeout=_COLLECT_SECONDS)
+
+
+def _check(result: CommandResult, reason: str, what: str) -> None:
+    if result.returncode != 0:
+        raise SandboxError(reason, f"{what}: exit code {result.returncode}: {result.output[-1000:].strip()}")
