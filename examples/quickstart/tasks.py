@@ -41,6 +41,7 @@ CONSTANTS = [
 
 STATEMENT = "python3 test.py fails. Find the bug, fix it, and submit."
 TEST = "python3 test.py"
+ORIGINALS = ".orig"
 
 _RUNNER = '''\
 """Runs the checks and prints the first that fails."""
@@ -97,6 +98,8 @@ def _task(rng: random.Random, task_id: str, split: str) -> Task:
     files = {f"{module}.py": _module(rng, module, calls, values) for module in modules}
     files["lib.py"] = "".join(f"def {name}(a, b): return ({formula}) % {MODULUS}\n" for name, (formula, _) in HELPERS.items())
     files["test.py"] = _runner(visible)
+    # Copies, so that a repair that went wrong can start over.
+    files |= {f"{ORIGINALS}/{name}": text for name, text in files.items()}
     return Task(
         id=task_id,
         statement=STATEMENT,

@@ -38,7 +38,7 @@ PIECES = [
         "\n",
         "RATE",
         " = ",
-        "git checkout -f .",
+        "rm -rf *",
     ),
 ]
 
@@ -69,7 +69,7 @@ class Episode:
 
 
 class Opened:
-    """Async context: the task's sandbox, prepared as a rollout prepares it."""
+    """Async context: a sandbox with the task's files."""
 
     def __init__(self, sandboxes: ProcessSandboxes, task: Task, quickstart: Path) -> None:
         self.sandboxes, self.task = sandboxes, task
@@ -79,8 +79,6 @@ class Opened:
     async def __aenter__(self) -> Episode:
         request = SandboxRequest(name=self.task.id, workdir=self.task.workdir, files=self.task.files)
         self.sandbox = await self.sandboxes.create(request, timeout=60)
-        prepared = await self.sandbox.execute("git init -q . && git add -A", timeout=60)
-        assert prepared.returncode == 0, prepared.output
         return Episode(self.task, self.sandbox, self.observation)
 
     async def __aexit__(self, *_: object) -> None:
