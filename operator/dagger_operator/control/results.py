@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
+from dagger_operator.api import DAggerRun
 from dagger_operator.store.objects import Store
+from dagger_operator.store.owner import owner_of, read_owner
 from dagger_operator.store.records import Record
 from dagger_operator.store.results import (
     EvaluationResult,
@@ -62,12 +64,15 @@ class Results:
         return prepared.policy if prepared else None
 
 
-async def read_results(store: Store, known: Results | None = None) -> Results:
+async def read_results(store: Store, run: DAggerRun, known: Results | None = None) -> Results:
     """What both runtimes read before they plan: all results of a run, those `known` already not again.
 
-    Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so.
+    What stands below a prefix that is another run's is none of this run's: then there are no results, and its prepare stage
+    says whose they are. Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so.
     """
     records = dict(known.records) if known else {}
+    if not records and await read_owner(store) != owner_of(run):
+        return Results()
     number = Results(records).newest_round
     while True:
         missing = [stage for stage in KINDS if (number, stage) not in records and (stage in _ROUND_0) == (number == 0)]

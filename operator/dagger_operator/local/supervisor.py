@@ -70,7 +70,7 @@ class Supervisor:
         seen = children((manifest for manifest, _ in shown), (pod for _, pods in shown for pod in pods))
         problem = None
         try:
-            self._results = await read_results(store, self._results)
+            self._results = await read_results(store, run, self._results)
         except (StoreUnavailable, DamagedObject) as error:
             problem = str(error)
         return Observed(now=datetime.now(UTC), children=seen, results=self._results, storage_problem=problem)

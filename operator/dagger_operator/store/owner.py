@@ -18,9 +18,14 @@ class Owner(Record):
     """Tells a run from an earlier one of the same name; None on a runtime that has no UIDs."""
 
 
+def owner_of(run: DAggerRun) -> Owner:
+    """How `run` signs its prefix."""
+    return Owner(name=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid)
+
+
 async def take_prefix(store: Store, run: DAggerRun) -> Owner:
     """Makes the prefix this run's, or finds that it is. Another run's is the permanent `StageFailure` PrefixTaken."""
-    me = Owner(name=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid)
+    me = owner_of(run)
     if await store.create(layout.RUN, me.model_dump_json(indent=1).encode()):
         return me
     owner = await read_owner(store)
