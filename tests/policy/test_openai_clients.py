@@ -168,11 +168,7 @@ async def test_mini_swe_agent_runs_against_it_unchanged(student, teacher, rig, t
         return web.json_response(stub.answer(request, content=None, tool_calls=[call]))
 
     student.always = teacher.always = acts
-    environment = os.environ | {
-        "MSWEA_SILENT_STARTUP": "1",
-        "MSWEA_GLOBAL_CONFIG_DIR": str(tmp_path),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
+    quiet = {"MSWEA_SILENT_STARTUP": "1", "MSWEA_GLOBAL_CONFIG_DIR": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     async with rig(student, teacher) as r:
         session = r.open()
         process = await asyncio.create_subprocess_exec(
