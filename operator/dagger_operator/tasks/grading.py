@@ -5,7 +5,10 @@ interpreter, a rewritten test, a process left behind) counts, and the check's fi
 """
 
 import asyncio
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from dagger_operator.sandbox.interface import SandboxProvider
 from dagger_operator.tasks import swebench
@@ -47,9 +50,21 @@ async def _by_script(workspace: Workspace, grading: ScriptGrading, patch: str, t
     if applied.returncode != 0:
         return Grade(False, None, applied.output[-_LOG_CHARS:])
     if grading.files:
+        await workspace.sandbox.execute(_make_way(grading.files), timeout=timeout)
         await workspace.sandbox.write(grading.files)
     done = await workspace.sandbox.execute(grading.command, timeout=timeout)
     return Grade(done.returncode == 0, done.returncode, done.output[-_LOG_CHARS:])
+
+
+def _make_way(paths: Iterable[str]) -> str:
+    """A command that removes what a patch may have put where the check's files go: folders, links, and files in the place of folders."""
+    lines: list[str] = []
+    for path in paths:
+        for parent in reversed(PurePosixPath(path).parents[:-1]):
+            folder = shlex.quote(str(parent))
+            lines.append(f"[ -d {folder} ] && [ ! -L {folder} ] || rm -f -- {folder}")
+        lines.append(f"rm -rf -- {shlex.quote(path)}")
+    return "\n".join(lines)
 
 
 async def _by_swebench(workspace: Workspace, grading: SwebenchGrading, patch: str, timeout: float) -> Grade:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ async def _bytes(source: TaskSource, store: Store, environ: Mapping[str, str]) -
     uri = source.uri
     if "://" not in uri or uri.startswith("file://"):
         try:
-            return await asyncio.to_thread(Path(uri.removeprefix("file://")).expanduser().read_bytes)
+            return await asyncio.to_thread(_file, uri.removeprefix("file://"))
         except OSError as error:
             raise _invalid(source, f"it cannot be read: {error.strerror}. Write the path of a file that this process can read") from error
     own = store.url.rstrip("/") + "/"
@@ -99,6 +100,10 @@ async def _bytes(source: TaskSource, store: Store, environ: Mapping[str, str]) -
     if found is None:
         raise _invalid(source, "there is no such object")
     return found.data
+
+
+def _file(path: str) -> bytes:
+    return Path(path).expanduser().read_bytes()
 
 
 def _jsonl(source: TaskSource, data: bytes) -> list[Row]:
@@ -173,10 +178,8 @@ def _decoded(row: Row) -> Row:
     decoded = dict(row)
     for field in ("files", "grading"):
         if isinstance(value := row.get(field), str):
-            try:
+            with suppress(ValueError):  # the model's own complaint about a string is the clearer one
                 decoded[field] = json.loads(value)
-            except ValueError:
-                pass  # the model's own complaint about a string is the clearer one
     return decoded
 
 

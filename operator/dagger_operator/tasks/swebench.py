@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from dagger_operator.sandbox.interface import Sandbox, SandboxError
@@ -59,7 +58,7 @@ def judge(row: dict[str, Any], patch: str, log: str) -> bool:
 
 
 @cache
-def _library() -> ModuleType:
+def _library() -> Any:
     """swebench's harness: 4 s of imports, once, and only where such tasks are graded."""
     # It reads a dotenv file at import, from wherever it finds one.
     os.environ.setdefault("PYTHON_DOTENV_DISABLED", "1")

@@ -1,7 +1,7 @@
 """A task's sandbox from its start to the patch that comes out of it.
 
 What the files were at the start is kept in a git repository of its own outside the working directory. So it does not matter whether
-the task has a repository, what the agent commits there, or whether it breaks or removes it; and the agent sees no file that the task does not have.
+the task has a repository, what the agent commits there, or whether it breaks or removes it; and nothing is added to what the agent sees.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ NO_PATCH = "# no patch: "
 _MAX_PATCH_BYTES = 8 << 20
 _COLLECT_SECONDS = 300.0
 _GIT = (
-    "export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 GIT_LITERAL_PATHSPECS=1 GIT_DIR=${HOME:-/tmp}/.dagger-start GIT_WORK_TREE=$PWD\n"
+    "export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 GIT_LITERAL_PATHSPECS=1\n"
+    "export GIT_DIR=${HOME:-/tmp}/.dagger-start GIT_WORK_TREE=$PWD\n"
     "unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY\n"
 )
 _SNAPSHOT = (

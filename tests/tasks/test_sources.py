@@ -1,0 +1,175 @@
+"""Task sources: what is read, and what is refused in which words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dagger_operator.api import HeldOut, SourceType, Tasks, TaskSource
+from dagger_operator.store.objects import Store
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.tasks.sources import load_held_out, load_tasks, load_training
+from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
+
+OWN: list[dict[str, Any]] = [
+    {
+        "id": f"t{number}",
+        "statement": "Mend it.",
+        "files": {"a/b.py": "x = 'ä'\n", "c.txt": ""},
+        "grading": {"type": "Script", "files": {"check.py": "pass"}, "command": "python3 check.py"},
+        "split": "train" if number < 2 else "heldout",
+    }
+    for number in range(3)
+]
+SWE: dict[str, Any] = {
+    "instance_id": "Owner__Repo-17",
+    "problem_statement": "It fails.",
+    "image": "docker.io/swebench/sweb.eval.x86_64.owner_1776_repo-17:latest",
+    "repo": "Owner/Repo",
+    "version": "1.0",
+    "FAIL_TO_PASS": '["a"]',
+    "PASS_TO_PASS": "[]",
+    "log_parser": "parse_log_pytest",
+    "eval_type": "pass_and_fail",
+    "eval_script": "#!/bin/bash\n",
+    "patch": "the solution",
+    "hints_text": "the solution too",
+}
+
+
+def lines(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def source(kind: SourceType, uri: object, split: str | None = None) -> TaskSource:
+    return TaskSource(type=kind, uri=str(uri), split=split)
+
+
+async def test_jsonl_is_read_from_a_path_a_file_url_and_object_storage(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(lines(*OWN) + "\n")
+    await store.put("inputs/tasks.jsonl", path.read_bytes())
+    expected = tuple(Task.model_validate(row) for row in OWN)
+    for uri in (path, f"file://{path}", f"{store.url}/inputs/tasks.jsonl"):
+        assert await load_tasks(source(SourceType.JSONL, uri), store, {}) == expected
+    (train,) = {task.split for task in await load_tasks(source(SourceType.JSONL, path, "train"), store, {})}
+    assert train == "train"
+
+
+async def test_parquet_holds_the_same_tasks_as_structs_as_maps_or_as_json_text(tmp_path: Path, store: Store) -> None:
+    expected = tuple(Task.model_validate(row) for row in OWN)
+    texts = [{**row, "files": json.dumps(row["files"]), "grading": json.dumps(row["grading"])} for row in OWN]
+    mapped = pa.schema(
+        [
+            ("id", pa.string()),
+            ("statement", pa.string()),
+            ("files", pa.map_(pa.string(), pa.string())),
+            ("grading", pa.string()),
+            ("split", pa.string()),
+        ]
+    )
+    tables = {
+        "struct": pa.Table.from_pylist(OWN),
+        "text": pa.Table.from_pylist(texts),
+        "map": pa.Table.from_pylist(
+            [{**row, "files": list(row["files"].items()), "grading": json.dumps(row["grading"])} for row in OWN], schema=mapped
+        ),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        assert await load_tasks(source(SourceType.PARQUET, tmp_path / f"{name}.parquet"), store, {}) == expected, name
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+async def test_swebench_rows_lose_their_solution_and_keep_their_grading(tmp_path: Path, store: Store, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        path.write_text(lines(SWE))
+    else:
+        pq.write_table(pa.Table.from_pylist([SWE]), path)
+    (task,) = await load_tasks(source(SourceType.SWE_BENCH, path), store, {})
+    assert (task.id, task.statement, task.workdir, task.image) == ("Owner__Repo-17", "It fails.", "/testbed", SWE["image"])
+    assert isinstance(task.grading, SwebenchGrading) and task.grading.row["eval_script"] == "#!/bin/bash\n"
+    assert "solution" not in task.model_dump_json()
+
+
+async def test_images_are_named_by_each_data_sets_rule(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines({key: value for key, value in SWE.items() if key != "image"}))
+    for kind, image in (
+        (SourceType.SWE_BENCH, "docker.io/swebench/sweb.eval.x86_64.owner_1776_repo-17:latest"),
+        (SourceType.SWE_GYM, "docker.io/xingyaoww/sweb.eval.x86_64.owner_s_repo-17:latest"),
+    ):
+        (task,) = await load_tasks(source(kind, path), store, {})
+        assert task.image == image
+        assert isinstance(task.grading, SwebenchGrading) and task.grading.row["image"] == image
+
+
+def without(row: dict[str, Any], *fields: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in fields}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "complaint"),
+    [
+        (SourceType.JSONL, lines(OWN[0]) + "{not json\n", r"line 2 is no JSON .*one object a line"),
+        (SourceType.JSONL, lines(OWN[0], [1]), r"line 2 is no object but list"),
+        (SourceType.JSONL, "", r"it holds no rows"),
+        (SourceType.JSONL, lines(OWN[0], without(OWN[1], "statement")), r"row 2, field statement: missing"),
+        (SourceType.JSONL, lines({**OWN[0], "stmt": 1}), r"row 1, field stmt: unknown field"),
+        (SourceType.JSONL, lines({**OWN[0], "grading": {"type": "Script"}}), r"row 1, field grading"),
+        (SourceType.JSONL, lines(OWN[0], OWN[1], OWN[0]), r"row 3, field id: 't0' is row 1's already"),
+        (SourceType.PARQUET, "PAR1 cut short", r"no whole Parquet file"),
+        (
+            SourceType.SWE_BENCH,
+            lines(without(SWE, "eval_script", "log_parser")),
+            r"row 1, field log_parser, eval_script: missing.*SWE-bench/SWE-bench_Verified",
+        ),
+        (SourceType.SWE_GYM, lines(without(SWE, "eval_script")), r"field eval_script: missing: SWE-Gym publishes rows without"),
+        (SourceType.SWE_BENCH, lines(without(SWE, "instance_id")), r"row 1, field instance_id: missing"),
+    ],
+)
+async def test_bad_rows_are_named_with_file_row_field_and_remedy(
+    tmp_path: Path, store: Store, kind: SourceType, text: str, complaint: str
+) -> None:
+    path = tmp_path / ("rows.parquet" if kind is SourceType.PARQUET else "rows.jsonl")
+    path.write_text(text)
+    with pytest.raises(StageFailure, match=complaint) as caught:
+        await load_tasks(source(kind, path), store, {})
+    assert caught.value.reason == "InvalidTasks" and str(path) in caught.value.message and caught.value.permanent
+
+
+async def test_what_is_not_there_is_said_so(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "tasks.jsonl").write_text(lines(*OWN))
+    for uri, split, complaint in (
+        (tmp_path / "missing.jsonl", None, "cannot be read: No such file"),
+        (f"{store.url}/missing.jsonl", None, "cannot be read|no such object"),
+        ("http://example.invalid/tasks.jsonl", None, "no URL of object storage such as s3://"),
+        (tmp_path / "tasks.jsonl", "test", "split 'test' has no rows; there are: heldout, train"),
+    ):
+        with pytest.raises(StageFailure, match=complaint):
+            await load_tasks(source(SourceType.JSONL, uri, split), store, {})
+
+
+async def test_held_out_tasks_in_the_training_set_are_refused(tmp_path: Path, store: Store) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(lines(*({**row, "image": "repo:tag"} for row in OWN)))
+    spec = Tasks(
+        source=source(SourceType.JSONL, path, "train"),
+        held_out=HeldOut(source=source(SourceType.JSONL, path, "heldout")),
+        image_prefix="mirror.example/x/",
+    )
+    assert [(task.id, task.image) for task in await load_training(spec, store, {})] == [
+        ("t0", "mirror.example/x/repo:tag"),
+        ("t1", "mirror.example/x/repo:tag"),
+    ]
+    assert [task.id for task in await load_held_out(spec, store, {})] == ["t2"]
+    with pytest.raises(StageFailure, match=r"InvalidTasks: 1 tasks .* are held out too, such as t2.*different splits"):
+        await load_training(spec.model_copy(update={"source": source(SourceType.JSONL, path)}), store, {})
+
+
+def test_a_script_grading_needs_nothing_but_a_command() -> None:
+    assert Task(id="x", statement="", grading=ScriptGrading(command="true")).files == {}
