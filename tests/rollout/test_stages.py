@@ -1,15 +1,18 @@
 """The stages as a runtime starts them: from the environment to a result in the store."""
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -21,7 +24,7 @@ from dagger_operator.store.manifest import RoundManifest, read_manifest, trainin
 from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
-from dagger_operator.store.stage import ExitCode, StageFailure
+from dagger_operator.store.stage import ExitCode, Stage, StageFailure
 from dagger_operator.store.trajectories import finished, read_trajectories
 
 
@@ -188,6 +191,25 @@ async def test_the_command_logs_what_it_does_and_never_a_token(ground: Any) -> N
     assert b"sk-teacher-secret" not in out
     everything = b"".join(path.read_bytes() for path in ground.root.rglob("*") if path.is_file() and "store" in path.parts)
     assert b"sk-teacher-secret" not in everything
+
+
+async def test_prometheus_reads_a_worker_while_it_works(ground: Any) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = ground.run(train=6)
+    working = asyncio.create_task(rollout(Stage.from_environment(ground.environ(run) | {"DAGGER_METRICS_PORT": str(port)})))
+    said = ""
+    async with aiohttp.ClientSession() as http, asyncio.timeout(60):
+        while not working.done():
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                async with http.get(f"http://127.0.0.1:{port}/metrics") as response:
+                    said = await response.text()
+            await asyncio.sleep(0.02)
+    await working
+    # One exposition for the worker and its gateway; nothing in it grows with the number of tasks.
+    assert "dagger_rollouts_under_way" in said and "dagger_gateway_turns_total" in said and "dagger_sandbox_command_seconds_count" in said
+    assert "repair-" not in said and "t0000" not in said
 
 
 async def test_a_worker_that_is_asked_to_end_ends_and_the_next_goes_on(ground: Any) -> None:

@@ -11,7 +11,7 @@ from dagger_operator.store.layout import Kind
 from dagger_operator.store.results import EvaluationResult, read_result, save_result
 from dagger_operator.store.stage import Stage
 from dagger_operator.tasks.deal import held_out
-from dagger_operator.tasks.sources import load_tasks
+from dagger_operator.tasks.sources import load_held_out
 
 log = structlog.get_logger(__name__)
 STAGE = "evaluation"
@@ -23,7 +23,7 @@ async def evaluate(stage: Stage) -> None:
     if await read_result(stage.store, stage.round, STAGE, EvaluationResult) is not None:
         return
     reader = action_reader(spec.scaffold)
-    tasks = await load_tasks(spec.tasks.held_out.source, stage.store, stage.environ)
+    tasks = await load_held_out(spec.tasks, stage.store, stage.environ)
     assignments = held_out(tasks, spec.tasks.held_out, seed=spec.seed)
     max_turns = spec.evaluation.max_turns or spec.scaffold.max_turns
     await work(stage, Job(Kind.EVALUATION, assignments, None, max_turns), reader)

@@ -81,7 +81,7 @@ class Pool:
         while (claimed := await self._next()) is not None:
             assignment, lease = claimed
             try:
-                with bound_contextvars(task=assignment.task.id, rollout=assignment.rollout_id, attempt=lease.tries):
+                with bound_contextvars(task=assignment.task.id, rollout=assignment.rollout_id, tries=lease.tries):
                     await self._work(assignment, lease)
             finally:
                 self._under_way.discard(assignment.rollout_id)

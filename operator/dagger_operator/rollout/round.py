@@ -15,7 +15,7 @@ from dagger_operator.store.manifest import close_round
 from dagger_operator.store.results import RolloutResult, read_result, save_result
 from dagger_operator.store.stage import Stage, StageFailure
 from dagger_operator.tasks.deal import Assignment, deal
-from dagger_operator.tasks.sources import load_tasks
+from dagger_operator.tasks.sources import load_training
 
 log = structlog.get_logger(__name__)
 STAGE = "rollout"
@@ -27,7 +27,7 @@ async def rollout(stage: Stage) -> None:
     if await read_result(stage.store, stage.round, STAGE, RolloutResult) is not None:
         return
     reader = action_reader(spec.scaffold)
-    tasks = await load_tasks(spec.tasks.source, stage.store, stage.environ)
+    tasks = await load_training(spec.tasks, stage.store, stage.environ)
     assignments = deal(tasks, spec.tasks, seed=spec.seed, round=stage.round)
     await work(stage, Job(Kind.ROLLOUT, assignments, spec.mixing, spec.scaffold.max_turns), reader)
     if not await closed_by_first_worker(stage, STAGE):

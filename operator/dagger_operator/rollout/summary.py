@@ -59,7 +59,7 @@ class Tally:
     @property
     def valid_fraction(self) -> float:
         """Share of rollouts that infrastructure left whole."""
-        return 1 - self.outcomes[Outcome.INFRASTRUCTURE_FAILURE] / self.rollouts if self.rollouts else 0.0
+        return 1 - self.outcomes[Outcome.INFRASTRUCTURE_FAILURE] / self.rollouts if self.rollouts else 1.0
 
     @property
     def coverage(self) -> float:

@@ -68,6 +68,7 @@ async def _attempts(stage: Stage, job: Job, reader: ActionReader, metrics: Worke
     async with AsyncExitStack() as stack:
         if port := stage.environ.get(METRICS_PORT):
             server, _ = start_http_server(int(port), registry=metrics.registry)
+            stack.callback(server.server_close)
             stack.callback(server.shutdown)
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         await await_student(stage, http, patience=spec.student.served.startup_deadline_seconds if spec.student.served else 0)
