@@ -6,7 +6,10 @@ from difflib import get_close_matches
 
 from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from dagger_operator.api.model import Misfit
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,21 @@ def _value(value: object) -> str:
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Names that would have been known where an unknown field stands."""
-    current: type[BaseModel] | None = model
-    for part in location[:-1]:
-        if current is None or isinstance(part, int):
-            return []
-        found = next((f for name, f in current.model_fields.items() if part in (name, f.alias, to_camel(name))), None)
-        current = _model_in(found.annotation) if found else None
+    parent = _field_at(model, location[:-1])
+    current = _model_in(parent.annotation) if parent else model if len(location) == 1 else None
     return [f.alias or to_camel(name) for name, f in current.model_fields.items()] if current else []
+
+
+def _field_at(model: type[BaseModel], location: Sequence[int | str]) -> FieldInfo | None:
+    """The field that a location names; items of lists count as the list."""
+    current: type[BaseModel] | None = model
+    found = None
+    for part in location:
+        if isinstance(part, int):
+            continue
+        found = next((f for n, f in current.model_fields.items() if part in (n, f.alias, to_camel(n))), None) if current else None
+        current = _model_in(found.annotation) if found else None
+    return found
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
@@ -78,8 +89,22 @@ def _problem(detail: ErrorDetails, model: type[BaseModel]) -> Problem:
         case "missing":
             return Problem(field, "missing", "this field is required")
         case "value_error":
-            return Problem(field, value, str(context.get("error", detail["msg"])))
+            error = context.get("error")
+            if isinstance(error, Misfit):
+                found = "missing" if error.value is None else f"got {_value(error.value)}"
+                return Problem(_path((*location, *([error.field] if error.field else []))), found, error.remedy)
+            return Problem(field, value, str(error or detail["msg"]))
         case "enum" | "literal_error":
             return Problem(field, value, f"write one of {context.get('expected')}")
+        case "string_pattern_mismatch":
+            described = _field_at(model, location)
+            remedy = f"write {described.description}" if described and described.description else detail["msg"]
+            return Problem(field, value, f"does not match {context.get('pattern')}; {remedy}")
         case _:
-            return Problem(field, value, detail["msg"][0].lower() + detail["msg"][1:])
+            return Problem(field, value, _as_a_remedy(detail["msg"]))
+
+
+def _as_a_remedy(message: str) -> str:
+    for said, remedy in (("Input should be a", "write a"), ("Input should be", "write a value"), ("should have", "may have")):
+        message = message.replace(said, remedy)
+    return message[0].lower() + message[1:]

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from dagger_operator.api.model import ApiModel, Rule
+from dagger_operator.api.model import ApiModel, Misfit, Rule
 
 
 class ScheduleType(StrEnum):
@@ -59,8 +59,20 @@ class Schedule(ApiModel):
     def _has_what_its_type_needs(self) -> Self:
         for name in _NEEDS[self.type]:
             if getattr(self, name) is None:
-                raise ValueError(f"a {self.type} schedule needs {' and '.join(_NEEDS[self.type])}")
+                raise Misfit(name, None, f"a {self.type} schedule needs {' and '.join(_NEEDS[self.type])}")
         return self
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers that a round's number is made from, by field."""
+        given = {"value": self.value, "start": self.start, "limit": self.limit}
+        given |= {f"values[{index}]": number for index, number in enumerate(self.values or [])}
+        return {name: number for name, number in given.items() if number is not None}
+
+    def refuse_outside(self, field: str, low: float, high: float, remedy: str) -> None:
+        """Raises for a number outside of low..high; `schedule_rule` says the same in CEL."""
+        for name, number in self.numbers().items():
+            if not low <= number <= high:
+                raise Misfit(f"{field}.{name}", number, remedy)
 
     def at(self, round_number: int) -> float:
         """The number of a round; rounds count from 1."""
@@ -83,6 +95,15 @@ class Schedule(ApiModel):
         return max(self.limit, number) if falling else min(self.limit, number)
 
 
+def schedule_rule(field: str, low: float, high: float, message: str) -> Rule:
+    """The rule that every number given in a model's schedule lies in low..high."""
+    path = f"self.{field}"
+    inside = f"{{0}} >= {float(low)} && {{0}} <= {float(high)}"
+    parts = [f"(!has({path}.{name}) || ({inside.format(f'{path}.{name}')}))" for name in ("value", "start", "limit")]
+    parts.append(f"(!has({path}.values) || {path}.values.all(v, {inside.format('v')}))")
+    return Rule(f"!has({path}) || ({' && '.join(parts)})", message)
+
+
 class MixingStrategy(StrEnum):
     PER_TURN = "PerTurn"
     STUDENT_PREFIX = "StudentPrefix"
@@ -90,6 +111,11 @@ class MixingStrategy(StrEnum):
 
 def _paper_beta() -> Schedule:
     return Schedule(type=ScheduleType.LINEAR, start=1.0, step=-0.2, limit=0.6)
+
+
+MOST_TURNS = 10_000
+_BETA = "beta is a probability: write a number in 0..1"
+_PREFIX = f"T_max is a number of turns: write one in 0..{MOST_TURNS}"
 
 
 class Mixing(ApiModel):
@@ -101,13 +127,8 @@ class Mixing(ApiModel):
             "self.strategy != 'StudentPrefix' || has(self.maxPrefixTurns)",
             "the StudentPrefix strategy needs maxPrefixTurns, the T_max schedule",
         ),
-        Rule(
-            "!has(self.beta) || ((!has(self.beta.value) || (self.beta.value >= 0.0 && self.beta.value <= 1.0)) && "
-            "(!has(self.beta.start) || (self.beta.start >= 0.0 && self.beta.start <= 1.0)) && "
-            "(!has(self.beta.limit) || (self.beta.limit >= 0.0 && self.beta.limit <= 1.0)) && "
-            "(!has(self.beta.values) || self.beta.values.all(v, v >= 0.0 && v <= 1.0)))",
-            "beta is a probability: every number of its schedule lies in 0..1",
-        ),
+        schedule_rule("beta", 0, 1, _BETA),
+        schedule_rule("maxPrefixTurns", 0, MOST_TURNS, _PREFIX),
     )
 
     strategy: MixingStrategy = MixingStrategy.PER_TURN
@@ -121,11 +142,10 @@ class Mixing(ApiModel):
     @model_validator(mode="after")
     def _is_a_probability(self) -> Self:
         if self.strategy is MixingStrategy.STUDENT_PREFIX and self.max_prefix_turns is None:
-            raise ValueError("the StudentPrefix strategy needs maxPrefixTurns, the T_max schedule")
-        given = [self.beta.value, self.beta.start, self.beta.limit, *(self.beta.values or [])]
-        wrong = [number for number in given if number is not None and not 0.0 <= number <= 1.0]
-        if wrong:
-            raise ValueError(f"beta is a probability: {wrong[0]:g} does not lie in 0..1")
+            raise Misfit("maxPrefixTurns", None, "the StudentPrefix strategy needs maxPrefixTurns, the T_max schedule")
+        self.beta.refuse_outside("beta", 0, 1, _BETA)
+        if self.max_prefix_turns is not None:
+            self.max_prefix_turns.refuse_outside("maxPrefixTurns", 0, MOST_TURNS, _PREFIX)
         return self
 
     def beta_at(self, round_number: int) -> float:

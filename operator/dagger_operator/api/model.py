@@ -1,10 +1,13 @@
 """The base of every API model: camelCase on the wire, unknown fields refused, docstrings as field docs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, to_jsonable_python
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,26 @@ class Rule:
 
     def schema(self) -> dict[str, str]:
         return {"rule": self.rule, "message": self.message}
+
+
+class Misfit(ValueError):
+    """Fields that are right one by one and wrong together: which one to change, its value, and to what."""
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(remedy)
+
+
+def list_map(key: str) -> dict[str, Any]:
+    """Schema of a list whose items are told apart by a key, so that several writers can own items of it."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
+def refuse_repeated(field: str, keys: Sequence[object]) -> None:
+    """What the API server refuses of a list map."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise Misfit(field, key, "is there twice: keep one of them")
 
 
 class ApiModel(BaseModel):
@@ -33,6 +56,30 @@ class ApiModel(BaseModel):
     cel: ClassVar[tuple[Rule, ...]] = ()
     """Rules that the generated CRD carries at this model's level."""
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Adds what pydantic leaves out: CEL rules, and defaults in the JSON form, those of factories included."""
+        schema = handler(core_schema)
+        own = handler.resolve_ref_schema(schema)
+        if cls.cel:
+            own["x-kubernetes-validations"] = [rule.schema() for rule in cls.cel]
+        for field in cls.model_fields.values():
+            shape = own["properties"][field.alias or ""]
+            shape.pop("default", None)
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            if default is not None:
+                shape["default"] = _json(default)
+        return schema
+
     def wire(self) -> dict[str, Any]:
         """The JSON form: camelCase, enums as strings, unset optionals left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _json(default: Any) -> Any:
+    """A default as the API server should fill it in: `{}` where the fields' own defaults say the rest."""
+    if not isinstance(default, ApiModel):
+        return to_jsonable_python(default)
+    if all(not field.is_required() for field in type(default).model_fields.values()) and default == type(default)():
+        return {}
+    return default.wire()

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from dagger_operator.api.model import ApiModel, Rule
+from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 
@@ -68,12 +68,17 @@ class Serving(ApiModel):
     """Context length in tokens, prompt and turn together."""
     tool_call_parser: Annotated[str, Field(max_length=64)] | None = None
     """vLLM's parser for this model's tool calls, such as `hermes` (Qwen3) or `qwen3_coder`. Needed by the ToolCall protocol."""
-    extra_args: Annotated[list[str], Field(max_length=64)] = []
+    extra_args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
     """Further arguments of vLLM's API server, as they are."""
-    env: Annotated[list[EnvVar], Field(max_length=64)] = []
+    env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=list_map("name"))] = []
     """Further environment of the server."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
     """How long loading may take before a replica counts as failed."""
+
+    @model_validator(mode="after")
+    def _env_once(self) -> Self:
+        refuse_repeated("env", [variable.name for variable in self.env])
+        return self
 
 
 class Student(ApiModel):
@@ -95,7 +100,7 @@ class Student(ApiModel):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.serving is not None and self.endpoint is not None:
-            raise ValueError("give the student either serving or endpoint, not both")
+            raise Misfit("endpoint", self.endpoint.url, "give the student either serving or endpoint, not both")
         return self
 
     @property
@@ -123,5 +128,6 @@ class Teacher(ApiModel):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.serving is None) == (self.endpoint is None):
-            raise ValueError("give the teacher exactly one of serving and endpoint")
+            found = "both" if self.serving else "neither"
+            raise Misfit("endpoint", found, "give the teacher exactly one of serving and endpoint")
         return self

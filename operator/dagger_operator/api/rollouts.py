@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from dagger_operator.api.model import ApiModel, Rule
+from dagger_operator.api.model import ApiModel, Misfit, Rule
 
 
 class ScaffoldType(StrEnum):
@@ -27,17 +27,17 @@ class Scaffold(ApiModel):
     """MiniSWEAgent runs beside the sandbox. Command runs inside it and speaks to OPENAI_BASE_URL with OPENAI_API_KEY."""
     protocol: Protocol = Protocol.TEXT
     """How the agent states a command: in a fenced block of text, or as a tool call. Decides which labels count as parsable."""
-    command: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    command: Annotated[list[Annotated[str, Field(max_length=4096)]], Field(min_length=1, max_length=64)] | None = None
     """Command: argument vector to run in the sandbox; the task's statement is in $DAGGER_TASK_STATEMENT."""
     max_turns: Annotated[int, Field(ge=1, le=10000)] = 100
     """Turns after which a rollout ends as LimitReached."""
-    system_template: Annotated[str, Field(max_length=65536)] | None = None
+    system_template: Annotated[str, Field(max_length=16384)] | None = None
     """MiniSWEAgent: jinja2 template of the system message; default the library's own."""
-    instance_template: Annotated[str, Field(max_length=65536)] | None = None
+    instance_template: Annotated[str, Field(max_length=16384)] | None = None
     """MiniSWEAgent: jinja2 template of the first user message, with `task` for the statement."""
-    observation_template: Annotated[str, Field(max_length=65536)] | None = None
+    observation_template: Annotated[str, Field(max_length=16384)] | None = None
     """MiniSWEAgent: jinja2 template of an observation, with `output.output` and `output.returncode`."""
-    format_error_template: Annotated[str, Field(max_length=65536)] | None = None
+    format_error_template: Annotated[str, Field(max_length=16384)] | None = None
     """MiniSWEAgent: what the agent is told when its turn holds no command that can be parsed, with `error`."""
     action_regex: Annotated[str, Field(max_length=1024)] | None = None
     """Text protocol: regular expression whose first group is the command; default the library's fenced block."""
@@ -47,7 +47,7 @@ class Scaffold(ApiModel):
     @model_validator(mode="after")
     def _command_given(self) -> Self:
         if self.type is ScaffoldType.COMMAND and self.command is None:
-            raise ValueError("a Command scaffold needs command")
+            raise Misfit("command", None, "a Command scaffold needs command, the argument vector to run")
         return self
 
 

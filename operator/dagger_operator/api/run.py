@@ -1,6 +1,8 @@
 """The resource itself, and the one way to load it."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from dagger_operator.api.errors import explain
 from dagger_operator.api.evaluation import Evaluation
 from dagger_operator.api.mixing import Mixing
-from dagger_operator.api.model import ApiModel, Rule
+from dagger_operator.api.model import ApiModel, Misfit, Rule
 from dagger_operator.api.policies import Student, Teacher
 from dagger_operator.api.rollouts import Labels, Protocol, Rollouts, Sandbox, Scaffold
 from dagger_operator.api.status import RunStatus
@@ -29,29 +31,70 @@ class GpuSharing(StrEnum):
     TIME_SHARED = "TimeShared"
 
 
+@dataclass(frozen=True)
+class Immutable:
+    """A field that may not change once a run exists, because finished rounds rest on it."""
+
+    field: str
+    """Path below the spec; `?` marks parts that may be absent."""
+    why: str
+
+    @property
+    def name(self) -> str:
+        return self.field.replace("?", "")
+
+    @property
+    def message(self) -> str:
+        return f"{self.name} is immutable, {self.why}: make a new run with a new name"
+
+    def rule(self) -> Rule:
+        absent = ".orValue('')" if "?" in self.field else ""
+        return Rule(f"self.{self.field}{absent} == oldSelf.{self.field}{absent}", self.message)
+
+    def of(self, spec: "RunSpec") -> Any:
+        found: Any = spec.wire()
+        for part in self.name.split("."):
+            found = found.get(part) if found is not None else None
+        return found
+
+
+IMMUTABLE = (
+    Immutable("seed", "coins and task order of finished rounds come from it"),
+    Immutable("mixing", "finished rounds were mixed by it"),
+    Immutable("student.model", "it is what every round started from"),
+    Immutable("student.?endpoint.?url", "it is who acted in finished rounds"),
+    Immutable("student.?endpoint.?model", "it is who acted in finished rounds"),
+    Immutable("teacher.model", "labels of two teachers would stand in one data set"),
+    Immutable("teacher.?endpoint.?model", "labels of two teachers would stand in one data set"),
+    Immutable("tasks", "finished rounds were dealt from them"),
+    Immutable("scaffold", "finished trajectories were made with it"),
+    Immutable("training.mode", "rounds with and without training do not make one run"),
+    Immutable("storage.url", "everything that is finished lies there"),
+)
+
+SPEC_BYTES = 96 * 1024
+"""Most bytes of a spec as JSON: it travels to its stages in an environment variable, and Linux takes 128 KiB in one."""
+_TRAINED_ENDPOINT = "a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student"
+_NO_PARSER = "the ToolCall protocol needs toolCallParser, such as 'hermes' for Qwen3, wherever a policy is served here"
+
+
 class RunSpec(ApiModel):
     """What should be done."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
+        Rule("!has(self.student.endpoint) || self.training.mode == 'Disabled'", _TRAINED_ENDPOINT),
         Rule(
-            "!has(self.student.endpoint) || (has(self.training) && has(self.training.mode) && self.training.mode == 'Disabled')",
-            "a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student",
+            "self.scaffold.protocol != 'ToolCall' || "
+            "((has(self.student.endpoint) || (has(self.student.serving) && has(self.student.serving.toolCallParser))) && "
+            "(!has(self.teacher.serving) || has(self.teacher.serving.toolCallParser)))",
+            _NO_PARSER,
         ),
-        Rule("self.seed == oldSelf.seed", "seed is immutable: coins and task order of finished rounds depend on it; make a new run"),
-        Rule("self.mixing == oldSelf.mixing", "mixing is immutable: finished rounds were mixed by it; make a new run"),
-        Rule("self.student.model == oldSelf.student.model", "student.model is immutable; make a new run"),
-        Rule(
-            "self.teacher.model == oldSelf.teacher.model",
-            "teacher.model is immutable: labels of two teachers in one data set; make a new run",
-        ),
-        Rule("self.tasks == oldSelf.tasks", "tasks is immutable; make a new run"),
-        Rule("self.scaffold == oldSelf.scaffold", "scaffold is immutable; make a new run"),
-        Rule("self.storage.url == oldSelf.storage.url", "storage.url is immutable; make a new run"),
+        *(immutable.rule() for immutable in IMMUTABLE),
     )
 
     rounds: Annotated[int, Field(ge=1, le=1000)] = 5
     """Rounds of rollout, training and evaluation. It may be raised later."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     """Decides task order and every coin: the same seed decides the same."""
     mixing: Mixing = Mixing()
     """Who acts in a turn."""
@@ -87,12 +130,23 @@ class RunSpec(ApiModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.student.endpoint and self.training.mode is not TrainingMode.DISABLED:
-            raise ValueError("a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student")
+            raise Misfit("training.mode", self.training.mode.value, _TRAINED_ENDPOINT)
         if self.scaffold.protocol is Protocol.TOOL_CALL:
             for role, serving in (("student", self.student.served), ("teacher", self.teacher.serving)):
                 if serving is not None and serving.tool_call_parser is None:
-                    raise ValueError(f"the ToolCall protocol needs {role}.serving.toolCallParser, such as 'hermes' for Qwen3")
+                    raise Misfit(f"{role}.serving.toolCallParser", None, _NO_PARSER)
         return self
+
+    @model_validator(mode="after")
+    def _fits_into_an_environment_variable(self) -> Self:
+        size = len(json.dumps(self.wire(), ensure_ascii=False, separators=(",", ":")).encode())
+        if size > SPEC_BYTES:
+            raise Misfit("", f"{size} bytes as JSON", f"write at most {SPEC_BYTES}: shorten templates, commands, arguments or environment")
+        return self
+
+
+NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+LONGEST_NAME = 32
 
 
 class Metadata(ApiModel):
@@ -100,7 +154,7 @@ class Metadata(ApiModel):
 
     model_config = {**ApiModel.model_config, "extra": "allow"}
 
-    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=32)]
+    name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=LONGEST_NAME)]
     """DNS label that starts with a letter; at most 32 characters, so that the host names of its children fit into 63."""
     namespace: Annotated[str, Field(max_length=63)] = "default"
     uid: str | None = None
@@ -111,7 +165,14 @@ class Metadata(ApiModel):
 
 
 class DAggerRun(ApiModel):
-    """One DAgger training run."""
+    """One DAgger training run: a student learns from a teacher over rounds of rollouts, labels, training and evaluation."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"size(self.metadata.name) <= {LONGEST_NAME} && self.metadata.name.matches('{NAME_PATTERN}')",
+            f"write a name of at most {LONGEST_NAME} lower-case letters, digits and hyphens that starts with a letter",
+        ),
+    )
 
     api_version: Literal["dagger-operator.dev/v1alpha1"] = "dagger-operator.dev/v1alpha1"
     kind: Literal["DAggerRun"] = "DAggerRun"
@@ -121,25 +182,16 @@ class DAggerRun(ApiModel):
 
 
 def load(document: Mapping[str, Any]) -> DAggerRun:
-    """Validates a parsed document.
+    """Validates a parsed document as strictly as an API server does: a number in quotes is no number.
 
     Raises `InvalidRun` with every problem found: field, value, remedy.
     """
     try:
-        return DAggerRun.model_validate(document)
+        return DAggerRun.model_validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         raise explain(error, DAggerRun) from None
 
 
 def refused_edits(old: RunSpec, new: RunSpec) -> list[str]:
-    """What an edit of a started run may not change: the messages of the CRD's transition rules, for runtimes without an API server."""
-    changed = {
-        "seed": old.seed != new.seed,
-        "mixing": old.mixing != new.mixing,
-        "student.model": old.student.model != new.student.model,
-        "teacher.model": old.teacher.model != new.teacher.model,
-        "tasks": old.tasks != new.tasks,
-        "scaffold": old.scaffold != new.scaffold,
-        "storage.url": old.storage.url != new.storage.url,
-    }
-    return [f"spec.{field} is immutable once a run exists: make a new run with a new name" for field, differs in changed.items() if differs]
+    """What an edit of a run may not change: the messages of the CRD's transition rules, for runtimes without an API server."""
+    return [f"spec.{immutable.message}" for immutable in IMMUTABLE if immutable.of(old) != immutable.of(new)]

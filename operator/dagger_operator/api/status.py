@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dagger_operator.api.model import ApiModel
+from dagger_operator.api.model import ApiModel, list_map
 
 
 class Phase(StrEnum):
@@ -108,8 +108,8 @@ class RunStatus(ApiModel):
     round: int = 0
     reason: str = ""
     """The reason of the condition that stands in the way, or of the end."""
-    conditions: Annotated[list[Condition], Field(max_length=32)] = []
-    rounds: Annotated[list[RoundStatus], Field(max_length=100)] = []
+    conditions: Annotated[list[Condition], Field(max_length=32, json_schema_extra=list_map("type"))] = []
+    rounds: Annotated[list[RoundStatus], Field(max_length=100, json_schema_extra=list_map("round"))] = []
     """The last rounds; all of them are in storage."""
     resolved: str | None = None
     """Resolved rate of the newest evaluation, as a percentage."""

@@ -1,12 +1,12 @@
 """How a round's labels become the next student."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dagger_operator.api.mixing import Schedule
-from dagger_operator.api.model import ApiModel
+from dagger_operator.api.mixing import Schedule, schedule_rule
+from dagger_operator.api.model import ApiModel, Misfit, Rule
 
 
 class TrainingMode(StrEnum):
@@ -50,8 +50,20 @@ class DeepSpeed(ApiModel):
     """What is kept in host memory."""
 
 
+MOST_STEPS = 1_000_000
+_STEPS = f"these are optimiser steps: write a number in 1..{MOST_STEPS}"
+
+
 class Training(ApiModel):
     """Cross-entropy on the tokens of the teacher's turns, nothing else (paper, section 3)."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (
+        schedule_rule("steps", 1, MOST_STEPS, _STEPS),
+        Rule(
+            "self.gpusPerNode == 0 || self.processesPerNode == self.gpusPerNode",
+            "a rank has a GPU of its own: write the same number into processesPerNode and gpusPerNode, or gpusPerNode 0 for the CPU",
+        ),
+    )
 
     mode: TrainingMode = TrainingMode.ENABLED
     """Disabled only collects labels: rounds end after rollouts, and the student stays as it is."""
@@ -102,3 +114,13 @@ class Training(ApiModel):
     """Further tries of a failed training Job before the run fails."""
     image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/trainer:0.1.0"
     """Trainer image; not used on one machine without containers."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.steps is not None:
+            self.steps.refuse_outside("steps", 1, MOST_STEPS, _STEPS)
+        if self.gpus_per_node not in (0, self.processes_per_node):
+            raise Misfit(
+                "processesPerNode", self.processes_per_node, f"write {self.gpus_per_node} as in gpusPerNode, or gpusPerNode 0 for the CPU"
+            )
+        return self
