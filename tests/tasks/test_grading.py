@@ -1,10 +1,14 @@
 """From a task's start over the agent's work to the verdict, in real sandboxes."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.isolation import Isolation
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
 from dagger_operator.tasks.grading import Grade, grade
@@ -16,9 +20,11 @@ TASK = Task(
     statement="add() is wrong.",
     files={"lib/math.py": "def add(a, b):\n    return a - b\n", "keep.txt": "kept\n"},
     grading=ScriptGrading(
-        files={"hidden.py": "from lib.math import add\nassert add(2, 3) == 5\nprint('well')\n"}, command="python3 hidden.py"
+        files={"hidden.py": "from lib.math import add\nassert add(2, 3) == 5\nprint('well')\n", "checks/more": "hidden"},
+        command="python3 hidden.py",
     ),
 )
+COMMIT = "git -c user.name=a -c user.email=a@b commit -qm done"
 SOLVE = "sed -i 's/a - b/a + b/' lib/math.py"
 
 
@@ -43,14 +49,15 @@ async def graded(provider: ProcessSandboxes, patch: str, task: Task = TASK, time
         ("echo 'def add(a, b): return 5' > lib/math.py", True),
         ("echo 'syntax error' > lib/math.py", False),
         ("rm -rf lib", False),
-        (f"git init -q . && {SOLVE} && git add -A && git -c user.name=a -c user.email=a@b commit -qm done", True),
+        (f"git init -q . && {SOLVE} && git add -A && {COMMIT}", True),
         (f"git init -q . && {SOLVE} && rm -rf .git && mkdir .git && echo broken > .git/HEAD", True),
         (f"{SOLVE}; python3 -c 'import lib.math'; printf '*.py\\n' > .gitignore; echo '[core' > ~/.gitconfig", True),
         (f"{SOLVE}; export GIT_DIR=/nowhere; chmod 000 keep.txt", True),
         ("echo 'print(1)' > hidden.py", False),
-        ("mkdir -p hidden.py; echo > hidden.py/x; echo 'raise SystemExit(0)' > lib/__init__.py", False),
+        ("mkdir -p hidden.py; echo > hidden.py/x; ln -s keep.txt checks", False),
+        (f"{SOLVE}; mkdir -p hidden.py; echo > hidden.py/x; ln -s keep.txt checks", True),
         (
-            f"{SOLVE}; ln -s /etc/passwd link; touch new; chmod +x keep.txt; mkfifo pipe; printf 'a\\r\\nb' > crlf; printf '\\377\\n' > latin",
+            f"{SOLVE}; ln -s /etc/passwd link; touch new; chmod +x keep.txt; mkfifo pipe; printf '\\377\\n' > latin",
             True,
         ),
     ],
@@ -63,9 +70,7 @@ async def test_a_patch_is_graded_by_what_the_files_became(provider: ProcessSandb
 
 async def test_the_check_enters_only_after_the_agent_has_ended(provider: ProcessSandboxes) -> None:
     workspace = await start(TASK, provider, name="agent", timeout=60)
-    result = await workspace.sandbox.execute(
-        "ls -A; grep -r hidden / --include='*' -l 2>/dev/null | grep -v ^/usr | grep -v ^/proc", timeout=60
-    )
+    result = await workspace.sandbox.execute("ls -A; grep -rl hidden . ~ /tmp", timeout=60)
     assert result.output == "keep.txt\nlib\n"
 
 
@@ -75,7 +80,7 @@ CONTENT = (
 NAMES = st.sampled_from(["a", "b", "dir/c", "dir/d e", "dir/é", "-f", "x'y", "new\nline", "tab\t", ".gitattributes"])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     before=st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"]), max_size=100), max_size=5),
     now=st.dictionaries(NAMES, CONTENT, max_size=6),
@@ -108,14 +113,11 @@ for path, data in now.items():
 
 
 async def test_a_repository_of_the_task_stays_as_it_is_and_its_history_counts_not(provider: ProcessSandboxes) -> None:
-    setup = "printf 'built\\n' > .gitignore; git init -q . && echo 1 > built && git add -f -A && git -c user.name=a -c user.email=a@b commit -qm base; echo 2 >> keep.txt"
+    setup = f"echo built > .gitignore; git init -q . && echo 1 > built && git add -f -A && {COMMIT}; echo 2 >> keep.txt"
     task = TASK.model_copy(update={"setup": setup})
-    patch = await after(
-        provider,
-        "echo 2 > built; git -c user.name=a -c user.email=a@b commit -qam mine; git status --short > /tmp/s; echo x > __pycache__",
-        task,
-    )
-    assert "+2" in patch and "built" in patch and "keep.txt" not in patch and ".git/" not in patch
+    patch = await after(provider, f"echo 2 > built; git add -A; {COMMIT}; mkdir __pycache__; echo x > __pycache__/x", task)
+    assert "+2" in patch and "built" in patch
+    assert not any(unchanged in patch for unchanged in ("keep.txt", ".git/", "pycache"))
     found = await graded(
         provider,
         patch,
@@ -148,9 +150,16 @@ async def test_a_check_that_hangs_is_unresolved(provider: ProcessSandboxes) -> N
 async def test_a_setup_that_fails_is_infrastructure_and_leaves_no_sandbox(provider: ProcessSandboxes) -> None:
     task = TASK.model_copy(update={"setup": "echo because >&2; exit 3"})
     for attempt in (start(task, provider, name="s", timeout=60), graded(provider, "", task)):
-        with pytest.raises(SandboxError, match="SetupFailed.*sum.*exit code 3.*because"):
+        with pytest.raises(SandboxError, match=r"SetupFailed.*sum.*exit code 3.*because"):
             await attempt
     assert not provider._live
+
+
+async def test_all_of_it_works_without_namespaces_too(tmp_path: Path) -> None:
+    isolation = Isolation(bubblewrap=None, reason="the test forbids it", cgroups=None, root=False)
+    async with ProcessSandboxes(SandboxLimits(), tmp_path / "plain", isolation=isolation) as plain:
+        assert (await graded(plain, await after(plain, SOLVE))).resolved
+        assert not (await graded(plain, await after(plain, "true"))).resolved
 
 
 class Losing:
@@ -206,7 +215,7 @@ ROW = {
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("default")  # of swebench's own imports
 async def test_swebench_grades_with_its_own_library_and_parser(provider: ProcessSandboxes) -> None:
-    setup = "git init -q . && git add -A && git -c user.name=a -c user.email=a@b commit -qm base"
+    setup = f"git init -q . && git add -A && {COMMIT}"
     task = TASK.model_copy(update={"grading": SwebenchGrading(row=ROW), "setup": setup})
     solved = await graded(provider, await after(provider, SOLVE, task), task)
     assert solved.resolved and "PASSED test_math.py::test_add" in solved.log

@@ -41,7 +41,7 @@ class SandboxRequest:
     env: dict[str, str] = field(default_factory=dict)
     """The whole environment beside PATH, HOME, LANG: nothing is inherited."""
     network_to: str | None = None
-    """The only address (host:port) that commands may reach; None is no network at all."""
+    """The only address (host:port) that commands may reach, as `127.0.0.1:port`; None is no network at all."""
 
 
 class Sandbox(Protocol):
