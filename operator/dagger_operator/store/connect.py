@@ -56,6 +56,9 @@ def connection(storage: Storage, environ: Mapping[str, str]) -> Connection:
     scheme = url.split("://", 1)[0]
     if scheme == "file":
         return Connection(url, scheme, folder=Path(unquote(urlsplit(url).path)))
+    # Long enough for a server that is started again, short enough for people who gave a wrong address.
+    backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2}
+    retry = {"max_retries": 9, "retry_timeout": timedelta(seconds=90), "backoff": backoff}
     config = {key.lower(): value for key, value in environ.items() if key.lower() in _KNOWN[scheme] and value}
     # One request moves at most a part of a large object. Large bodies are bounded by silence, not by their whole duration.
     client: dict[str, Any] = {
@@ -75,4 +78,4 @@ def connection(storage: Storage, environ: Mapping[str, str]) -> Connection:
             client["allow_http"] = True
         if bundle := environ.get("AWS_CA_BUNDLE"):
             client["root_certificate"] = Path(bundle).read_bytes()
-    return Connection(url, scheme, config=config, client=client, retry={"max_retries": 6, "retry_timeout": timedelta(seconds=90)})
+    return Connection(url, scheme, config=config, client=client, retry=retry)

@@ -9,11 +9,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -22,9 +24,11 @@ from obstore.store import ObjectStore, from_url
 from dagger_operator.api import Storage
 from dagger_operator.store.connect import connection
 
+T = TypeVar("T")
 _PART = 16 << 20
 """Bytes of one part of a large transfer."""
 _PARTS_AT_ONCE = 4
+_CALLS_AT_ONCE = 32
 _MOST_PARTS = 9000
 """S3 takes 10,000 parts in one upload."""
 
@@ -64,6 +68,7 @@ class Store:
 
     def __init__(self, backend: ObjectStore, url: str, *, scheme: str, folder: Path | None = None) -> None:
         self._backend, self.url, self._scheme, self._folder = backend, url, scheme, folder
+        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="store")
 
     @classmethod
     def open(cls, storage: Storage, environ: Mapping[str, str] | None = None) -> Self:
@@ -80,30 +85,27 @@ class Store:
 
     async def get(self, key: str) -> Object | None:
         """The object, or None where there is none."""
-        try:
-            answer = await self._backend.get_async(key)
-            data = bytes(await answer.bytes_async())
+
+        def read() -> Object:
+            answer = self._backend.get(key)
+            data = bytes(answer.bytes())
             return Object(data, self._etag(cast(Mapping[str, Any], answer.meta), data))
+
+        try:
+            return await self._run("reading", key, read, answers=(FileNotFoundError,))
         except FileNotFoundError:
             return None
-        except (BaseError, OSError) as error:
-            raise self._unavailable("reading", key, error) from error
 
     async def exists(self, key: str) -> bool:
         try:
-            await self._backend.head_async(key)
+            await self._run("reading", key, lambda: self._backend.head(key), answers=(FileNotFoundError,))
             return True
         except FileNotFoundError:
             return False
-        except (BaseError, OSError) as error:
-            raise self._unavailable("reading", key, error) from error
 
     async def put(self, key: str, data: bytes) -> None:
         """Writes, whatever was there; only for what has one writer and no history."""
-        try:
-            await self._backend.put_async(key, data, use_multipart=False)
-        except (BaseError, OSError) as error:
-            raise self._unavailable("writing", key, error) from error
+        await self._run("writing", key, lambda: self._backend.put(key, data, use_multipart=False))
 
     async def create(self, key: str, data: bytes) -> bool:
         """Put-if-absent: True where this call made the object, False where another was there already. See `swap`."""
@@ -115,15 +117,19 @@ class Store:
         The same bytes count as ours: a request whose answer was lost is repeated by the client and then meets its own first
         try. So data for which writers race has to name its writer.
         """
-        try:
+
+        def write() -> Object | None:
             if expected is not None and self._folder is not None:
-                done = await asyncio.to_thread(self._swap_in_folder, self._folder, key, data, expected)
-                return Object(data, self._etag({}, data)) if done else None
+                return self._swap_in_folder(self._folder, key, data, expected)
             mode: Any = "create"
             if expected is not None:
                 mode = {"version" if self._scheme == "gs" else "e_tag": expected.etag}
-            made = await self._backend.put_async(key, data, mode=mode)
+            made = self._backend.put(key, data, mode=mode)
             return Object(data, self._etag(cast(Mapping[str, Any], made), data))
+
+        doing, answers = "creating" if expected is None else "replacing", (AlreadyExistsError, PreconditionError, FileNotFoundError)
+        try:
+            return await self._run(doing, key, write, answers=answers)
         except (AlreadyExistsError, PreconditionError):
             current = await self.get(key)
             return current if current is not None and current.data == data else None
@@ -131,19 +137,13 @@ class Store:
             if expected is not None:
                 return None
             raise StoreUnavailable(f"creating {key} in {self.url}: there is no such bucket or folder; create it first") from None
-        except (BaseError, OSError) as error:
-            raise self._unavailable("creating" if expected is None else "replacing", key, error) from error
 
-    def _swap_in_folder(self, folder: Path, key: str, data: bytes, expected: Object) -> bool:
+    def _swap_in_folder(self, folder: Path, key: str, data: bytes, expected: Object) -> Object | None:
         with _locked(folder):
             if bytes(self._backend.get(key).bytes()) != expected.data:
-                return False
+                return None
             self._backend.put(key, data, use_multipart=False)
-            return True
-
-    def _delete_in_folder(self, folder: Path, key: str) -> None:
-        with _locked(folder):
-            self._backend.delete(key)
+            return Object(data, self._etag({}, data))
 
     def _etag(self, meta: Mapping[str, Any], data: bytes) -> str:
         if self._folder is not None:
@@ -156,66 +156,71 @@ class Store:
 
     async def delete(self, key: str) -> None:
         """Removes an object; one that is not there is fine."""
-        try:
-            if self._folder is not None:
-                await asyncio.to_thread(self._delete_in_folder, self._folder, key)
-            else:
-                await self._backend.delete_async(key)
-        except FileNotFoundError:
-            return
-        except (BaseError, OSError) as error:
-            raise self._unavailable("deleting", key, error) from error
+
+        def remove() -> None:
+            with _locked(self._folder) if self._folder is not None else nullcontext():
+                self._backend.delete(key)
+
+        with suppress(FileNotFoundError):
+            await self._run("deleting", key, remove, answers=(FileNotFoundError,))
 
     async def list(self, prefix: str = "") -> list[ObjectInfo]:
         """All objects below a folder (not: whose names start with it), in order of their keys."""
-        try:
-            chunks = obstore.list(self._backend, prefix=prefix.rstrip("/") or None)
-            found = [ObjectInfo(meta["path"], meta["size"]) async for chunk in chunks for meta in chunk]
-        except (BaseError, OSError) as error:
-            raise self._unavailable("listing", prefix, error) from error
-        return sorted(found, key=lambda info: info.key)
+
+        def look() -> Iterator[ObjectInfo]:
+            for chunk in obstore.list(self._backend, prefix=prefix.rstrip("/") or None):
+                yield from (ObjectInfo(meta["path"], meta["size"]) for meta in chunk)
+
+        return await self._run("listing", prefix, lambda: sorted(look(), key=lambda info: info.key))
 
     async def upload(self, key: str, path: Path) -> None:
         """Writes a file, in parts where it is large; readers see it whole or not at all."""
-        try:
-            part = max(_PART, (await asyncio.to_thread(path.stat)).st_size // _MOST_PARTS)
-            await self._backend.put_async(key, path, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
-        except (BaseError, OSError) as error:
-            raise self._unavailable("uploading", key, error) from error
+
+        def send() -> None:
+            part = max(_PART, path.stat().st_size // _MOST_PARTS)
+            self._backend.put(key, path, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+
+        await self._run("uploading", key, send)
 
     async def download(self, key: str, path: Path) -> bool:
         """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all. One caller a file.
 
         False where there is no such object. Parts are read side by side and each is retried alone.
         """
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            size = (await self._backend.head_async(key))["size"]
+
+        def fetch() -> None:
+            size = self._backend.head(key)["size"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            gate = asyncio.Semaphore(_PARTS_AT_ONCE)
+            partial = path.with_name(f".{path.name}.partial")
+            try:
+                with partial.open("wb") as file, ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
 
-            async def part(start: int, descriptor: int) -> None:
-                async with gate:
-                    data = await self._backend.get_range_async(key, start=start, end=min(start + _PART, size))
-                    await asyncio.to_thread(os.pwrite, descriptor, data, start)
+                    def part(start: int) -> None:
+                        os.pwrite(file.fileno(), self._backend.get_range(key, start=start, end=min(start + _PART, size)), start)
 
-            with partial.open("wb") as file:
-                async with asyncio.TaskGroup() as group:
-                    for start in range(0, size, _PART):
-                        group.create_task(part(start, file.fileno()))
-            partial.replace(path)
+                    deque(threads.map(part, range(0, size, _PART)), maxlen=0)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+        try:
+            await self._run("downloading", key, fetch, answers=(FileNotFoundError,))
             return True
         except FileNotFoundError:
             return False
-        except (BaseError, OSError) as error:
-            raise self._unavailable("downloading", key, error) from error
-        except ExceptionGroup as group_error:
-            first = group_error.exceptions[0]
-            if isinstance(first, BaseError | OSError):
-                raise self._unavailable("downloading", key, first) from first
+
+    async def _run(self, doing: str, key: str, work: Callable[[], T], *, answers: tuple[type[Exception], ...] = ()) -> T:
+        """Runs blocking work in a thread of ours; exceptions that are `answers` pass.
+
+        obstore's own coroutines finish on Tokio threads, which touch the interpreter once more afterwards: a process that exits
+        right after its last call, as stages do, then now and then aborts (exit code 134).
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except answers:
             raise
-        finally:
-            partial.unlink(missing_ok=True)
+        except (BaseError, OSError) as error:
+            raise self._unavailable(doing, key, error) from error
 
     def _unavailable(self, doing: str, key: str, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(f"{doing} {key} in {self.url}: {_first_line(error)}")
