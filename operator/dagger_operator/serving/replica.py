@@ -155,8 +155,10 @@ class Replica:
         await self._engine.pause()
         await self._engine.reload(self._shared.folder(weights.version))
         await self._engine.reset_prefix_cache()
-        if held is not None and held.tensors != weights.tensors and await self._engine.fingerprint() == before:
-            raise EngineFailure(f"vLLM says that it reloaded, and still holds the weights of {held.version}")
+        # What a killed agent left half changed may be whole already; to be sure costs a restart.
+        changes = held is None or held.tensors != weights.tensors
+        if changes and await self._engine.fingerprint() == before:
+            raise EngineFailure("vLLM says that it reloaded, and still holds the same weights as before")
         await self._verify(weights)
 
     def _leave(self, state: State, reason: str) -> None:
