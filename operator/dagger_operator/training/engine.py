@@ -1,7 +1,9 @@
 """The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's."""
 
+import functools
 import logging
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,22 @@ def settings(training: Training, ranks: int, device: torch.device) -> dict[str, 
     return config
 
 
-def build(training: Training, weights: Path, ranks: int, device: torch.device) -> Engine:
-    """The policy in folder `weights`, ready to train, with a fresh optimiser."""
+MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def adamw(training: Training) -> MakeOptimizer:
+    """AdamW as the resource asks for it; its state starts afresh in every round."""
+    return functools.partial(
+        torch.optim.AdamW,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def build(training: Training, weights: Path, ranks: int, device: torch.device, make_optimizer: MakeOptimizer) -> Engine:
+    """The policy in folder `weights`, ready to train."""
     import deepspeed
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -85,14 +101,7 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device) -
     if training.activation_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(policy)
-    optimizer = torch.optim.AdamW(
-        objective.parameters(),
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(objective.parameters()), config=config)
     del sharded_loading
     engine.train()
     return engine

@@ -19,7 +19,10 @@ class Objective(torch.nn.Module):
     """The policy and its loss as one module, so that whatever shards or casts weights does it around one forward pass."""
 
     def __init__(self, policy: Any, positions_at_once: int = 4096) -> None:
-        """`policy` is a causal language model of transformers, whose methods are not typed. `positions_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32."""
+        """`policy` is a causal language model of transformers, whose methods are not typed.
+
+        `positions_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
+        """
         super().__init__()
         self.policy, self._at_once = policy, positions_at_once
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):

@@ -50,7 +50,7 @@ async def body(stage: Stage) -> None:
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
     curriculum = Curriculum(tokenised.samples, spec.training, seed=spec.seed, round_number=stage.round)
-    policy = engine.build(spec.training, weights, ranks, device)
+    policy = engine.build(spec.training, weights, ranks, device, engine.adamw(spec.training))
     settings = given.settings(stage)
     kept = checkpoints.Checkpoints(
         stage.store,

@@ -1,0 +1,48 @@
+"""One rank of a training step under DeepSpeed, for `test_gradients`: plain gradient descent with rate 1, so that the change of the
+weights is the gradient. Arguments: a pickled job, and where rank 0 leaves the results."""
+
+import asyncio
+import functools
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from dagger_operator.api import Storage, Training
+from dagger_operator.store.objects import Store
+from dagger_operator.training import checkpoints, engine, export, loop
+from dagger_operator.training.batches import Curriculum
+
+
+async def nothing(tally: object) -> None:
+    pass
+
+
+def main(job_file: str, results: str) -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = pickle.loads(Path(job_file).read_bytes())
+    device = engine.join(rank, ranks, rank)
+    out = {}
+    for name, settings in job["settings"].items():
+        training = Training.model_validate({**job["training"], **settings})
+        sgd = functools.partial(torch.optim.SGD, lr=1.0)
+        trainer = engine.build(training, job["weights"], ranks, device, sgd)
+        trainer.module._at_once = 16  # several pieces of the vocabulary's projection in every step
+        curriculum = Curriculum(job["samples"], training, seed=1, round_number=1)
+        scratch = Path(results) / name
+        kept = checkpoints.Checkpoints(Store.open(Storage(url=f"file://{scratch}/store")), scratch, 1, "", node=0, every_steps=10**6)
+        arguments = (trainer, job["samples"], curriculum, training, loop.Rank(rank, ranks, device), kept, checkpoints.Tally())
+        tally = asyncio.run(loop.train(*arguments, seed=1, stopping=lambda: False, observe=nothing))
+        export.export(trainer, job["weights"], scratch / "policy")
+        out[name] = tally.losses
+        trainer.destroy()
+    if rank == 0:
+        (Path(results) / "losses.pickle").write_bytes(pickle.dumps(out))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

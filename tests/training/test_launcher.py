@@ -1,0 +1,47 @@
+"""The stage answers for its ranks: real processes in place of trainers."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dagger_operator.store.stage import ExitCode, StageFailure
+from dagger_operator.training.__main__ import RankProcess, _watch
+
+
+async def rank(index: int, folder: Path, code: str, words: dict[str, str] | None = None) -> RankProcess:
+    last_words = folder / f"{index}.json"
+    if words:
+        last_words.write_text(json.dumps(words))
+    return RankProcess(index, await asyncio.create_subprocess_exec(sys.executable, "-c", code), last_words)
+
+
+async def test_ends_well_when_every_rank_does(tmp_path: Path) -> None:
+    await _watch([await rank(index, tmp_path, "pass") for index in range(2)])
+
+
+async def test_the_rank_that_knows_the_cause_is_heard_although_another_ended_first(tmp_path: Path) -> None:
+    lost = await rank(0, tmp_path, "raise SystemExit(1)", {"reason": "Unexpected", "message": "connection closed by peer"})
+    cause = await rank(
+        1,
+        tmp_path,
+        f"import time; time.sleep(1); raise SystemExit({ExitCode.PERMANENT:d})",
+        {"reason": "LossNotFinite", "message": "lower it"},
+    )
+    with pytest.raises(StageFailure, match="LossNotFinite: lower it") as caught:
+        await _watch([lost, cause])
+    assert caught.value.permanent
+
+
+async def test_a_killed_rank_is_named_and_tried_again(tmp_path: Path) -> None:
+    ranks = [await rank(0, tmp_path, "pass"), await rank(1, tmp_path, "import os; os.kill(os.getpid(), 9)")]
+    with pytest.raises(StageFailure, match="rank 1 was ended by SIGKILL") as caught:
+        await _watch(ranks)
+    assert not caught.value.permanent
+
+
+async def test_an_unexpected_end_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rank 0 ended with code 7"):
+        await _watch([await rank(0, tmp_path, "raise SystemExit(7)")])

@@ -1,0 +1,282 @@
+"""`python -m dagger_operator.training` from a closed round to a new policy version: killed, interrupted, resumed, or refused."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Storage
+from dagger_operator.store import layout
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.manifest import close_round
+from dagger_operator.store.objects import Store
+from dagger_operator.store.policies import load_policy, policy_manifest, save_policy
+from dagger_operator.store.progress import read_progress
+from dagger_operator.store.records import LabelFlaw, Trajectory
+from dagger_operator.store.results import PrepareResult, TrainingResult, read_result, save_result
+from dagger_operator.store.stage import ExitCode
+from dagger_operator.store.trajectories import write_trajectory
+
+STEPS = 150
+TRAINING = {
+    "steps": {"type": "Constant", "value": STEPS},
+    "batchSize": 6,
+    "batchUnit": "Labels",
+    "microBatchTokens": 400,
+    "learningRate": 3e-3,
+    "precision": "FP32",
+    "processesPerNode": 2,
+    "gpusPerNode": 0,
+    "checkpointEverySteps": 3,
+}
+
+
+class Setting:
+    """A run's storage prefix on this machine, and its training stage."""
+
+    def __init__(self, folder: Path, **training: Any) -> None:
+        self.folder = folder
+        spec = {
+            "student": {"model": "tiny"},
+            "teacher": {"model": "t", "endpoint": {"url": "http://127.0.0.1:1/v1"}},
+            "tasks": {
+                "source": {"type": "JSONL", "uri": "tasks.jsonl"},
+                "heldOut": {"source": {"type": "JSONL", "uri": "held-out.jsonl"}},
+            },
+            "storage": {"url": f"file://{folder}/store"},
+            "seed": 5,
+            "training": {**TRAINING, **training},
+        }
+        self.run = {"apiVersion": "dagger-operator.dev/v1alpha1", "kind": "DAggerRun", "metadata": {"name": "demo"}, "spec": spec}
+        self.store = Store.open(Storage(url=spec["storage"]["url"]))
+        self.log = folder / "stage.log"
+        self.last_words = folder / "last-words.json"
+
+    async def prepare(self, weights: Path, trajectories: list[Trajectory]) -> None:
+        made = await save_policy(self.store, weights, round=0, base_model="tiny", parent=None, data_digest=None, settings={}, software={})
+        await save_result(self.store, 0, "prepare", PrepareResult(policy=made.version, teacher="t"))
+        for trajectory in trajectories:
+            await write_trajectory(self.store, Kind.ROLLOUT, trajectory)
+        await close_round(self.store, "demo", 1, [trajectory.rollout_id for trajectory in trajectories])
+
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The stage as a process group of its own; nothing of it is left afterwards."""
+        shutil.rmtree(self.folder / "scratch", ignore_errors=True)  # lost with the pod
+        environ = {
+            **os.environ,
+            "DAGGER_RUN": json.dumps(self.run),
+            "DAGGER_ROUND": "1",
+            "DAGGER_SCRATCH": str(self.folder / "scratch"),
+            "DAGGER_TERMINATION_LOG": str(self.last_words),
+        }
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "dagger_operator.training"]
+            process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+            try:
+                yield process
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    async def ended(self) -> int:
+        with self.started() as process:
+            return await asyncio.to_thread(process.wait, 600)
+
+    async def result(self) -> TrainingResult:
+        found = await read_result(self.store, 1, "training", TrainingResult)
+        assert found is not None, self.log.read_text()[-4000:]
+        return found
+
+    def failure(self) -> dict[str, str]:
+        words: dict[str, str] = json.loads(self.last_words.read_text())
+        return words
+
+    async def checkpoints(self) -> list[str]:
+        """Manifests of whole checkpoints, oldest first."""
+        keys = [info.key for info in await self.store.list(layout.checkpoint_prefix(1))]
+        return [key for key in keys if key.endswith("manifest.json")]
+
+
+async def until(condition: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert process.poll() is None, "the stage ended before what was waited for"
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+async def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, trajectories: list[Trajectory]
+) -> AsyncIterator[Setting]:
+    setting = Setting(tmp_path_factory.mktemp("undisturbed"))
+    await setting.prepare(policy_folder, trajectories)
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    yield setting
+
+
+@pytest.mark.heavy
+async def test_a_round_of_labels_becomes_a_policy_that_has_learned_them(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    result, store = await undisturbed.result(), undisturbed.store
+    summary = result.summary
+    assert (summary.steps, summary.labels, len(result.losses)) == (STEPS, STEPS * 6, STEPS)
+    assert summary.first_loss is not None and summary.last_loss is not None
+    assert summary.last_loss < summary.first_loss / 4
+    assert summary.token_ratio > 1
+    assert result.policy == summary.checkpoint
+    manifest = await load_policy(store, result.policy, tmp_path / "made")
+    base = await read_result(store, 0, "prepare", PrepareResult)
+    assert base is not None
+    assert (manifest.round, manifest.parent, manifest.base_model) == (1, base.policy, "tiny")
+    assert manifest.settings["training"]["learningRate"] == 3e-3
+    assert {"torch", "deepspeed", "transformers"} <= manifest.software.keys()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "made" / name).read_bytes() == (policy_folder / name).read_bytes()
+    progress = await read_progress(store, 1, "training")
+    assert (progress[0].done, progress[0].total, progress[0].unit) == (STEPS, STEPS, "steps")
+    assert await store.list(layout.checkpoint_prefix(1)) == [], "checkpoints of a finished training are only ballast"
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "made"), AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert policy.dtype == torch.float32
+    state, label = trajectories[4].turns[0].messages, trajectories[4].turns[0].label
+    assert label is not None
+    prompt = tokenizer.apply_chat_template(list(state), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = policy.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(said) == f"{label.message['content']}<|im_end|>", "the student says what the teacher said, and stops"
+
+
+@pytest.mark.heavy
+async def test_a_stage_that_is_done_ends_at_once(undisturbed: Setting) -> None:
+    before = await undisturbed.result()
+    started = time.monotonic()
+    assert await undisturbed.ended() == ExitCode.DONE
+    assert time.monotonic() - started < 60
+    assert await undisturbed.result() == before
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_same_losses_and_weights(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path)
+    await setting.prepare(policy_folder, trajectories)
+
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    first = await setting.checkpoints()
+    assert await read_result(setting.store, 1, "training", TrainingResult) is None
+
+    with setting.started() as process:  # a spot node gives notice while training goes on
+        await until(lambda: asyncio.to_thread(resumed, setting.log), process)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 120) == ExitCode.UNAVAILABLE
+    assert setting.failure()["reason"] == "Terminated"
+    stored = await setting.checkpoints()
+    assert stored[-1] > first[0], "the notice was used for a checkpoint"
+    assert len(stored) == 2
+
+    files = [info.key for info in await setting.store.list(stored[-1].removesuffix("manifest.json"))]
+    damaged = next(key for key in files if not key.endswith("manifest.json"))
+    await setting.store.put(damaged, b"cut short")
+
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    assert "checkpoint is damaged" in setting.log.read_text()
+    undisturbed_result, result = await undisturbed.result(), await setting.result()
+    assert result.losses == undisturbed_result.losses
+    assert result.policy == undisturbed_result.policy
+    assert (await policy_manifest(setting.store, result.policy)).files == (await policy_manifest(undisturbed.store, result.policy)).files
+
+
+def resumed(log: Path) -> bool:
+    """Whether a stage that found a checkpoint is taking steps."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    starts = [index for index, line in enumerate(lines) if line.get("event") == "training" and line["from_step"] > 0]
+    return bool(starts) and any(line.get("event") == "step" for line in lines[starts[-1] :])
+
+
+@pytest.mark.heavy
+async def test_a_loss_that_is_no_number_ends_the_stage_before_it_reaches_the_weights(
+    policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(policy_folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    setting = Setting(tmp_path, processesPerNode=1)
+    await setting.prepare(broken, trajectories)
+    assert await setting.ended() == ExitCode.PERMANENT
+    assert setting.failure()["reason"] == "LossNotFinite"
+    assert "training.learningRate" in setting.failure()["message"]
+
+
+@pytest.mark.heavy
+async def test_a_damaged_shard_is_named_and_never_trained_on(policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path) -> None:
+    setting = Setting(tmp_path, processesPerNode=1)
+    await setting.prepare(policy_folder, trajectories)
+    shard = next(info.key for info in await setting.store.list(f"{layout.round_prefix(1)}/data/"))
+    await setting.store.put(shard, b"PAR1")
+    assert await setting.ended() == ExitCode.PERMANENT
+    assert setting.failure()["reason"] == "DamagedObject"
+    assert shard in setting.failure()["message"]
+
+
+async def test_without_labels_the_stage_says_where_to_look(
+    policy_folder_stub: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    def unlabelled(trajectory: Trajectory) -> Trajectory:
+        turns = (turn.model_copy(update={"label_flaw": LabelFlaw.TRUNCATED}) for turn in trajectory.turns)
+        return trajectory.model_copy(update={"turns": tuple(turns)})
+
+    setting = Setting(tmp_path)
+    await setting.prepare(policy_folder_stub, [unlabelled(trajectory) for trajectory in trajectories])
+    assert await setting.ended() == ExitCode.PERMANENT
+    assert setting.failure()["reason"] == "NoLabels"
+    assert "label_flaw" in setting.failure()["message"]
+
+
+async def test_a_round_that_is_not_closed_is_waited_for(policy_folder_stub: Path, tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    assert await setting.ended() == ExitCode.UNAVAILABLE
+    assert setting.failure()["reason"] == "RoundNotClosed"
+
+
+async def test_weights_cut_short_in_the_store_are_named(policy_folder_stub: Path, trajectories: list[Trajectory], tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    await setting.prepare(policy_folder_stub, trajectories)
+    weights = next(info.key for info in await setting.store.list("policies/") if info.key.endswith(".safetensors"))
+    await setting.store.put(weights, b"1")
+    assert await setting.ended() == ExitCode.PERMANENT
+    assert setting.failure()["reason"] == "DamagedObject"
+    assert weights in setting.failure()["message"]
+
+
+@pytest.fixture
+def policy_folder_stub(tmp_path: Path) -> Path:
+    """Files for stages that end before anybody reads them as a policy."""
+    folder = tmp_path / "stub"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
