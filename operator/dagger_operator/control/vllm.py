@@ -5,15 +5,22 @@ from typing import Any
 from dagger_operator.api import Serving
 from dagger_operator.control.pods import SCRATCH, value
 
+CPU_BATCHED_TOKENS = 8192
+"""Most tokens of one engine step on the CPU, where prompts are not cut."""
+
 
 def vllm_arguments(serving: Serving) -> list[str]:
     """Arguments of `vllm.entrypoints.openai.api_server`; the user's own come last and win."""
     arguments = ["--model", "$(DAGGER_SHARED)/current", "--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
     arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
+    # A model's own generation config would add sampling settings that the spec does not name.
+    arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
     if serving.gpus > 1:
         arguments += ["--tensor-parallel-size", str(serving.gpus)]
     if serving.gpus == 0:
-        arguments += ["--enforce-eager"]
+        arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+        # A prompt in parts rewinds the generator of a seeded request, which torch's CPU generator cannot: the engine dies of it.
+        arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(serving.max_model_len, CPU_BATCHED_TOKENS))]
     if serving.tool_call_parser is not None:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", serving.tool_call_parser]
     return [*arguments, *serving.extra_args]
@@ -31,6 +38,8 @@ def vllm_environment(serving: Serving) -> list[dict[str, Any]]:
         "USER": "dagger",
     }
     if serving.gpus == 0:
+        # One process for engine and worker, one thread: it starts sooner and answers faster.
+        fixed |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         fixed["VLLM_CPU_KVCACHE_SPACE"] = "1"
     given = {variable.name: variable.value for variable in serving.env}
     return [value(name, text) for name, text in {**fixed, **given}.items()]
