@@ -43,6 +43,12 @@ def line(run: DAggerRun, progress: StageProgress | None) -> str:
     return text
 
 
+def _stage(run: DAggerRun) -> tuple[int, str] | None:
+    """Round and name of the stage that reports progress now."""
+    stage = STAGES.get(run.status.phase) if run.status else None
+    return (run.status.round, stage) if run.status and stage else None
+
+
 class Display:
     """Shows the newest state of a run until its context ends. `show` takes the state; it never waits."""
 
@@ -53,6 +59,8 @@ class Display:
         self._said, self._said_at = "", 0.0
 
     def show(self, run: DAggerRun) -> None:
+        if _stage(run) != _stage(self._run):
+            self._progress = None
         self._run = run
         self._draw()
 
@@ -73,12 +81,13 @@ class Display:
     async def _read(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            status = self._run.status
-            stage = STAGES.get(status.phase) if status else None
+            shown = _stage(self._run)
             try:
-                self._progress = merged(await read_progress(self._store, status.round, stage)) if status and stage else None
+                progress = merged(await read_progress(self._store, *shown)) if shown else None
             except (StoreUnavailable, DamagedObject):
                 continue  # the supervisor sees it too, and says so in the run's conditions
+            if shown == _stage(self._run):
+                self._progress = progress
             self._draw()
 
     def _draw(self) -> None:

@@ -9,6 +9,8 @@ from rich.text import Text
 from dagger_operator.api import DAggerRun, Phase, RoundStatus
 
 NOTHING = "-"
+SHOWN = 8
+"""Rounds in one table; `daggerctl status -o json` has all that the status holds."""
 _STYLES = {Phase.SUCCEEDED: "bold green", Phase.FAILED: "bold red", Phase.SUSPENDED: "yellow"}
 
 
@@ -32,13 +34,14 @@ def conditions(run: DAggerRun) -> Text:
 
 
 def rounds_table(run: DAggerRun) -> Table:
-    """A row for each round, a column for each question that people ask of it."""
+    """A column for each round, a row for each question that people ask of it; of many rounds the last ones."""
+    entries = (run.status.rounds if run.status else [])[-SHOWN:]
     table = Table(caption=_caption(run), caption_justify="left", caption_style="dim")
-    table.add_column("round", justify="right")
-    for title, _ in _COLUMNS:
-        table.add_column(title, justify="right")
-    for entry in run.status.rounds if run.status else []:
-        table.add_row(str(entry.round), *(cell(run, entry) for _, cell in _COLUMNS))
+    table.add_column("round")
+    for entry in entries:
+        table.add_column(str(entry.round), justify="right")
+    for title, cell in _ROWS:
+        table.add_row(title, *(cell(run, entry) for entry in entries))
     return table
 
 
@@ -47,11 +50,9 @@ def report(run: DAggerRun) -> RenderableType:
 
 
 def _caption(run: DAggerRun) -> str:
-    confidence = f"{run.spec.evaluation.confidence:.0%}"
     return (
-        f"resolved: share of held-out tasks that the round's student resolves alone, greedy, with its {confidence} interval. "
-        "false submits: declared done, and not resolved. teacher: share of turns, and of tokens, that were the teacher's, "
-        "beside the nominal beta. "
+        f"resolved: by the round's student alone, greedy, with its {run.spec.evaluation.confidence:.0%} interval. "
+        "false submits: declared done, and not resolved. teacher's turns, tokens: the mix that was delivered. "
         "agreement: share of the student's own turns that equal the teacher's label."
     )
 
@@ -61,10 +62,8 @@ def _percent(share: float | None) -> str:
 
 
 def _resolved(run: DAggerRun, entry: RoundStatus) -> str:
-    if (evaluation := entry.evaluation) is None:
-        return NOTHING
-    low, high = (100 * bound for bound in evaluation.interval)
-    return f"{100 * evaluation.resolved_rate:.1f} % [{low:.0f}, {high:.0f}]"
+    evaluation = entry.evaluation
+    return f"{100 * evaluation.resolved_rate:.1f} % of {evaluation.tasks}" if evaluation else NOTHING
 
 
 def _false_submits(run: DAggerRun, entry: RoundStatus) -> str:
@@ -77,13 +76,20 @@ def _beta(run: DAggerRun, entry: RoundStatus) -> str:
     return NOTHING if beta is None else f"{beta:.2f}"
 
 
-def _teacher(run: DAggerRun, entry: RoundStatus) -> str:
-    rollout = entry.rollout
-    return f"{100 * rollout.teacher_turn_share:.0f} % / {100 * rollout.teacher_token_share:.0f} %" if rollout else NOTHING
+def _teacher_turns(run: DAggerRun, entry: RoundStatus) -> str:
+    return _percent(entry.rollout.teacher_turn_share) if entry.rollout else NOTHING
+
+
+def _teacher_tokens(run: DAggerRun, entry: RoundStatus) -> str:
+    return _percent(entry.rollout.teacher_token_share) if entry.rollout else NOTHING
 
 
 def _labels(run: DAggerRun, entry: RoundStatus) -> str:
-    return f"{entry.rollout.labels} ({100 * entry.rollout.label_coverage:.1f} %)" if entry.rollout else NOTHING
+    return f"{entry.rollout.labels:,}" if entry.rollout else NOTHING
+
+
+def _coverage(run: DAggerRun, entry: RoundStatus) -> str:
+    return _percent(entry.rollout.label_coverage) if entry.rollout else NOTHING
 
 
 def _agreement(run: DAggerRun, entry: RoundStatus) -> str:
@@ -102,19 +108,34 @@ def _loss(run: DAggerRun, entry: RoundStatus) -> str:
     return f"{training.first_loss:.3f} -> {training.last_loss:.3f}"
 
 
-def _seconds(run: DAggerRun, entry: RoundStatus) -> str:
-    stages = (entry.rollout, entry.training, entry.evaluation)
-    return " + ".join(NOTHING if stage is None else f"{stage.seconds:.0f}" for stage in stages)
+def _interval(run: DAggerRun, entry: RoundStatus) -> str:
+    if (evaluation := entry.evaluation) is None:
+        return NOTHING
+    low, high = (100 * bound for bound in evaluation.interval)
+    return f"{low:.1f} to {high:.1f} %"
 
 
-_COLUMNS: tuple[tuple[str, Callable[[DAggerRun, RoundStatus], str]], ...] = (
-    ("resolved", _resolved),
+def _seconds(stage: str) -> Callable[[DAggerRun, RoundStatus], str]:
+    def cell(run: DAggerRun, entry: RoundStatus) -> str:
+        summary = getattr(entry, stage)
+        return NOTHING if summary is None else f"{summary.seconds:.0f} s"
+
+    return cell
+
+
+_ROWS: tuple[tuple[str, Callable[[DAggerRun, RoundStatus], str]], ...] = (
+    ("resolved, held out", _resolved),
+    ("  interval", _interval),
     ("false submits", _false_submits),
-    ("beta", _beta),
-    ("teacher turns / tokens", _teacher),
-    ("labels (coverage)", _labels),
+    ("nominal beta", _beta),
+    ("teacher's turns", _teacher_turns),
+    ("teacher's tokens", _teacher_tokens),
     ("agreement", _agreement),
-    ("rollouts/h", _speed),
-    ("loss", _loss),
-    ("seconds: rollout + train + evaluate", _seconds),
+    ("labels", _labels),
+    ("label coverage", _coverage),
+    ("training loss", _loss),
+    ("rollouts per hour", _speed),
+    ("rollout", _seconds("rollout")),
+    ("training", _seconds("training")),
+    ("evaluation", _seconds("evaluation")),
 )
