@@ -25,9 +25,15 @@ def isolations() -> dict[str, Isolation]:
 _ISOLATIONS = isolations()
 
 
-@pytest.fixture(params=_ISOLATIONS or [pytest.param("none", marks=pytest.mark.skip(reason=f"no namespaces here: {probe().reason}"))])
+@pytest.fixture
 async def provider(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ProcessSandboxes]:
-    async with ProcessSandboxes(LIMITS, tmp_path / "sandboxes", isolation=_ISOLATIONS[request.param]) as provider:
+    """The best that this machine has; tests of limits ask for each way by name."""
+    if not _ISOLATIONS:
+        pytest.skip(f"no namespaces here: {probe().reason}")
+    name = getattr(request, "param", next(iter(_ISOLATIONS)))
+    if name not in _ISOLATIONS:
+        pytest.skip("control groups cannot be made here")
+    async with ProcessSandboxes(LIMITS, tmp_path / "sandboxes", isolation=_ISOLATIONS[name]) as provider:
         yield provider
 
 

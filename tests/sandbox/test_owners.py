@@ -13,7 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 
 import dagger_operator
-from dagger_operator.sandbox.interface import SandboxRequest
+from dagger_operator.api import SandboxLimits
+from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.isolation import probe
 from dagger_operator.sandbox.process import ProcessSandboxes
 
@@ -111,6 +112,12 @@ async def test_without_namespaces_it_says_so_once_and_still_holds_deadlines_and_
     await sandbox.close()
     assert alive("98766") == 0
     assert not list(tmp_path.glob("plain/*/*-plain"))
+
+
+async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SandboxError, match=r"NoFolder.*file/sandboxes.*name a folder that can be written"):
+        await ProcessSandboxes(SandboxLimits(), tmp_path / "file" / "sandboxes").__aenter__()
 
 
 async def test_the_warning_comes_when_a_provider_without_namespaces_starts(plain: ProcessSandboxes, tmp_path: Path) -> None:
