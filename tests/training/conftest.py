@@ -40,8 +40,8 @@ def make_tokenizer(template: str = "qwen3_instruct") -> Any:
     return tokenizer
 
 
-def make_policy(folder: Path, *, dtype: str = "float32", hidden: int = 32, tied: bool = True) -> Path:
-    """A Hugging Face folder of a Qwen3 with two layers."""
+def make_policy(folder: Path) -> Path:
+    """A Hugging Face folder of a Qwen3 with two layers and 0.1 million parameters."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -49,18 +49,18 @@ def make_policy(folder: Path, *, dtype: str = "float32", hidden: int = 32, tied:
     torch.manual_seed(7)
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM's CPU attention takes
         max_position_embeddings=2048,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    policy = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    policy = Qwen3ForCausalLM(config)
     policy.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

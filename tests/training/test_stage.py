@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,19 +14,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from dagger_operator.api import Storage
-from dagger_operator.store import layout
+from dagger_operator.store import layout, records
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import close_round
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import load_policy, policy_manifest, save_policy
 from dagger_operator.store.progress import read_progress
-from dagger_operator.store.records import LabelFlaw, Trajectory
+from dagger_operator.store.records import LabelFlaw, Message, Trajectory
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result, save_result
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.store.trajectories import write_trajectory
+from dagger_operator.training.template import StudentTemplate
 
 STEPS = 150
 TRAINING = {
@@ -160,6 +163,71 @@ async def test_a_round_of_labels_becomes_a_policy_that_has_learned_them(
     prompt = tokenizer.apply_chat_template(list(state), add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = policy.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(said) == f"{label.message['content']}<|im_end|>", "the student says what the teacher said, and stops"
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+async def test_vllm_serves_the_policy_and_gives_it_the_tokens_that_it_was_trained_on(
+    undisturbed: Setting, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    weights = tmp_path / "made"
+    await load_policy(undisturbed.store, (await undisturbed.result()).policy, weights)
+    template = StudentTemplate(AutoTokenizer.from_pretrained(weights))
+    tool = {"type": "function", "function": {"parameters": {"type": "object"}, "name": "bash", "description": "Runs a command"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "bash", "arguments": '{"command": "ls -l"}'}}
+    states: list[tuple[list[Message], list[dict[str, Any]] | None]] = [
+        ([dict(message) for message in messages], None) for _, messages, _ in records.states(trajectories[3])
+    ]
+    spoken: list[Message] = [
+        {"role": "user", "content": [{"type": "text", "text": "list"}, {"type": "text", "text": "files"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "geo.py"},
+    ]
+    states += [(spoken, [tool]), (spoken[:1], [tool])]
+    with vllm(weights, undisturbed.folder / "vllm.log") as (process, url):
+        async with aiohttp.ClientSession() as http:
+            await until(lambda: healthy(http, url), process, 400)
+            for messages, tools in states:
+                body = {"model": "policy", "messages": messages, "add_generation_prompt": True} | ({"tools": tools} if tools else {})
+                async with http.post(f"{url}/tokenize", json=body) as answer:
+                    assert (await answer.json())["tokens"] == template.prompt(messages, tools)
+            ask = {"model": "policy", "messages": states[0][0], "temperature": 0, "max_tokens": 60}
+            async with http.post(f"{url}/v1/chat/completions", json=ask) as answer:
+                said = await answer.json()
+    label = trajectories[3].turns[0].label
+    assert label is not None
+    assert said["choices"][0]["message"]["content"] == label.message["content"]
+    assert said["choices"][0]["finish_reason"] == "stop"
+    assert said["usage"]["prompt_tokens"] == len(template.prompt(*states[0]))
+
+
+@contextmanager
+def vllm(weights: Path, log_file: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--served-model-name", "policy"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"]
+    environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+async def healthy(http: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with http.get(f"{url}/health") as answer:
+            return answer.status == 200
+    except aiohttp.ClientError:
+        await asyncio.sleep(0.5)
+        return False
 
 
 @pytest.mark.heavy
