@@ -39,10 +39,16 @@ class FakeVllm:
         self.reported_tokens = 7
         self.headers: list[dict[str, str]] = []
         self._runner: web.AppRunner | None = None
+        self._death: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
         return self._runner is not None
+
+    @property
+    def gone(self) -> bool:
+        """Nothing of the process is left but the socket's file."""
+        return not self.up and (self._death is None or self._death.done())
 
     async def start(self) -> None:
         assert not self.shared.socket.exists(), "vLLM cannot bind where a socket was left behind"
@@ -70,14 +76,23 @@ class FakeVllm:
 
     async def crash(self) -> None:
         """As SIGKILL ends it: connections break, the socket stays behind."""
+        # In a task of its own: the handler that crashes is among what ends.
+        if self._death is None or self._death.done():
+            self._death = asyncio.create_task(self._die())
+        await asyncio.shield(self._death)
+
+    async def _die(self) -> None:
         runner, self._runner = self._runner, None
         if runner is not None:
             assert runner.server is not None
-            for connection in list(runner.server.connections):
-                connection.force_close()
-                if connection.transport is not None:
-                    connection.transport.abort()
+            server = runner.server
             await runner.cleanup()
+            for _ in range(3):  # asyncio may still be accepting what came in before the socket was closed
+                for connection in list(server.connections):
+                    connection.force_close()
+                    if connection.transport is not None:
+                        connection.transport.abort()
+                await asyncio.sleep(0)
             self.shared.socket.touch()
 
     @web.middleware
@@ -237,16 +252,17 @@ class Pod:
         """One look: a server that is gone is started, one whose liveness probe fails is restarted."""
         if self.vllm.up and self.replica.state == "Starting" and not await self.replica.server_well():
             await self.vllm.crash()
-        if not self.vllm.up and not self.shared.socket.exists():
+        if self.vllm.gone and not self.shared.socket.exists():
             await self.vllm.start()
 
-    async def settle(self, *, looks: int = 60) -> None:
+    async def settle(self, *, looks: int = 300) -> None:
         """Steps, with a kubelet beside, until what should be served is."""
         for _ in range(looks):
             await self.replica.step()
             await self.kubelet()
             if self.replica.state == "Serving" and self.gate.version == self.target:
                 return
+            await asyncio.sleep(0.01)
         raise AssertionError(f"does not converge: {self.replica.state} {self.gate.version} {self.replica.reason}")
 
 
