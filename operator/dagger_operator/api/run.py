@@ -182,14 +182,18 @@ class DAggerRun(ApiModel):
 
 
 def load(document: Mapping[str, Any]) -> DAggerRun:
-    """Validates a parsed document as strictly as an API server does: a number in quotes is no number.
+    """Validates a parsed document as strictly as an API server does: a number in quotes is no number, null is not given.
 
     Raises `InvalidRun` with every problem found: field, value, remedy.
     """
     try:
-        return DAggerRun.model_validate_json(json.dumps(document, default=str), strict=True)
+        return DAggerRun.model_validate_json(json.dumps(_without_nulls(document), default=str), strict=True)
     except ValidationError as error:
         raise explain(error, DAggerRun) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None} if isinstance(value, Mapping) else value
 
 
 def refused_edits(old: RunSpec, new: RunSpec) -> list[str]:
