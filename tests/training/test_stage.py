@@ -267,7 +267,7 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
     await setting.store.put(damaged, b"cut short")
 
     assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
-    assert "checkpoint is damaged" in setting.log.read_text()
+    assert '"why": "damaged"' in setting.log.read_text()
     undisturbed_result, result = await undisturbed.result(), await setting.result()
     assert result.losses == undisturbed_result.losses
     assert result.policy == undisturbed_result.policy

@@ -33,7 +33,20 @@ def state_of(turns: list[tuple[str, str]], opening: str) -> list[Message]:
     return messages
 
 
-@pytest.mark.parametrize(("name", "options"), [("qwen3_instruct", {}), ("qwen3_hybrid", {}), ("qwen3_hybrid", {"enable_thinking": False})])
+# The prompt ends in an empty think block that no turn has once it is history: the prompt is never a prefix of what comes after.
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+OPTIONS = [
+    ("qwen3_instruct", {}),
+    ("qwen3_hybrid", {}),
+    ("qwen3_hybrid", {"enable_thinking": False}),
+    ("qwen3_instruct", {"chat_template": FORGETS}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=["plain", "thinking", "thinking-off", "forgets"])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(turns=conversation, opening=content, label=content)
 def test_a_sample_is_the_served_prompt_and_the_rendered_label_with_its_end_of_turn(

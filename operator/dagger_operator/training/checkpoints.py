@@ -102,7 +102,8 @@ class Checkpoints:
         if self._rank == 0:
             manifest = Checkpoint(layout=self._layout, tally=tally, files=files)
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
-            await self._forget_old()
+            for old in (await self._tags())[:-_KEPT]:
+                await self._forget(old)
         if self._carries:
             shutil.rmtree(self._folder / tag)
         torch.distributed.barrier()
@@ -116,7 +117,7 @@ class Checkpoints:
         candidates = await self._candidates() if self._rank == 0 else []
         for tag, checkpoint in _gathered(candidates)[0]:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
-                self._log.warning("checkpoint is damaged, trying the one before it", checkpoint=tag)
+                await self._give_up(tag, "damaged")
                 continue
             engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False)
             torch.distributed.barrier()
@@ -127,8 +128,8 @@ class Checkpoints:
 
     async def forget(self) -> None:
         """Removes all checkpoints of this round: it is done."""
-        for info in await self._store.list(self._prefix):
-            await self._store.delete(info.key)
+        for tag in await self._tags():
+            await self._forget(tag)
 
     async def _candidates(self) -> list[tuple[str, Checkpoint]]:
         """Whole checkpoints of this training, newest first."""
@@ -140,12 +141,18 @@ class Checkpoints:
             except ValidationError:
                 checkpoint = None
             if checkpoint is None:
-                self._log.warning("checkpoint was cut short, trying the one before it", checkpoint=tag)
+                await self._give_up(tag, "cut short")
             elif checkpoint.layout != self._layout:
-                self._log.warning("checkpoint is of another training (settings, ranks, data or software), left alone", checkpoint=tag)
+                await self._give_up(tag, "of another training: other settings, ranks, data or software")
             else:
                 found.append((tag, checkpoint))
         return found
+
+    async def _give_up(self, tag: str, why: str) -> None:
+        """Removes a checkpoint that cannot serve, lest it be counted among those that are kept."""
+        if self._rank == 0:
+            self._log.warning("checkpoint given up", checkpoint=tag, why=why)
+            await self._forget(tag)
 
     async def _fetch(self, tag: str, checkpoint: Checkpoint) -> bool:
         """Whether every file that this pod needs is here and is what the manifest says."""
@@ -162,12 +169,11 @@ class Checkpoints:
                 return False
         return True
 
-    async def _forget_old(self) -> None:
-        for tag in (await self._tags())[:-_KEPT]:
-            keys = [info.key for info in await self._store.list(f"{self._prefix}{tag}/")]
-            # The manifest goes first: what has none is no checkpoint.
-            for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
-                await self._store.delete(key)
+    async def _forget(self, tag: str) -> None:
+        keys = [info.key for info in await self._store.list(f"{self._prefix}{tag}/")]
+        # The manifest goes first: what has none is no checkpoint.
+        for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
+            await self._store.delete(key)
 
     async def _tags(self) -> list[str]:
         keys = [info.key.removeprefix(self._prefix) for info in await self._store.list(self._prefix)]

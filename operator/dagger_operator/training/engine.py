@@ -88,6 +88,9 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     import deepspeed
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a stage's log is lines of JSON
 
     config = settings(training, ranks, device)
     stage = training.deepspeed.zero_stage

@@ -61,10 +61,10 @@ async def body(stage: Stage) -> None:
         every_steps=spec.training.checkpoint_every_steps,
     )
     tally = await kept.resume(policy)
-    reporter = _Reporter(stage, rank, curriculum.steps, resumed_at=tally.steps)
-    reporter.log.info(
-        "training", steps=curriculum.steps, labels=len(tokenised.samples), from_step=tally.steps, setup_seconds=_since(started)
-    )
+    reporter = _Reporter(stage, rank, curriculum.steps)
+    if rank == 0:
+        counts = {"steps": curriculum.steps, "from_step": tally.steps, "labels": len(tokenised.samples), "too_long": tokenised.too_long}
+        reporter.log.info("training", **counts, setup_seconds=round(time.monotonic() - started, 2))
 
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
@@ -146,10 +146,10 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
 class _Reporter:
     """Says now and then how far training is."""
 
-    def __init__(self, stage: Stage, rank: int, steps: int, resumed_at: int) -> None:
+    def __init__(self, stage: Stage, rank: int, steps: int) -> None:
         self._stage, self._rank, self._steps = stage, rank, steps
         self._due = 0.0
-        self.log = structlog.get_logger().bind(rank=rank) if rank else structlog.get_logger()
+        self.log = structlog.get_logger()
 
     async def observe(self, tally: "Tally") -> None:
         await asyncio.sleep(0)  # lets a signal that arrived during the step be seen
@@ -172,10 +172,6 @@ def weights_folder(scratch: Path, version: str) -> Path:
 
 def _mean(numbers: tuple[float, ...]) -> float:
     return sum(numbers) / len(numbers)
-
-
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 2)
 
 
 def _software() -> dict[str, str]:

@@ -49,15 +49,20 @@ class StudentTemplate:
 
         Raises `StageFailure` where the template renders no such turn.
         """
-        prompt, whole = self._render(messages, tools, prompt=True), self._render([*messages, label], tools)
-        # A template may render the state another way once a turn follows it, as when it drops earlier thinking; then the turn is
-        # taken from a conversation in which nothing is earlier.
-        text = whole[len(prompt) :] if whole.startswith(prompt) else self._alone(label, tools)
+        prompt = self._render(messages, tools, prompt=True)
+        for turn in (label, _without_reasoning(label)):  # a prompt that closes the thinking leaves no place for the teacher's
+            whole = self._render([*messages, turn], tools)
+            if whole.startswith(prompt):
+                text = whole[len(prompt) :]
+                break
+        else:
+            # The template renders the state another way once a turn follows it, as when it drops earlier thinking.
+            text = self._alone(_without_reasoning(label), tools)
         end = text.rfind(self._tokenizer.eos_token)
         return self.tokens(text[:end] + self._tokenizer.eos_token if end >= 0 else text.rstrip("\n") + self._tokenizer.eos_token)
 
     def _alone(self, label: Message, tools: Tools | None) -> str:
-        """A turn's own text: what follows the header that every turn has."""
+        """A turn's own text in a conversation in which nothing is earlier: what follows the header that every turn has."""
         opening: list[Message] = [{"role": "user", "content": "."}]
         first, second = (self._render([*opening, {"role": "assistant", "content": probe}], tools) for probe in ("a", "b"))
         header = first[: next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)]
@@ -139,6 +144,13 @@ def _served(message: Message) -> dict[str, Any]:
     if isinstance(message.get("name"), str):
         served["name"] = message["name"]
     return served
+
+
+def _without_reasoning(message: Message) -> Message:
+    """A turn as a student says it that does not think aloud."""
+    content = message.get("content")
+    bare = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
+    return bare | {"content": content.rpartition("</think>")[2].lstrip("\n")} if isinstance(content, str) else bare
 
 
 def _served_call(call: Mapping[str, Any]) -> dict[str, Any]:
