@@ -90,7 +90,7 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # a stage's log is lines of JSON
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not type it; a stage's log is lines of JSON
 
     config = settings(training, ranks, device)
     stage = training.deepspeed.zero_stage
