@@ -1,6 +1,7 @@
 """What commands in a sandbox can do, and how they end."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,17 @@ async def test_a_cancelled_command_is_killed(sandbox: ProcessSandbox, alive: Cal
         await task
     assert alive("98762") == 0
     assert (await sandbox.execute("echo still here", timeout=60)).output == "still here\n"
+
+
+async def test_cancelling_again_and_again_leaves_no_process_behind(sandbox: ProcessSandbox, alive: Callable[[str], int]) -> None:
+    for delay in (0.0, 0.001, 0.005, 0.02, 0.1):
+        task = asyncio.create_task(sandbox.execute("sleep 98767", timeout=600))
+        await asyncio.sleep(delay)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        assert task.cancelled() and alive("98767") == 0
+    gc.collect()  # a process that nobody waited for warns here, and a warning is an error
 
 
 async def test_closing_ends_what_runs_removes_everything_and_may_be_done_twice(

@@ -142,10 +142,7 @@ async def run(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         try:
-            await asyncio.wait({exited}, timeout=_GRACE_SECONDS)
-            if exited.done():
-                # A process that escaped the group may hold the pipe open; it is not waited for.
-                await asyncio.wait({eof}, timeout=0.2)
+            await _undisturbed(_gone(exited, eof))
         finally:
             loop.remove_reader(pidfd)
             loop.remove_reader(pipe)
@@ -155,6 +152,26 @@ async def run(
     if returncode is None:
         raise SandboxError("Unkillable", f"process {process.pid} did not die {_GRACE_SECONDS:g} s after SIGKILL")
     return Ended(output, returncode if returncode >= 0 else 128 - returncode, timed_out, stopped, time.monotonic() - started)
+
+
+async def _gone(exited: asyncio.Future[None], eof: asyncio.Future[None]) -> None:
+    """Waits for a killed process to vanish and for what it printed last."""
+    await asyncio.wait({exited}, timeout=_GRACE_SECONDS)
+    if exited.done():
+        # A process that escaped the group may hold the pipe open; it is not waited for.
+        await asyncio.wait({eof}, timeout=0.2)
+
+
+async def _undisturbed(work: Coroutine[None, None, None]) -> None:
+    """Awaits `work` to its end, though this task be cancelled meanwhile; then the cancellation goes on."""
+    task, disturbed = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            disturbed = error
+    if disturbed is not None:
+        raise disturbed
 
 
 def _popen(start: Start, stdin: int) -> subprocess.Popen[bytes]:
