@@ -20,7 +20,7 @@ from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import retry_after_seconds
 from dagger_operator.policy.streaming import DONE, Assembler, Chunk, EventParser, chunks_of
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.policy.wire import InvalidWire, parse, without_nulls
+from dagger_operator.policy.wire import InvalidWire, dump, parse, without_nulls
 from dagger_operator.store.records import Completion
 
 CONNECT_SECONDS = 10.0
@@ -55,9 +55,10 @@ class Client:
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
+        authorization = {"Authorization": f"Bearer {self.upstream.token}"} if self.upstream.token else {}
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            headers={"Authorization": f"Bearer {self.upstream.token}"} if self.upstream.token else None,
+            headers={"Content-Type": "application/json", **authorization},
             timeout=aiohttp.ClientTimeout(total=self.upstream.timeout_seconds, sock_connect=CONNECT_SECONDS),
             # Endpoints may lie beyond a proxy (HTTPS_PROXY); our own servers never do.
             trust_env=not self.upstream.served,
@@ -104,7 +105,7 @@ class Client:
         started = time.monotonic()
         stream = _Stream(forward, lambda chunk: self._check_version(url, chunk)) if forward else None
         try:
-            async with self._http.post(f"{url}/chat/completions", json=body, allow_redirects=False) as response:
+            async with self._http.post(f"{url}/chat/completions", data=dump(body), allow_redirects=False) as response:
                 if response.status != 200:
                     raise self._refusal(url, response, await response.text(errors="replace"))
                 if stream and response.content_type == "text/event-stream":

@@ -1,7 +1,6 @@
 """The policy gateway: an OpenAI-compatible server with a base URL and a token for each rollout. It runs inside the rollout worker."""
 
 import contextlib
-import json
 import resource
 import secrets
 from collections.abc import Awaitable, Callable
@@ -23,9 +22,9 @@ from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.request import ChatRequest, UnsupportedRequest, chat_request
 from dagger_operator.policy.rollout_session import RolloutSession, TurnLimit
 from dagger_operator.policy.session import SessionRequest
-from dagger_operator.policy.streaming import DONE, Chunk
+from dagger_operator.policy.streaming import DONE
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.policy.wire import InvalidWire, parse
+from dagger_operator.policy.wire import InvalidWire, dump, parse
 
 MODEL = "policy"
 """The one model that scaffolds see."""
@@ -149,7 +148,7 @@ class Gateway:
 
 
 async def _whole(http: web.Request, request: ChatRequest, act: Act) -> web.StreamResponse:
-    return web.json_response(await act.answer() | {"model": request.model})
+    return web.Response(body=dump(await act.answer() | {"model": request.model}), content_type="application/json")
 
 
 async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.StreamResponse:
@@ -162,7 +161,7 @@ async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.Stre
             if response is None:
                 response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
                 await response.prepare(http)
-            await response.write(_event(chunk | {"model": request.model}))
+            await response.write(b"data: %b\n\n" % dump(chunk | {"model": request.model}))
         assert response is not None, "an answer has at least one chunk"
         await response.write(b"data: %b\n\n" % DONE)
         await response.write_eof()
@@ -175,10 +174,6 @@ async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.Stre
         if http.transport is not None:
             http.transport.abort()
     return response
-
-
-def _event(chunk: Chunk) -> bytes:
-    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
 
 
 def _refused(status: int, code: str, message: str, *, param: str | None = None) -> web.Response:

@@ -35,6 +35,13 @@ def _storable(value: Any) -> Any:
     return value
 
 
+def dump(value: dict[str, Any]) -> bytes:
+    """A JSON object as compact UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
     """A message without the fields that client libraries fill with null; `content` stays, which may be null beside tool calls."""
+    if None not in message.values():
+        return message
     return {key: value for key, value in message.items() if value is not None or key == "content"}
