@@ -11,7 +11,6 @@ goes on where it stopped.
 
 import argparse
 import asyncio
-import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
-from run import MANIFEST, daggerctl, make_inputs, serving_teacher
+from run import PORT, daggerctl, make_inputs, manifest_for, serving_teacher
 
 from dagger_operator.api import Storage
 from dagger_operator.evaluation.statistics import Comparison, compare, mcnemar, wilson
@@ -76,9 +75,9 @@ class Pair:
         return compare(self.cloning.evaluations[-1], self.dagger.evaluations[-1])
 
 
-def manifest(seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
-    """The quickstart's resource, for one arm of one seed; `later_tasks` is the number of tasks of rounds after the first."""
-    document: dict[str, Any] = copy.deepcopy(yaml.safe_load(MANIFEST.read_text()))
+def manifest(quickstart: Path, seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
+    """The quickstart's resource for one arm of one seed. With `later_tasks`, the number of tasks of rounds after the first, it clones."""
+    document: dict[str, Any] = yaml.safe_load(quickstart.read_text())
     folder = f"./{FOLDER}/seed-{seed}"
     document["metadata"]["name"] = f"experiment-{arm}-{seed}"
     spec = document["spec"]
@@ -119,11 +118,11 @@ async def read_arm(store: Store, rounds: int) -> Arm:
     )
 
 
-def run_pair(seed: int) -> Pair:
+def run_pair(quickstart: Path, seed: int) -> Pair:
     make_inputs(FOLDER / f"seed-{seed}", seed, train=TRAIN, held_out=HELD_OUT)
-    dagger = run_arm(manifest(seed, "dagger"))
+    dagger = run_arm(manifest(quickstart, seed, "dagger"))
     later = [result.summary.labels for result in dagger.rollouts[1:]]
-    cloning = run_arm(manifest(seed, "cloning", later_tasks=round(fmean(later) / TEACHER_TURNS)))
+    cloning = run_arm(manifest(quickstart, seed, "cloning", later_tasks=round(fmean(later) / TEACHER_TURNS)))
     return Pair(seed, dagger, cloning)
 
 
@@ -179,13 +178,14 @@ def _row(pair: Pair) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--port", type=int, default=PORT, help="where the teacher listens")
     parser.add_argument("--out", type=Path, default=Path("docs/experiment.md"))
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     pairs = []
-    with serving_teacher(FOLDER / "teacher.log"):
+    with serving_teacher(FOLDER / "teacher.log", options.port):
         for seed in options.seeds:
-            pairs.append(run_pair(seed))
+            pairs.append(run_pair(manifest_for(options.port), seed))
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(report(pairs))
             print(report(pairs))

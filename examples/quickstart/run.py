@@ -42,16 +42,26 @@ def make_inputs(folder: Path, seed: int, *, train: int, held_out: int) -> None:
         print(f"made a student of {json.loads(made.stdout)['parameters']:,} random parameters")
 
 
+def manifest_for(port: int) -> Path:
+    """The manifest as it stands, or a copy that looks for the teacher elsewhere."""
+    if port == PORT:
+        return MANIFEST
+    copy = FOLDER / MANIFEST.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(MANIFEST.read_text().replace(f"127.0.0.1:{PORT}/", f"127.0.0.1:{port}/"))
+    return copy
+
+
 @contextlib.contextmanager
-def serving_teacher(log: Path) -> Iterator[None]:
+def serving_teacher(log: Path, port: int = PORT) -> Iterator[None]:
     """The teacher's endpoint as a process of its own."""
-    if answers():
-        sys.exit(f"error: something answers on port {PORT} already, where the teacher should: end it first")
+    if answers(port):
+        sys.exit(f"error: port {port} is taken, where the teacher should answer: free it, or choose another with --port")
     with log.open("a") as output:
-        process = subprocess.Popen([sys.executable, HERE / "teacher.py", "--port", str(PORT)], stdout=output, stderr=output)
+        process = subprocess.Popen([sys.executable, HERE / "teacher.py", "--port", str(port)], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 60
-        while not answers():
+        while not answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"error: the teacher did not start; see {log}")
             time.sleep(0.1)
@@ -61,9 +71,9 @@ def serving_teacher(log: Path) -> Iterator[None]:
         process.wait()
 
 
-def answers() -> bool:
+def answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=2):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2):
             return True
     except urllib.error.HTTPError:
         return True
@@ -84,14 +94,16 @@ def daggerctl(*arguments: str | Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier quickstart")
-    if parser.parse_args().fresh:
+    parser.add_argument("--port", type=int, default=PORT, help="where the teacher listens")
+    options = parser.parse_args()
+    if options.fresh:
         for old in (FOLDER, Path(".dagger/runs/quickstart")):
             shutil.rmtree(old, ignore_errors=True)
     started = time.monotonic()
     FOLDER.mkdir(parents=True, exist_ok=True)
     make_inputs(FOLDER, seed=1, train=TRAIN, held_out=HELD_OUT)
-    with serving_teacher(FOLDER / "teacher.log"):
-        code = daggerctl("run", MANIFEST)
+    with serving_teacher(FOLDER / "teacher.log", options.port):
+        code = daggerctl("run", manifest_for(options.port))
     print(f"{time.monotonic() - started:.0f} seconds in all")
     return code
 

@@ -4,13 +4,16 @@ from typing import Any
 
 import experiment
 from experiment import Arm, Pair, manifest, report
+from run import MANIFEST
 
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary, load
 from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult
 
 
 def test_the_arms_are_valid_and_differ_in_mixing_and_number_of_tasks_alone() -> None:
-    arms: list[dict[str, Any]] = [load(manifest(3, arm, later_tasks=n)).spec.wire() for arm, n in (("dagger", None), ("cloning", 100))]
+    arms: list[dict[str, Any]] = [
+        load(manifest(MANIFEST, 3, arm, later_tasks=n)).spec.wire() for arm, n in (("dagger", None), ("cloning", 100))
+    ]
     differing = {key for key in arms[0] if arms[0][key] != arms[1][key]}
     assert differing == {"mixing", "tasks", "storage"}
     assert arms[1]["mixing"]["beta"] == {"type": "Constant", "value": 1.0}

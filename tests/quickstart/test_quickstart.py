@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,24 @@ from dagger_operator.api import Phase
 from dagger_operator.local.folder import RunFolder
 
 
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(1500)
-def test_in_three_rounds_the_student_gets_clearly_better_and_stops_submitting_wrong_work(quickstart: Path, tmp_path: Path) -> None:
+def test_in_three_rounds_the_student_gets_clearly_better_and_stops_submitting_wrong_work(
+    quickstart: Path, tmp_path: Path, free_port: int
+) -> None:
     environ = {key: value for key, value in os.environ.items() if key != "DAGGER_HOME"}
     # No pipe: a process that outlived the run would hold it open.
     with (tmp_path / "output").open("w+") as output:
-        ended = subprocess.run([sys.executable, quickstart / "run.py"], cwd=tmp_path, env=environ, stdout=output, stderr=subprocess.STDOUT)
+        command = [sys.executable, quickstart / "run.py", "--port", str(free_port)]
+        ended = subprocess.run(command, cwd=tmp_path, env=environ, stdout=output, stderr=subprocess.STDOUT)
         output.seek(0)
         said = output.read()
     assert ended.returncode == 0, said[-5000:]
