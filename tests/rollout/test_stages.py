@@ -55,6 +55,33 @@ async def test_a_round_goes_from_tasks_to_labels_that_train(ground: Any) -> None
     assert manifest is not None and (manifest.digest, manifest.data_digest) == (result.manifest_digest, summary.data_digest)
 
 
+AGENT = r"""
+import json, os, subprocess, urllib.request
+messages = [{"role": "system", "content": "s"}, {"role": "user", "content": os.environ["DAGGER_TASK_STATEMENT"]}]
+headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"}
+while True:
+    body = json.dumps({"model": "policy", "messages": messages}).encode()
+    answer = urllib.request.urlopen(urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers))
+    action = json.load(answer)["choices"][0]["message"]
+    command = action["content"].split("```mswea_bash_command")[-1].strip("`\n")
+    if "COMPLETE_TASK" in command:
+        break
+    shell = subprocess.run(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    messages += [{"role": "assistant", "content": action["content"]}, {"role": "user", "content": shell.stdout}]
+"""
+
+
+async def test_a_round_can_be_made_by_any_program_in_the_sandbox(ground: Any) -> None:
+    run = ground.run(train=2, scaffold={"type": "Command", "command": ["python3", "agent.py"], "maxTurns": 8})
+    rows = [json.loads(line) for line in (ground.root / "train.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(row | {"files": row["files"] | {"agent.py": AGENT}}) + "\n" for row in rows)
+    (ground.root / "train.jsonl").write_text(text)
+    await rollout(ground.stage(run))
+    ended = await trajectories(ground.store(run))
+    assert all(t.turns and t.outcome is not Outcome.INFRASTRUCTURE_FAILURE for t in ended)
+    assert any(t.outcome is Outcome.RESOLVED and "+right" in t.patch and "agent.py" not in t.patch for t in ended)
+
+
 async def test_a_finished_stage_ends_at_once(ground: Any) -> None:
     run = ground.run(train=2)
     await rollout(ground.stage(run))
@@ -66,7 +93,7 @@ async def test_a_finished_stage_ends_at_once(ground: Any) -> None:
 async def test_the_same_seed_gathers_the_same_data(ground: Any) -> None:
     digests = []
     for name in ("one", "two"):
-        run = ground.run(train=4, storage={"url": f"file://{ground.root}/{name}"}, rollouts={"concurrency": 4 if name == "one" else 1})
+        run = ground.run(train=3, storage={"url": f"file://{ground.root}/{name}"}, rollouts={"concurrency": 3 if name == "one" else 1})
         await rollout(ground.stage(run))
         manifest = await read_manifest(ground.store(run), 1)
         assert manifest is not None
