@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,16 @@ async def until(condition: Callable[[], Any], process: subprocess.Popen[bytes], 
 
 
 @pytest.fixture(scope="module")
-async def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, trajectories: list[Trajectory]
-) -> AsyncIterator[Setting]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, trajectories: list[Trajectory]) -> Setting:
+    """A training that nothing happened to."""
     setting = Setting(tmp_path_factory.mktemp("undisturbed"))
-    await setting.prepare(policy_folder, trajectories)
-    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
-    yield setting
+
+    async def run() -> None:
+        await setting.prepare(policy_folder, trajectories)
+        assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+
+    asyncio.run(run())
+    return setting
 
 
 @pytest.mark.heavy

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks)
+    # Ranks wait for the one that uploads a checkpoint of many gigabytes.
+    torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks, timeout=timedelta(hours=1))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 
@@ -87,16 +89,12 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     """The policy in folder `weights`, ready to train."""
     import deepspeed
     from transformers import AutoModelForCausalLM
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not type it; a stage's log is lines of JSON
 
-    config = settings(training, ranks, device)
-    stage = training.deepspeed.zero_stage
-    # While this object lives, stage 3 shards weights as they are loaded: no rank ever holds all of them.
-    sharded_loading = HfDeepSpeedConfig(config) if stage == 3 else None  # type: ignore[no-untyped-call]  # transformers does not type it
-    low_precision = training.precision is Precision.BF16 and stage > 0
+    low_precision = training.precision is Precision.BF16 and training.deepspeed.zero_stage > 0
+    # Each rank holds the weights whole in host memory until DeepSpeed shards them.
     policy = AutoModelForCausalLM.from_pretrained(
         weights, dtype=torch.bfloat16 if low_precision else torch.float32, attn_implementation="sdpa", local_files_only=True
     )
@@ -104,8 +102,9 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     if training.activation_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(policy)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(objective.parameters()), config=config)
-    del sharded_loading
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=make_optimizer(objective.parameters()), config=settings(training, ranks, device)
+    )
     engine.train()
     return engine
 

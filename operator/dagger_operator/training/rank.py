@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -83,35 +83,41 @@ async def body(stage: Stage) -> None:
 
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
-    if rank == 0:
-        base = await policy_manifest(stage.store, given.parent)
-        made = await save_policy(
-            stage.store,
-            folder,
-            round=stage.round,
-            base_model=base.base_model,
-            parent=given.parent,
-            data_digest=given.data.digest,
-            settings=settings,
-            software=_software(),
-        )
-        losses = tally.losses
-        summary = TrainingSummary(
-            steps=tally.steps,
-            labels=tally.labels,
-            tokens=tally.tokens,
-            token_ratio=round(tally.unpacked / tally.tokens, 3),
-            too_long=tokenised.too_long,
-            first_loss=_mean(losses[:_MEAN_OF]),
-            last_loss=_mean(losses[-_MEAN_OF:]),
-            checkpoint=made.version,
-            seconds=round(time.monotonic() - started, 3),
-        )
-        await save_result(stage.store, stage.round, "training", TrainingResult(summary=summary, policy=made.version, losses=losses))
+    torch.distributed.destroy_process_group()
+    if rank == 0:  # the others need not wait while it uploads
+        summary = await _store(stage, given, settings, tokenised, tally, folder, started)
         await kept.forget()
         reporter.log.info("training done", **summary.wire())
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+
+
+async def _store(
+    stage: Stage, given: Inputs, settings: dict[str, Any], tokenised: Tokenised, tally: "Tally", folder: Path, started: float
+) -> TrainingSummary:
+    """Stores the new policy version, then the result that proves it."""
+    base = await policy_manifest(stage.store, given.parent)
+    made = await save_policy(
+        stage.store,
+        folder,
+        round=stage.round,
+        base_model=base.base_model,
+        parent=given.parent,
+        data_digest=given.data.digest,
+        settings=settings,
+        software=_software(),
+    )
+    summary = TrainingSummary(
+        steps=tally.steps,
+        labels=tally.labels,
+        tokens=tally.tokens,
+        token_ratio=round(tally.unpacked / tally.tokens, 3),
+        too_long=tokenised.too_long,
+        first_loss=_mean(tally.losses[:_MEAN_OF]),
+        last_loss=_mean(tally.losses[-_MEAN_OF:]),
+        checkpoint=made.version,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    await save_result(stage.store, stage.round, "training", TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
+    return summary
 
 
 async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks: int) -> Tokenised:
