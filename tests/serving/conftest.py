@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
 from dagger_operator.api import DAggerRun, load
 from dagger_operator.serving.engine import Engine
@@ -37,7 +38,8 @@ class FakeVllm:
         self.starts = 0
         self.turn_seconds = 0.0
         self.reported_tokens = 7
-        self.headers: list[dict[str, str]] = []
+        self.finish_reason = "stop"
+        self.headers: list[CIMultiDictProxy[str]] = []
         self._runner: web.AppRunner | None = None
         self._death: asyncio.Task[None] | None = None
 
@@ -154,7 +156,7 @@ class FakeVllm:
         return web.json_response({"success": True})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        self.headers.append(dict(request.headers))
+        self.headers.append(request.headers)
         body = await request.json()
         if body["model"] != "policy":
             return web.json_response({"error": {"message": "unknown", "code": 404}}, status=404)
@@ -167,10 +169,9 @@ class FakeVllm:
             return await self._stream(request, began)
         await asyncio.sleep(self.turn_seconds)
         made_by = sorted({began, self.weights})
-        return _raw(
-            f'{{"id":"1","object":"chat.completion","model":"policy","choices":[{{"index":0,"message":{{"role":"assistant",'
-            f'"content":{json.dumps(" ".join(made_by))}}},"finish_reason":"stop"}}],"usage":{{"prompt_tokens":{self.reported_tokens}}}}}'
-        )
+        choice = {"index": 0, "message": {"role": "assistant", "content": " ".join(made_by)}, "finish_reason": self.finish_reason}
+        usage = {"prompt_tokens": self.reported_tokens}
+        return _compact({"id": "1", "object": "chat.completion", "model": "policy", "choices": [choice], "usage": usage})
 
     async def _stream(self, request: web.Request, made_by: str) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -183,8 +184,9 @@ class FakeVllm:
         return response
 
 
-def _raw(text: str) -> web.Response:
-    return web.Response(text=text, content_type="application/json")
+def _compact(answer: dict[str, Any]) -> web.Response:
+    """As vLLM writes JSON: without spaces."""
+    return web.json_response(answer, dumps=lambda value: json.dumps(value, separators=(",", ":")))
 
 
 class Pod:
@@ -225,7 +227,8 @@ class Pod:
         self.replica = Replica(
             self.engine, self.shared, self.gate, self.metrics, wanted=self._wanted, provide=self._provide, drain_seconds=20
         )
-        runner = web.AppRunner(Proxy(self.engine, self.gate, self.replica, self.metrics).application(), handler_cancellation=True)
+        app = Proxy(self.engine, self.gate, self.replica, self.metrics).application()
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -176,6 +176,7 @@ def test_whatever_fails_in_whatever_order_the_right_weights_answer_in_the_end(
                 assert pod.vllm.weights == target
             before = client.answers
             while client.answers < before + 3 and not any(task.done() for task in asking):
+                await pod.settle()  # a crash that was under way shows only now
                 await asyncio.sleep(0.005)
             await _end(asking)
 

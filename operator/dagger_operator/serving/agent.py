@@ -43,7 +43,9 @@ async def serve(stage: Stage) -> None:
 
     replica = Replica(engine, shared, gate, metrics, wanted=wanted, provide=provide, drain_seconds=slow_seconds)
     # A client that hangs up ends its request to vLLM too, which then stops generating.
-    runner = web.AppRunner(Proxy(engine, gate, replica, metrics).application(), access_log=None, handler_cancellation=True, shutdown_timeout=5)
+    runner = web.AppRunner(
+        Proxy(engine, gate, replica, metrics).application(), access_log=None, handler_cancellation=True, shutdown_timeout=5
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, stage.environ.get("POD_IP") or "0.0.0.0", PORT, backlog=1024).start()  # noqa: S104 - a pod's own address

@@ -147,22 +147,42 @@ async def _streamed(request: web.Request, upstream: aiohttp.ClientResponse, vers
     regular would make half a turn pass for a whole one."""
     response = web.StreamResponse(status=upstream.status, headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
-    pending, ended = b"", False
+    events = Events(version)
     try:
         async for data in upstream.content.iter_any():
-            events, separator, pending = (pending + data).rpartition(b"\n\n")
-            if _ABORTED in events:
+            whole = events.feed(data)
+            if events.aborted:
                 break
-            if separator:
-                ended = events.endswith(_LAST_EVENT)
-                await response.write(_renamed(events + separator, version, every=True))
+            if whole:
+                await response.write(whole)
     except (aiohttp.ClientError, OSError):
-        ended = False
-    if not ended and request.transport is not None:
+        events.aborted = True
+    if (events.aborted or not events.ended) and request.transport is not None:
         request.transport.abort()
     return response
 
 
-def _renamed(data: bytes, version: str, *, every: bool = False) -> bytes:
-    """vLLM's name for the model exchanged for the version: of an answer once, of events each."""
-    return data.replace(_NAME, f'"model":"{version}"'.encode(), -1 if every else 1)
+class Events:
+    """Server-sent events of one answer, however they are cut on their way, under the version's name."""
+
+    def __init__(self, version: str) -> None:
+        self._version, self._pending = version, b""
+        self.ended = False
+        """The last event, which closes a stream, has come."""
+        self.aborted = False
+        """vLLM ended before the turn did."""
+
+    def feed(self, data: bytes) -> bytes:
+        """The events that are whole now."""
+        whole, separator, self._pending = (self._pending + data).rpartition(b"\n\n")
+        self.ended = self.ended or whole.endswith(_LAST_EVENT)
+        self.aborted = self.aborted or _ABORTED in whole
+        return whole.replace(_NAME, _named(self._version)) + separator
+
+
+def _renamed(answer: bytes, version: str) -> bytes:
+    return answer.replace(_NAME, _named(version), 1)
+
+
+def _named(version: str) -> bytes:
+    return f'"model":"{version}"'.encode()
