@@ -271,6 +271,8 @@ async def test_weights_change_under_load_and_no_request_is_lost(served: ServingP
     assert (counts["lost"], served.vllm_starts) == (0, 1)
     assert seen.keys() == {first, second} and not seen[first] & seen[second]
     assert seen[second] == {salted}
+    async with aiohttp.ClientSession() as http:
+        await _assert_probabilities_are_those_of(http, served, second, served.folder / "second")
 
 
 async def test_weights_that_cannot_be_loaded_in_place_come_by_a_restart(served: ServingPod) -> None:
@@ -283,6 +285,20 @@ async def test_weights_that_cannot_be_loaded_in_place_come_by_a_restart(served: 
         status, answer = await _chat(http, served, third)
         assert (status, answer["model"]) == (200, third)
         assert 'dagger_agent_swap_seconds_count{how="Restart"} 1.0' in await (await http.get(f"{served.url}/metrics")).text()
+
+
+async def _assert_probabilities_are_those_of(http: aiohttp.ClientSession, pod: ServingPod, version: str, folder: Path) -> None:
+    """Held against transformers on the same weights: an answer alone can hide that a part of the old weights still acts."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, answer = await _chat(http, pod, version, max_tokens=1, logprobs=True, top_logprobs=5)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**prompt).logits[0, -1].log_softmax(-1).topk(5).values.tolist()
+    given = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
+    assert given == pytest.approx(expected, abs=0.05)
 
 
 async def _publish(pod: ServingPod, folder: Path, round: int, parent: str, *, wait: bool) -> str:

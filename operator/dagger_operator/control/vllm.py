@@ -19,6 +19,8 @@ def vllm_arguments(serving: Serving) -> list[str]:
         arguments += ["--tensor-parallel-size", str(serving.gpus)]
     if serving.gpus == 0:
         arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
+        # A tied head stays packed from the old weights when new ones are loaded in place; the agent has it packed anew.
+        arguments += ["--worker-extension-cls", "dagger_operator.serving.tied_head.TiedHead"]
         # A prompt in parts rewinds the generator of a seeded request, which torch's CPU generator cannot: the engine dies of it.
         arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(serving.max_model_len, CPU_BATCHED_TOKENS))]
     if serving.tool_call_parser is not None:

@@ -32,7 +32,7 @@ async def serve(stage: Stage) -> None:
     slow_seconds = float(serving.startup_deadline_seconds) if serving else 600.0
     shared, gate = Shared.of(stage), Gate()
     metrics = AgentMetrics(gate)
-    engine = Engine(shared.socket, slow_seconds=slow_seconds)
+    engine = Engine(shared.socket, slow_seconds=slow_seconds, repacks=serving is not None and serving.gpus == 0)
 
     async def wanted() -> str | None:
         pointer = await pointed(stage.store) if student else None

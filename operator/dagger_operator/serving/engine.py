@@ -38,9 +38,9 @@ class EngineFailure(Exception):
 class Engine:
     """One vLLM server. Calls raise `EngineFailure` unless they say otherwise; deadlines are in seconds."""
 
-    def __init__(self, socket: Path, *, slow_seconds: float) -> None:
-        """`slow_seconds`: deadline of what reads weights."""
-        self._slow_seconds = slow_seconds
+    def __init__(self, socket: Path, *, slow_seconds: float, repacks: bool = False) -> None:
+        """`slow_seconds`: deadline of what reads weights. `repacks`: the worker has `serving.tied_head`, as on the CPU."""
+        self._slow_seconds, self._repacks = slow_seconds, repacks
         self.session = aiohttp.ClientSession(
             base_url="http://vllm",
             connector=aiohttp.UnixConnector(str(socket), limit=0, keepalive_timeout=_KEPT_ALIVE_SECONDS),
@@ -78,6 +78,8 @@ class Engine:
         """Exchanges the weights in place. A failure leaves the engine lost: it has to be restarted."""
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         await self._call("POST", "/collective_rpc", call, seconds=self._slow_seconds)
+        if self._repacks:
+            await self._call("POST", "/collective_rpc", {"method": "repack_tied_head"}, seconds=self._slow_seconds)
 
     async def reset_prefix_cache(self) -> None:
         """Forgets what earlier weights computed."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
+from urllib.parse import unquote
 
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import file_digest
@@ -50,7 +51,7 @@ def source(model: str, store: Store, field: Field) -> Source:
         if model.startswith(prefix):
             return Stored(model.removeprefix(prefix).strip("/"))
         raise StageFailure("ModelNotFound", f"{field} {model!r} is not below storage.url: write a URL that starts with {prefix}")
-    path = Path(model.removeprefix("file://")).expanduser()
+    path = Path(unquote(model.removeprefix("file://")) if model.startswith("file://") else model).expanduser()
     if path.is_dir():
         return Folder(path)
     if model.startswith(("/", ".", "~", "file://")):
