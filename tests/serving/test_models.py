@@ -1,0 +1,75 @@
+"""A model that cannot be served is refused before anything is copied, by what is wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Storage
+from dagger_operator.serving.models import Folder, Hub, Stored, check_model, source
+from dagger_operator.store.objects import Store
+from dagger_operator.store.stage import StageFailure
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(Storage(url=f"file://{tmp_path}/store"))
+
+
+def test_a_model_is_a_folder_a_url_below_the_storage_or_an_id(store: Store, model: Path) -> None:
+    assert source(str(model), store, "student.model") == Folder(model)
+    assert source(f"file://{model}", store, "student.model") == Folder(model)
+    assert source("Qwen/Qwen3-4B-Instruct-2507", store, "teacher.model") == Hub("Qwen/Qwen3-4B-Instruct-2507")
+
+
+def test_a_url_below_the_storage_is_found_in_it() -> None:
+    store = Store.open(Storage(url="s3://bucket/run", region="us-east-1"), {})
+    assert source("s3://bucket/run/models/base/", store, "student.model") == Stored("models/base")
+    with pytest.raises(StageFailure, match="write a URL that starts with s3://bucket/run/"):
+        source("s3://other/models/base", store, "student.model")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("/no/such/folder", "there is no such folder"), ("not a model!", "is no folder, and no Hugging")]
+)
+def test_what_is_none_of_them_is_refused(store: Store, model: str, said: str) -> None:
+    with pytest.raises(StageFailure, match=said) as refused:
+        source(model, store, "student.model")
+    assert refused.value.reason == "ModelNotFound" and refused.value.permanent
+
+
+def _cut(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-00002.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda model: (model / "config.json").unlink(), "there is no config.json"),
+        (lambda model: (model / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda model: (model / "config.json").write_text("{}"), "names no architectures"),
+        (lambda model: (model / "model.safetensors").unlink(), "there are no weights"),
+        (_cut, "it is cut short"),
+        (lambda model: (model / "model.safetensors").write_bytes(b"PK\x03\x04 something else"), "is cut short or no safetensors file"),
+        (_index, "model-00002.safetensors is named by the index and not there"),
+        (lambda model: (model / "tokenizer.json").unlink(), "there is no tokenizer"),
+        (lambda model: (model / "chat_template.jinja").unlink(), "has no chat template"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_is_refused(model: Path, spoil: Any, said: str) -> None:
+    check_model(model, "student.model", 2048)
+    spoil(model)
+    with pytest.raises(StageFailure, match=said) as refused:
+        check_model(model, "student.model", 2048)
+    assert refused.value.reason == "ModelIncomplete"
+
+
+def test_a_context_beyond_the_models_positions_is_refused(model: Path) -> None:
+    with pytest.raises(StageFailure, match=r"student.serving.maxModelLen is 4096, but the model has 2048 positions: write 2048 or less"):
+        check_model(model, "student.model", 4096)

@@ -1,0 +1,201 @@
+"""Preflight tells each way in which a policy can be unfit, with its own reason and what to change."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from dagger_operator.serving import examination
+from dagger_operator.serving.preflight import preflight
+from dagger_operator.store.policies import point_to
+from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
+from dagger_operator.store.stage import Stage, StageFailure
+
+STUDENT = "r000-aaaaaaaaaaaa"
+TOKEN = "sk-very-secret-token"
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint that is as it should be, unless told otherwise."""
+
+    def __init__(self, model: str, **habits: Any) -> None:
+        self.model, self.habits = model, {"finish": "stop", "stream": True, "tools": True, "weights": "w", "length": 4096, **habits}
+        self.refusals = self.habits.get("refusals", 0)
+        self.requests: list[dict[str, Any]] = []
+
+    def application(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/policy", self._policy)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        return app
+
+    async def _policy(self, _: web.Request) -> web.Response:
+        said = {"version": self.model, "digest": "d", "state": "Serving", "max_model_len": self.habits["length"], "reason": ""}
+        return web.json_response(said | {"weights": self.habits["weights"]})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        if "models" in self.habits:
+            return web.Response(status=self.habits["models"])
+        return web.json_response({"object": "list", "data": [{"id": self.model, "max_model_len": self.habits["length"]}]})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        if "sleep" in self.habits:
+            await asyncio.sleep(self.habits["sleep"])
+        if "status" in self.habits and self.refusals >= 0:
+            self.refusals -= 1
+            text = self.habits.get("says", f"told {request.headers.get('Authorization')}")
+            return web.json_response({"error": {"message": text}}, status=self.habits["status"], headers=self.habits.get("headers"))
+        if "body" in self.habits:
+            return web.Response(text=self.habits["body"], content_type="application/json")
+        if body["model"] != self.model:
+            return web.json_response({"error": {"message": "The model does not exist"}}, status=404)
+        if body.get("stream") and self.habits["stream"]:
+            event = json.dumps({"choices": [{"index": 0, "delta": {"content": "ls"}, "finish_reason": "stop"}]})
+            return web.Response(text=f"data: {event}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+        message: dict[str, Any] = {"role": "assistant", "content": self.habits.get("content", "ls")}
+        if body.get("tools") and self.habits["tools"] and body["messages"][-1]["role"] != "tool":
+            arguments = self.habits.get("arguments", '{"command": "pwd"}')
+            message["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "bash", "arguments": arguments}}]
+        choice = {"index": 0, "message": message, "finish_reason": self.habits["finish"]}
+        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 2}})
+
+
+@contextlib.asynccontextmanager
+async def listening(*endpoints: Endpoint) -> AsyncIterator[list[str]]:
+    async with contextlib.AsyncExitStack() as stack:
+        urls = []
+        for endpoint in endpoints:
+            runner = web.AppRunner(endpoint.application(), shutdown_timeout=0.1)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            urls.append(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
+        yield urls
+
+
+@pytest.fixture
+def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Preflight of these students and this teacher; its checks."""
+    monkeypatch.setattr(examination, "ENDPOINT_PATIENCE_SECONDS", 1.5)
+
+    async def go(teacher: Endpoint, *students: Endpoint, **spec: Any) -> dict[str, str]:
+        students = students or (Endpoint(STUDENT),)
+        document["spec"]["student"]["serving"]["replicas"] = len(students)
+        document["spec"]["teacher"]["endpoint"] |= {"secretRef": {"name": "keys"}, **spec.pop("endpoint", {})}
+        document["spec"] |= spec
+        async with listening(teacher, *students) as urls:
+            document["spec"]["teacher"]["endpoint"]["url"] = urls[0]
+            made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=TOKEN)
+            await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
+            await point_to(made.store, STUDENT, 0)
+            await preflight(made)
+            result = await read_result(made.store, 0, "preflight", PreflightResult)
+            assert result is not None and (result.student, result.teacher) == (STUDENT, "endpoint-1")
+            return result.checks
+
+    return go
+
+
+async def test_policies_that_are_fit_pass_and_what_was_found_is_written_down(examine: Any) -> None:
+    teacher = Endpoint("teach")
+    checks = await examine(teacher, Endpoint(STUDENT), Endpoint(STUDENT), scaffold={"protocol": "ToolCall"})
+    assert checks["student.replicas"] == f"2 serve {STUDENT} with weights w"
+    assert checks["student.agreement"] == "same greedy answer"
+    assert checks["teacher.context"] == "4096 tokens"
+    for role in ("student", "teacher"):
+        assert checks[f"{role}.streaming"] == "works"
+        assert checks[f"{role}.tools"] == "calls a tool and takes its result"
+        assert checks[f"{role}.stop"] == "ends by itself (stop)"
+    assert {request["max_tokens"] for request in teacher.requests} == {64}  # asked with the run's own sampling
+    assert not any("warning" in what for what in checks.values())
+
+
+@pytest.mark.parametrize(
+    ("habits", "reason", "permanent", "said"),
+    [
+        ({"status": 401}, "TeacherUnauthorized", True, "Secret that teacher.endpoint.secretRef names"),
+        ({"status": 403}, "TeacherUnauthorized", True, "answers 403"),
+        ({"status": 404}, "TeacherUnknown", True, "correct teacher.endpoint.model"),
+        ({"status": 400}, "TeacherRefuses", True, "look at teacher.sampling"),
+        ({"status": 302, "headers": {"Location": "http://127.0.0.1:9/"}}, "TeacherMoved", True, "a redirect"),
+        ({"status": 429, "refusals": 99}, "TeacherOverloaded", False, "rate limit"),
+        ({"status": 503, "refusals": 99}, "TeacherFailing", False, "look at the logs of that server"),
+        ({"sleep": 5}, "TeacherSlow", False, "not answered within 1 s.*teacher.endpoint.timeoutSeconds"),
+        ({"body": "<html>"}, "TeacherGarbled", True, "must speak the OpenAI API"),
+        ({"body": '{"choices": []}'}, "TeacherGarbled", True, "is no chat completion"),
+        ({"content": None}, "TeacherGarbled", True, "is no chat completion"),
+        ({"finish": "content_filter"}, "TeacherGarbled", True, "content_filter"),
+        ({"finish": "length"}, "TeacherTruncates", True, "raise teacher.sampling.maxTokens"),
+        ({"length": 64}, "TeacherContextTooShort", True, "lower teacher.sampling.maxTokens"),
+    ],
+)
+async def test_a_teacher_that_would_spoil_labels_stops_the_run(
+    examine: Any, habits: dict[str, Any], reason: str, permanent: bool, said: str
+) -> None:
+    with pytest.raises(StageFailure, match=said) as failed:
+        await examine(Endpoint("teach", **habits), endpoint={"timeoutSeconds": 1})
+    assert (failed.value.reason, failed.value.permanent) == (reason, permanent)
+    assert TOKEN not in str(failed.value)
+
+
+async def test_what_passes_is_borne(examine: Any) -> None:
+    teacher = Endpoint("teach", status=503, refusals=0, models=404)
+    checks = await examine(teacher)
+    assert checks["teacher.model"] == "no list of models is offered"
+    assert checks["teacher.context"] == "not reported"
+
+
+async def test_a_mistyped_model_is_told_the_closest_one(examine: Any) -> None:
+    with pytest.raises(StageFailure, match="the closest that is: teach-30b") as failed:
+        await examine(Endpoint("teach-30b"), endpoint={"model": "teach-30"})
+    assert failed.value.reason == "TeacherUnknown"
+
+
+async def test_a_teacher_that_is_not_there_is_named(examine: Any, document: dict[str, Any], stage: Callable[..., Stage]) -> None:
+    made = stage(DAGGER_STUDENT_URL="http://127.0.0.1:9/v1", DAGGER_TEACHER_URL="http://127.0.0.1:9/v1")
+    with pytest.raises(StageFailure, match=r"(?s)http://127.0.0.1:9/v1.*start it, or correct teacher.endpoint.url") as failed:
+        await examination.Examination(made, "teacher", "endpoint-1").run()
+    assert (failed.value.reason, failed.value.permanent) == ("TeacherUnreachable", False)
+
+
+@pytest.mark.parametrize("habits", [{"tools": False}, {"arguments": "{"}, {"arguments": '{"cmd": "pwd"}'}])
+async def test_a_teacher_that_calls_no_tools_stops_only_a_run_that_needs_them(examine: Any, habits: dict[str, Any]) -> None:
+    with pytest.raises(StageFailure, match=r"use scaffold\.protocol Text") as failed:
+        await examine(Endpoint("teach", **habits), scaffold={"protocol": "ToolCall"})
+    assert failed.value.reason == "TeacherCallsNoTools"
+    assert "teacher.tools" not in await examine(Endpoint("teach", **habits), scaffold={"protocol": "Text"})
+
+
+async def test_an_untrained_student_passes_with_warnings(examine: Any) -> None:
+    checks = await examine(Endpoint("teach"), Endpoint(STUDENT, finish="length", tools=False), scaffold={"protocol": "ToolCall"})
+    assert checks["student.stop"].startswith("warning: does not end by itself")
+    assert checks["student.tools"].startswith("warning: it answered without a tool call")
+
+
+async def test_streams_are_needed_by_a_command_scaffold_alone(examine: Any) -> None:
+    checks = await examine(Endpoint("teach", stream=False))
+    assert checks["teacher.streaming"].startswith("warning")
+
+
+async def test_a_command_scaffold_needs_streams(examine: Any) -> None:
+    with pytest.raises(StageFailure, match="use an endpoint that has them") as failed:
+        await examine(Endpoint("teach", stream=False), scaffold={"type": "Command", "command": ["agent"]})
+    assert failed.value.reason == "TeacherDoesNotStream"
+
+
+async def test_replicas_with_other_weights_stop_the_run(examine: Any) -> None:
+    with pytest.raises(StageFailure, match="hold different weights") as failed:
+        await examine(Endpoint("teach"), Endpoint(STUDENT), Endpoint(STUDENT, weights="others"))
+    assert failed.value.reason == "StudentReplicasDisagree"
+
+
+async def test_a_teacher_with_a_shorter_context_than_the_student_is_noted(examine: Any) -> None:
+    checks = await examine(Endpoint("teach", length=1000), Endpoint(STUDENT, length=4096))
+    assert "get no label" in checks["teacher.context"]
