@@ -197,7 +197,7 @@ class Pod:
         self.vllm = FakeVllm(self.shared)
         self.target: str | None = first
         self.store_error: Exception | None = None
-        self.damaged: set[str] = set()
+        self.disk_full = False
         for version in (first, "r001-bbbbbbbbbbbb", "r002-cccccccccccc", "r003-dddddddddddd"):
             self.add(version)
         self.shared.point(first)
@@ -213,9 +213,9 @@ class Pod:
         return self.target
 
     async def _provide(self, version: str) -> Weights:
+        if self.disk_full:
+            raise OSError(28, "No space left on device")
         self.add(version)
-        if version in self.damaged:
-            (self.shared.folder(version) / "weights").unlink()
         return Weights(version, digest=f"digest of {version}", tensors=frozenset({version}))
 
     @contextlib.asynccontextmanager

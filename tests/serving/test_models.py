@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Storage
-from dagger_operator.serving.models import Folder, Hub, Stored, check_model, source
+from dagger_operator.serving.models import Folder, Hub, Stored, check_model, digest_folder, fetch, source
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
 
@@ -28,6 +28,19 @@ def test_a_url_below_the_storage_is_found_in_it() -> None:
     assert source("s3://bucket/run/models/base/", store, "student.model") == Stored("models/base")
     with pytest.raises(StageFailure, match="write a URL that starts with s3://bucket/run/"):
         source("s3://other/models/base", store, "student.model")
+
+
+@pytest.mark.heavy
+async def test_a_model_in_the_storage_is_fetched_whole(s3: Any, model: Path, tmp_path: Path) -> None:
+    store = s3.open()
+    for path in model.iterdir():
+        await store.upload(f"models/base/{path.name}", path)
+    origin = source(f"{s3.url}/models/base", store, "student.model")
+    folder = await fetch(origin, store, tmp_path / "fetched", "student.model")
+    check_model(folder, "student.model", 2048)
+    assert digest_folder(folder) == digest_folder(model)
+    with pytest.raises(StageFailure, match="there is nothing below models/other/"):
+        await fetch(Stored("models/other"), store, tmp_path / "other", "student.model")
 
 
 @pytest.mark.parametrize(

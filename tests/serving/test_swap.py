@@ -115,6 +115,16 @@ async def test_a_version_that_cannot_be_fetched_leaves_the_old_one_serving(pod: 
         assert pod.replica.reason == ""
 
 
+async def test_a_full_disk_leaves_the_old_version_serving(pod: Any) -> None:
+    async with pod.running():
+        pod.target, pod.disk_full = SECOND, True
+        await pod.replica.step()
+        assert (pod.replica.state, pod.gate.version) == ("Serving", FIRST)
+        assert "No space left" in pod.replica.reason
+        pod.disk_full = False
+        await pod.settle()
+
+
 async def test_an_agent_that_restarts_while_storage_is_away_serves_on(pod: Any) -> None:
     async with pod.running():
         pod.store_error = StoreUnavailable("the bucket is away")

@@ -82,7 +82,7 @@ class Replica:
         """Looks, and does what is to be done. Whatever goes wrong becomes `reason`, and the next step tries again."""
         try:
             await self._step()
-        except (EngineFailure, StoreUnavailable, DamagedObject) as error:
+        except (EngineFailure, StoreUnavailable, DamagedObject, OSError) as error:  # OSError: a disk that is full
             self._say(str(error))
 
     async def _step(self) -> None:
