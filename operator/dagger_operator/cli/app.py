@@ -1,27 +1,13 @@
 """`daggerctl`: what there is to call, and how errors reach people. Heavy modules are imported by the command that needs them."""
 
 import sys
-from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dagger_operator.api import InvalidRun
-
-
-class Exit(IntEnum):
-    """Exit codes of `daggerctl`."""
-
-    OK = 0
-    FAILED = 1
-    """The run, or what was checked, failed."""
-    BAD_INPUT = 2
-    """The command or a file is wrong: nothing was done."""
-    UNAVAILABLE = 75
-    """Storage or another service is away: the same command can succeed later."""
-    INTERRUPTED = 130
-
+from dagger_operator.cli.exits import Exit
 
 File = Annotated[Path, typer.Argument(help="YAML file with one DAggerRun, and the Secrets that it names; - is standard input.")]
 Name = Annotated[str, typer.Argument(help="Name of a run on this machine.")]

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from dagger_operator.cli.app import Exit
+from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.storing import stored_run
 from dagger_operator.store.results import EvaluationResult, read_result
 

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from dagger_operator.cli.app import Exit
+from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.storing import stored_run
 from dagger_operator.store import layout
 from dagger_operator.store.manifest import read_manifest, read_shard

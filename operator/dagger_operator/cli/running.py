@@ -10,8 +10,8 @@ import structlog
 from rich.console import Console
 
 from dagger_operator.api import DAggerRun, Phase, RunStatus
-from dagger_operator.cli.app import Exit
 from dagger_operator.cli.documents import read
+from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.live import Display
 from dagger_operator.cli.report import report
 from dagger_operator.cli.storing import open_store

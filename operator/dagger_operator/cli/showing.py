@@ -7,7 +7,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dagger_operator.cli.app import Exit
+from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.report import NOTHING, report
 from dagger_operator.local.folder import RunFolder, home
 

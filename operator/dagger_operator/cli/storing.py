@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from dagger_operator.api import DAggerRun
-from dagger_operator.cli.app import Exit
 from dagger_operator.cli.documents import read
+from dagger_operator.cli.exits import Exit
 from dagger_operator.local.acceptance import accept
 from dagger_operator.local.folder import RunFolder, home
 from dagger_operator.store.objects import Store

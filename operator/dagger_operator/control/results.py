@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TypeVar
 
 from dagger_operator.api import DAggerRun
@@ -11,28 +10,13 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import owner_of, read_owner
 from dagger_operator.store.records import Record
 from dagger_operator.store.results import (
-    EvaluationResult,
-    PreflightResult,
+    KINDS,
     PrepareResult,
-    PublishResult,
-    RolloutResult,
     TrainingResult,
     read_result,
 )
 
 R = TypeVar("R", bound=Record)
-
-KINDS: Mapping[str, type[Record]] = MappingProxyType(
-    {
-        "prepare": PrepareResult,
-        "preflight": PreflightResult,
-        "rollout": RolloutResult,
-        "training": TrainingResult,
-        "publish": PublishResult,
-        "evaluation": EvaluationResult,
-    }
-)
-"""Type of result by stage."""
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,10 @@ from dagger_operator.store.manifest import RoundManifest, read_manifest, read_sh
 from dagger_operator.store.objects import DamagedObject, Store
 from dagger_operator.store.owner import read_owner
 from dagger_operator.store.policies import file_digest, pointed, policy_manifest
-from dagger_operator.store.records import Outcome, Record, Trajectory
-from dagger_operator.store.results import (
-    EvaluationResult,
-    PreflightResult,
-    PrepareResult,
-    PublishResult,
-    RolloutResult,
-    TrainingResult,
-    read_result,
-)
+from dagger_operator.store.records import Outcome, Trajectory
+from dagger_operator.store.results import KINDS, PrepareResult, PublishResult, RolloutResult, TrainingResult, read_result
 from dagger_operator.store.trajectories import canonical, read_trajectory
 
-_RESULTS: dict[str, type[Record]] = {
-    "prepare": PrepareResult,
-    "preflight": PreflightResult,
-    "rollout": RolloutResult,
-    "training": TrainingResult,
-    "publish": PublishResult,
-    "evaluation": EvaluationResult,
-}
 _AT_ONCE = 16
 """Objects read side by side."""
 T = TypeVar("T")
@@ -150,7 +134,7 @@ class _Fsck:
                 self._note(layout.claim(number, kind, rollout_id), problem, "delete it; if the rollout was wanted, its trajectory is lost")
 
     async def _results(self, number: int, manifest: RoundManifest | None) -> None:
-        for stage, model in _RESULTS.items():
+        for stage, model in KINDS.items():
             key = layout.result(number, stage)
             if key not in self.sizes:
                 continue

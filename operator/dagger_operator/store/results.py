@@ -1,5 +1,7 @@
 """Small results that stages leave and the plan reads. Each is created once and proves that its stage is done."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -74,6 +76,19 @@ class StageProgress(Record):
     counters: dict[str, float] = {}
     """Such as outcomes, turns, loss."""
     seconds: float = 0.0
+
+
+KINDS: Mapping[str, type[Record]] = MappingProxyType(
+    {
+        "prepare": PrepareResult,
+        "preflight": PreflightResult,
+        "rollout": RolloutResult,
+        "training": TrainingResult,
+        "publish": PublishResult,
+        "evaluation": EvaluationResult,
+    }
+)
+"""Type of result by stage."""
 
 
 async def save_result(store: Store, round_number: int, stage: str, result: Record) -> bool:
