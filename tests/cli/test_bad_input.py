@@ -21,8 +21,8 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "said"),
     [
         ("spec.round", 3, "spec.round: unknown field: did you mean 'rounds'?"),
-        ("spec.mixing.beta", {"type": "Constant", "value": 1.5}, "beta is a probability: 1.5 does not lie in 0..1"),
-        ("spec.rounds", 0, "spec.rounds: got 0: input should be greater than or equal to 1"),
+        ("spec.mixing.beta", {"type": "Constant", "value": 1.5}, "spec.mixing.beta.value: got 1.5: beta is a probability: write a number in 0..1"),
+        ("spec.rounds", 0, "spec.rounds: got 0: write a value greater than or equal to 1"),
         ("spec.teacher.serving", {"gpus": 1}, "give the teacher exactly one of serving and endpoint"),
         ("spec.storage.url", "ftp://x", "spec.storage.url: got 'ftp://x'"),
         ("metadata.name", "Not_A_Label", "metadata.name: got 'Not_A_Label'"),
