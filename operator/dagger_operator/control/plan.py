@@ -115,6 +115,7 @@ def _stand_still(run: DAggerRun, observed: Observed, step: Step, current: Child 
             objects.append(build_deployment(run, role, serving, replicas=0, annotations=note))
         elif _find(observed, "Deployment", server_name(run, role)) is not None:
             objects.append(build_deployment(run, role, serving, replicas=0))
+    objects += [build_service(run, role) for role in _needed(run, step) if _find(observed, "Service", server_name(run, role)) is not None]
     if current is not None and current.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and not current.deleting:
         objects.append(build_job(run, step, observed.results, suspend=True))
     return _close(run, observed, step, current, objects, situation, {})

@@ -1,0 +1,132 @@
+"""A run, and a small vocabulary to tell its story with."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import DAggerRun, EvaluationSummary, RolloutSummary, TrainingSummary, load
+from dagger_operator.control import COMPONENT, Child, ChildState, Observed, Plan, Results, child, plan
+from dagger_operator.store.records import Record
+from dagger_operator.store.results import EvaluationResult, PreflightResult, PrepareResult, PublishResult, RolloutResult, TrainingResult
+
+Json = dict[str, Any]
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+SPEC: Json = {
+    "rounds": 2,
+    "student": {"model": "m", "serving": {"gpus": 1, "replicas": 2}},
+    "teacher": {"model": "t", "endpoint": {"url": "https://teacher.example/v1", "secretRef": {"name": "teacher-key"}}},
+    "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
+    "rollouts": {"workers": 3},
+    "storage": {"url": "s3://bucket/prefix", "secretRef": {"name": "storage-keys"}},
+}
+
+
+@pytest.fixture
+def make_run() -> Callable[..., DAggerRun]:
+    """A run with sections of its spec replaced, or changed where both are mappings."""
+
+    def make(annotations: dict[str, str] | None = None, **sections: Any) -> DAggerRun:
+        spec = copy.deepcopy(SPEC)
+        for name, section in sections.items():
+            spec[name] = section
+        metadata = {"name": "demo", "namespace": "lab", "uid": "run-uid", "generation": 3, "annotations": annotations or {}}
+        return load({"metadata": metadata, "spec": spec})
+
+    return make
+
+
+def _result(stage: str, round_number: int) -> Record:
+    share: Json = {"label_coverage": 1.0, "teacher_turn_share": 0.62, "teacher_token_share": 0.5}
+    made = f"r{round_number:03d}-made"
+    results: dict[str, Callable[[], Record]] = {
+        "prepare": lambda: PrepareResult(policy="r000-base", teacher="teacher-1"),
+        "preflight": lambda: PreflightResult(student="r000-base", teacher="teacher-1", checks={}),
+        "rollout": lambda: RolloutResult(
+            summary=RolloutSummary(rollouts=8, turns=80, labels=80, data_digest="d", seconds=9.0, **share), manifest_digest="d", excluded={}
+        ),
+        "training": lambda: TrainingResult(
+            summary=TrainingSummary(steps=1, labels=80, tokens=1, checkpoint=made, seconds=1.0), policy=made
+        ),
+        "publish": lambda: PublishResult(policy=made, replicas=2, seconds=1.0),
+        "evaluation": lambda: EvaluationResult(
+            summary=EvaluationSummary(
+                policy=made, tasks=200, resolved=55, resolved_rate=0.273, interval=[0.2, 0.3], false_submits=0, seconds=1.0
+            ),
+            resolved_tasks=(),
+            unresolved_tasks=(),
+        ),
+    }
+    return results[stage]()
+
+
+class Story:
+    """What happens to one run: stages get done, children are seen in some state, time passes, plans are asked for."""
+
+    def __init__(self, run: DAggerRun) -> None:
+        self.run, self.now = run, START
+        self.children: dict[tuple[str, str], Child] = {}
+        self.results: dict[tuple[int, str], Record] = {}
+
+    def done(self, *stages: str, round_number: int = 0) -> None:
+        self.results |= {(round_number, stage): _result(stage, round_number) for stage in stages}
+
+    def plan(self, *, told: bool = True, storage_problem: str | None = None) -> Plan:
+        observed = Observed(self.now, tuple(self.children.values()), Results(dict(self.results)), storage_problem)
+        planned = plan(self.run, observed)
+        json.dumps(planned.objects)
+        if told:
+            self.run = self.run.model_copy(update={"status": planned.status})
+        return planned
+
+    def carry_out(self, planned: Plan) -> None:
+        """All that was asked for exists, new things with pods; all that was to go is gone."""
+        for manifest in planned.objects:
+            fresh = child(manifest)
+            known = self.children.get((fresh.kind, fresh.name))
+            if fresh.state is not ChildState.SUSPENDED and known is not None and known.attempt == fresh.attempt:
+                continue
+            if fresh.state is not ChildState.SUSPENDED and fresh.kind in ("Job", "Deployment"):
+                pods = manifest["spec"].get("completions") or manifest["spec"]["replicas"]
+                fresh = replace(fresh, pods=pods, state=ChildState.RUNNING)
+            self.children[fresh.kind, fresh.name] = fresh
+        for ref in planned.remove:
+            del self.children[ref.kind, ref.name]
+
+    def see(self, component: str, **state: Any) -> Child:
+        """The child of a component, from now on seen like this."""
+        (key,) = [key for key, one in self.children.items() if one.component == component and one.kind != "Service"]
+        self.children[key] = replace(self.children[key], **state)
+        return self.children[key]
+
+    def serve(self) -> None:
+        for (kind, _), one in list(self.children.items()):
+            if kind == "Deployment":
+                self.see(one.component, state=ChildState.READY)
+
+    def later(self, **delta: float) -> None:
+        self.now += timedelta(**delta)
+
+    def edit(self, **sections: Any) -> None:
+        document = {"metadata": self.run.metadata.wire(), "spec": self.run.spec.wire() | sections}
+        self.run = load(document).model_copy(update={"status": self.run.status})
+
+    def condition(self, kind: str) -> Any:
+        assert self.run.status is not None
+        return next((one for one in self.run.status.conditions if one.type == kind), None)
+
+
+@pytest.fixture
+def story(make_run: Callable[..., DAggerRun]) -> Callable[..., Story]:
+    return lambda **sections: Story(make_run(**sections))
+
+
+@pytest.fixture
+def wanted() -> Callable[[Plan], dict[tuple[str, str], Json]]:
+    """The objects of a plan by kind and component."""
+    return lambda planned: {(one["kind"], one["metadata"]["labels"][COMPONENT]): one for one in planned.objects}
