@@ -20,12 +20,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
-from run import PORT, daggerctl, make_inputs, manifest_for, serving_teacher
 
 from dagger_operator.api import Storage
 from dagger_operator.evaluation.statistics import Comparison, compare, mcnemar, wilson
 from dagger_operator.store.objects import Store
 from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult, read_result
+from run import PORT, daggerctl, make_inputs, manifest_for, serving_teacher
 
 FOLDER = Path(".dagger/experiment")
 HELD_OUT = 200

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from aiohttp import web
+
 from tasks import CONSTANTS, FUNCTIONS, HELPERS, MODULES, ORIGINALS, TEST
 
 RESTORE = f"rm -rf * && cp {ORIGINALS}/* ."

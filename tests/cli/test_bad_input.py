@@ -21,7 +21,7 @@ def _with(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "said"),
     [
         ("spec.round", 3, "spec.round: unknown field: did you mean 'rounds'?"),
-        ("spec.mixing.beta", {"type": "Constant", "value": 1.5}, "spec.mixing.beta.value: got 1.5: beta is a probability: write a number in 0..1"),
+        ("spec.mixing.beta", {"type": "Constant", "value": 1.5}, "spec.mixing.beta.value: got 1.5: beta is a probability"),
         ("spec.rounds", 0, "spec.rounds: got 0: write a value greater than or equal to 1"),
         ("spec.teacher.serving", {"gpus": 1}, "give the teacher exactly one of serving and endpoint"),
         ("spec.storage.url", "ftp://x", "spec.storage.url: got 'ftp://x'"),

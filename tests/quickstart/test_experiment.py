@@ -3,11 +3,10 @@
 from typing import Any
 
 import experiment
-from experiment import Arm, Pair, manifest, report
-from run import MANIFEST
-
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary, load
 from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult
+from experiment import Arm, Pair, manifest, report
+from run import MANIFEST
 
 
 def test_the_arms_are_valid_and_differ_in_mixing_and_number_of_tasks_alone() -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-import student
 
+import student
 from tasks import FUNCTIONS, MODULES, STATEMENT, TEST
 
 pytestmark = pytest.mark.heavy

@@ -8,15 +8,15 @@ from typing import Any
 
 import aiohttp
 import pytest
-import teacher
 import yaml
 from aiohttp.test_utils import TestServer
 from jinja2 import Template
-from tasks import TEST, generate
 
+import teacher
 from dagger_operator.sandbox.interface import Sandbox, SandboxRequest
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.tasks.task import ScriptGrading, Task
+from tasks import TEST, generate
 
 PIECES = [
     *("sed -i '", "s/", "/' ", "grep -n ", '"', " *.py", "python3 ", "test.py", ".py", "cat ", "echo ", " > ", " && ", "; ", "mv ", "rm "),
