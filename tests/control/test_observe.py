@@ -1,0 +1,170 @@
+"""Children mirror what their pods say, so that a condition can say why a run waits."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, child, children
+
+Json = dict[str, Any]
+LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
+
+
+def job(*, spec: Json | None = None, **status: Any) -> Json:
+    metadata = {"name": "demo-r002-rollout-abcd1234", "uid": "j", "labels": LABELS}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec or {}, "status": status}
+
+
+def deployment(*, wanted: int = 1, annotations: Json | None = None, generation: int = 1, **status: Any) -> Json:
+    metadata = {"name": "demo-student", "labels": LABELS | {COMPONENT: "student"}, "generation": generation, "annotations": annotations}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": {"replicas": wanted}, "status": status}
+
+
+def pod(
+    name: str = "p", phase: str = "Running", *, labels: Json | None = None, containers: list[Json] | None = None, **status: Any
+) -> Json:
+    metadata = {"name": name, "labels": labels or LABELS, "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"kind": "Pod", "metadata": metadata, "status": {"phase": phase, "containerStatuses": containers or [], **status}}
+
+
+def ended(code: int, message: str = "", *, at: str = "2026-01-01T00:00:00Z", **more: Any) -> Json:
+    return {"name": "stage", "state": {"terminated": {"exitCode": code, "message": message, "finishedAt": at, **more}}}
+
+
+def waiting(reason: str, message: str = "", **more: Any) -> Json:
+    return {"name": "stage", "state": {"waiting": {"reason": reason, "message": message}}, **more}
+
+
+STAGE_SAID = json.dumps({"reason": "LabelCoverageTooLow", "message": "raise labels.attempts"})
+
+
+def test_a_job_is_waiting_running_suspended_succeeded_or_failed() -> None:
+    assert child(job()).state is ChildState.WAITING
+    assert child(job(), [pod()]).state is ChildState.RUNNING
+    assert child(job(spec={"suspend": True})).state is ChildState.SUSPENDED
+    complete = {"type": "Complete", "status": "True", "lastTransitionTime": "2026-01-01T00:00:09Z"}
+    done = child(job(conditions=[complete]))
+    assert (done.state, done.finished) == (ChildState.SUCCEEDED, datetime(2026, 1, 1, 0, 0, 9, tzinfo=UTC))
+    failed = child(job(conditions=[{"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too late"}]))
+    assert failed.state is ChildState.FAILED
+    assert failed.trouble is not None
+    assert (failed.trouble.reason, failed.trouble.message) == ("DeadlineExceeded", "too late")
+    assert (failed.component, failed.round, failed.attempt, failed.uid) == ("rollout", 2, "abcd1234", "j")
+
+
+def test_a_failed_job_speaks_with_the_words_of_the_stage_that_a_retry_would_not_mend() -> None:
+    failed = job(conditions=[{"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}])
+    told_to_end = pod("b", "Failed", containers=[ended(75, '{"reason": "Terminated", "message": "asked to"}', at="2026-01-01T00:00:05Z")])
+    seen = child(failed, [pod("a", "Failed", containers=[ended(3, STAGE_SAID)]), told_to_end])
+    assert seen.trouble is not None
+    assert (seen.trouble.reason, seen.trouble.message) == ("LabelCoverageTooLow", "raise labels.attempts")
+
+
+def test_a_stage_that_could_only_log_its_reason_is_heard_too() -> None:
+    log = 'Traceback ...\n{"event": "stage failed", "level": "error", "reason": "Unexpected", "message": "KeyError: x"}\n'
+    seen = child(job(conditions=[{"type": "Failed", "status": "True"}]), [pod("a", "Failed", containers=[ended(1, log)])])
+    assert seen.trouble is not None
+    assert (seen.trouble.reason, seen.trouble.message) == ("Unexpected", "KeyError: x")
+
+
+def test_a_container_without_words_is_described_by_how_it_ended() -> None:
+    seen = child(job(conditions=[{"type": "Failed", "status": "True"}]), [pod("a", "Failed", containers=[ended(137, reason="OOMKilled")])])
+    assert seen.trouble is not None
+    assert seen.trouble.reason == "OOMKilled"
+    assert "exit code 137" in seen.trouble.message
+
+
+def test_between_two_tries_a_job_says_why_the_last_one_failed() -> None:
+    away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
+    seen = child(job(active=0), [pod("a", "Failed", containers=[ended(75, away)])])
+    assert seen.state is ChildState.WAITING
+    assert seen.trouble is not None
+    assert (seen.trouble.reason, seen.pods) == ("StorageUnavailable", 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "message"),
+    [
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: no GPU"}]},
+            "Unschedulable",
+            "0/3 nodes: no GPU",
+        ),
+        ({"containers": [waiting("ImagePullBackOff", "Back-off pulling image x")]}, "ImagePullBackOff", "pulling image x"),
+        ({"containers": [waiting("CreateContainerConfigError", 'secret "keys" not found')]}, "CreateContainerConfigError", "keys"),
+        (
+            {"containers": [waiting("CrashLoopBackOff", "back-off 10s", lastState=ended(1, STAGE_SAID)["state"])]},
+            "CrashLoopBackOff",
+            "raise labels.attempts",
+        ),
+    ],
+)
+def test_a_pod_that_waits_says_why(status: Json, reason: str, message: str) -> None:
+    seen = child(job(active=1), [pod("demo-x", "Pending", **status)])
+    assert seen.state is ChildState.WAITING
+    assert seen.trouble is not None
+    assert seen.trouble.reason == reason
+    assert message in seen.trouble.message
+    assert "demo-x" in seen.trouble.message
+
+
+def test_a_container_that_is_being_created_is_no_trouble() -> None:
+    assert child(job(active=1), [pod(phase="Pending", containers=[waiting("ContainerCreating")])]).trouble is None
+
+
+READY = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1}
+
+
+def test_a_deployment_is_ready_when_all_replicas_of_this_generation_are() -> None:
+    assert child(deployment(**READY)).state is ChildState.READY
+    assert child(deployment(generation=2, **READY)).state is ChildState.RUNNING
+    assert child(deployment(wanted=2, **READY)).state is ChildState.RUNNING
+    assert child(deployment(**READY | {"replicas": 2})).state is ChildState.RUNNING
+    scaled_down = child(deployment(wanted=0, **READY))
+    assert (scaled_down.state, scaled_down.pods) == (ChildState.SUSPENDED, 1), "it still holds what the last pod holds"
+
+
+def server_pod(**container: Any) -> Json:
+    return pod("s", labels=LABELS | {COMPONENT: "student"}, containers=[{"name": "vllm", **container}])
+
+
+def test_a_server_is_given_up_when_a_retry_would_not_mend_it_or_many_did_not() -> None:
+    last = {"terminated": {"exitCode": 1, "message": "CUDA out of memory"}}
+    back_off = {"waiting": {"reason": "CrashLoopBackOff"}}
+    assert child(deployment(), [server_pod(state=back_off, lastState=last, restartCount=2)]).state is ChildState.WAITING
+    looping = child(deployment(), [server_pod(state=back_off, lastState=last, restartCount=5)])
+    assert looping.state is ChildState.FAILED
+    assert looping.trouble is not None
+    assert "CUDA out of memory" in looping.trouble.message
+    permanent = {"terminated": {"exitCode": 3, "message": STAGE_SAID}}
+    assert child(deployment(), [server_pod(state=back_off, lastState=permanent, restartCount=0)]).state is ChildState.FAILED
+    of_another_attempt = server_pod(state=back_off, lastState=permanent, restartCount=9)
+    of_another_attempt["metadata"]["labels"][ATTEMPT] = "00000000"
+    assert child(deployment(), [of_another_attempt]).state is ChildState.RUNNING
+
+
+def test_a_server_past_its_deadline_failed_unless_it_waits_for_room() -> None:
+    late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}]}
+    assert child(deployment(**late), [server_pod(state={"running": {}})]).state is ChildState.FAILED
+    no_room = pod("s", "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU"}])
+    assert child(deployment(**late), [no_room]).state is ChildState.WAITING
+
+
+def test_a_given_up_server_is_known_by_its_annotation_alone() -> None:
+    seen = child(deployment(wanted=0, annotations={FAILED: STAGE_SAID}))
+    assert seen.state is ChildState.FAILED
+    assert seen.trouble is not None
+    assert seen.trouble.reason == "LabelCoverageTooLow"
+
+
+def test_pods_belong_to_their_object_by_labels_and_orphans_are_seen() -> None:
+    other_round = pod("of-round-1", labels=LABELS | {ROUND: "1"})
+    gone = pod("ended-orphan", "Succeeded", labels=LABELS | {ROUND: "1"})
+    seen = children([job(), deployment()], [pod("mine"), other_round, gone, server_pod()])
+    assert [(one.kind, one.name, one.pods) for one in seen] == [
+        ("Deployment", "demo-student", 1),
+        ("Job", "demo-r002-rollout-abcd1234", 1),
+        ("Pod", "of-round-1", 1),
+    ]
