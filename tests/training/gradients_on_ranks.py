@@ -29,12 +29,11 @@ def main(job_file: str, results: str) -> None:
         training = Training.model_validate({**job["training"], **settings})
         sgd = functools.partial(torch.optim.SGD, lr=1.0)
         trainer = engine.build(training, job["weights"], ranks, device, sgd)
-        trainer.module._at_once = 16  # several pieces of the vocabulary's projection in every step
         curriculum = Curriculum(job["samples"], training, seed=1, round_number=1)
         scratch = Path(results) / name
         kept = checkpoints.Checkpoints(Store.open(Storage(url=f"file://{scratch}/store")), scratch, 1, "", node=0, every_steps=10**6)
         arguments = (trainer, job["samples"], curriculum, training, loop.Rank(rank, ranks, device), kept, checkpoints.Tally())
-        tally = asyncio.run(loop.train(*arguments, seed=1, stopping=lambda: False, observe=nothing))
+        tally = asyncio.run(loop.train(*arguments, seed=1, stopping=lambda: False, observe=nothing, targets_at_once=16))
         export.export(trainer, job["weights"], scratch / "policy")
         out[name] = tally.losses
         trainer.destroy()

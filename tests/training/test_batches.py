@@ -83,24 +83,25 @@ def test_steps_of_a_schedule_replace_epochs_and_repeat_the_data() -> None:
     assert [len(course.batch(step)) for step in range(30)] == [3] * 30
 
 
-def pack_of(length: int) -> Pack:
-    ids = np.zeros(length, dtype=np.int64)
-    return Pack(ids, np.arange(length), ids[:1], ids[:1], np.ones(1, dtype=np.float32), 1)
+def pack_of(length: int, targets: int) -> Pack:
+    ids, few = np.zeros(length, dtype=np.int64), np.zeros(targets, dtype=np.int64)
+    return Pack(ids, np.arange(length), few, few, np.ones(targets, dtype=np.float32), 1)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 9), st.integers(64, 1000))
-def test_ranks_share_every_pack_once_with_as_many_passes_each(sizes: list[int], ranks: int, bound: int) -> None:
-    packs = [pack_of(size) for size in sizes]
-    shares = spread(packs, ranks, bound)
-    assert len(shares) == ranks
-    assert len({len(share.micro_batches) for share in shares}) == 1
-    assert sorted(index for share in shares for batch in share.micro_batches for index in batch) == list(range(len(packs)))
-    for share in shares:
-        for batch in share.micro_batches:
-            padded = len(batch) * max((len(packs[index]) for index in batch), default=0)
-            assert padded <= bound or len(batch) == 1
-    loads = [sum(len(packs[index]) for batch in share.micro_batches for index in batch) for share in shares]
-    assert max(loads) - min(loads) <= max(sizes)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 90)), min_size=1, max_size=40), st.integers(1, 9), st.integers(64, 1000))
+def test_ranks_share_every_pack_once_in_the_same_number_of_passes(sizes: list[tuple[int, int]], ranks: int, bound: int) -> None:
+    packs = [pack_of(length, targets) for length, targets in sizes]
+    passes = spread(packs, ranks, bound, targets_at_once=50)
+    assert all(len(one.packs) == ranks for one in passes)
+    assert sorted(index for one in passes for indices in one.packs for index in indices) == list(range(len(packs)))
+    loads = [0] * ranks
+    for one in passes:
+        for rank, indices in enumerate(one.packs):
+            padded = len(indices) * max((len(packs[index]) for index in indices), default=0)
+            assert padded <= bound or len(indices) == 1
+            assert sum(len(packs[index].targets) for index in indices) <= 50 * one.pieces
+            loads[rank] += sum(len(packs[index]) for index in indices)
+    assert max(loads) - min(loads) <= max(length for length, _ in sizes)
 
 
 @pytest.mark.parametrize("name", ["Constant", "Linear", "Cosine"])

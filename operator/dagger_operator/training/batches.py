@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 
 from dagger_operator.api import BatchUnit, Training
 from dagger_operator.training.packing import Pack
@@ -52,15 +53,18 @@ class Curriculum:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank computes of one step: as many forward passes as every other rank, so that none waits for ever."""
+class Pass:
+    """One forward pass of every rank. All have as many, and as many pieces in each, so that none waits for ever in a collective."""
 
-    micro_batches: tuple[tuple[int, ...], ...]
-    """Indices of packs; an empty one is a pass of nothing, for company."""
+    packs: tuple[tuple[int, ...], ...]
+    """By rank, indices of packs; none is a pass for company."""
+    pieces: int
+    """Parts in which every rank computes its logits."""
 
 
-def spread(packs: Sequence[Pack], ranks: int, micro_batch_tokens: int) -> list[Share]:
-    """Shares of all ranks: balanced by tokens, micro-batches bounded with padding counted. A pack above the bound goes alone."""
+def spread(packs: Sequence[Pack], ranks: int, micro_batch_tokens: int, targets_at_once: int) -> list[Pass]:
+    """The forward passes of one step: balanced by tokens, micro-batches bounded with padding counted. A pack above the bound goes
+    alone. `targets_at_once` bounds the targets of a piece."""
     longest_first = sorted(range(len(packs)), key=lambda index: (-len(packs[index]), index))
     mine: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -68,9 +72,12 @@ def spread(packs: Sequence[Pack], ranks: int, micro_batch_tokens: int) -> list[S
         rank = load.index(min(load))
         mine[rank].append(index)
         load[rank] += len(packs[index])
-    cut = [_micro_batches(indices, packs, micro_batch_tokens) for indices in mine]
-    passes = max(map(len, cut))
-    return [Share(tuple(batches) + ((),) * (passes - len(batches))) for batches in cut]
+    by_rank = [_micro_batches(indices, packs, micro_batch_tokens) for indices in mine]
+    passes = []
+    for together in zip_longest(*by_rank, fillvalue=()):
+        targets = max(sum(len(packs[index].targets) for index in indices) for indices in together)
+        passes.append(Pass(together, max(1, math.ceil(targets / targets_at_once))))
+    return passes
 
 
 def _micro_batches(indices: Sequence[int], packs: Sequence[Pack], bound: int) -> list[tuple[int, ...]]:

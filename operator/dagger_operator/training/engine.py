@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,9 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     """Enters the process group that the environment names (as torchrun does) and returns this rank's device."""
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A stage's log is lines of JSON: what DeepSpeed says below an error, and torch about DeepSpeed's calls, only buries them.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at start (half a minute, and a compiler in the image) that training

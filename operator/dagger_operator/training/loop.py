@@ -37,8 +37,12 @@ async def train(
     seed: int,
     stopping: Callable[[], bool],
     observe: Callable[[Tally], Awaitable[None]],
+    targets_at_once: int = 4096,
 ) -> Tally:
-    """Takes the steps that `tally` has not yet, and returns the tally of all of them. Every rank calls it with the same samples."""
+    """Takes the steps that `tally` has not yet, and returns the tally of all of them. Every rank calls it with the same samples.
+
+    `targets_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
+    """
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
         torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
@@ -47,8 +51,9 @@ async def train(
         weight = sum(float(pack.weights.sum()) for pack in packs)
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
-        for indices in spread(packs, rank.of, training.micro_batch_tokens)[rank.index].micro_batches:
-            loss = engine(**collate([packs[index] for index in indices], rank.device))
+        for turn in spread(packs, rank.of, training.micro_batch_tokens, targets_at_once):
+            mine = [packs[index] for index in turn.packs[rank.index]]
+            loss = engine(**collate(mine, rank.device), pieces=turn.pieces)
             # DeepSpeed averages gradients over ranks: times ranks, by the targets of the whole step, is the mean over all targets.
             engine.backward(loss * (rank.of / weight))
             loss_sum += loss.detach()

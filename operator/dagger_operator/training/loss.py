@@ -18,13 +18,10 @@ Batch = dict[str, Tensor]
 class Objective(torch.nn.Module):
     """The policy and its loss as one module, so that whatever shards or casts weights does it around one forward pass."""
 
-    def __init__(self, policy: Any, positions_at_once: int = 4096) -> None:
-        """`policy` is a causal language model of transformers, whose methods are not typed.
-
-        `positions_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
-        """
+    def __init__(self, policy: Any) -> None:
+        """`policy` is a causal language model of transformers, whose methods are not typed."""
         super().__init__()
-        self.policy, self._at_once = policy, positions_at_once
+        self.policy = policy
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(policy.config, name, None) not in (None, 1.0):
                 raise StageFailure(
@@ -33,19 +30,22 @@ class Objective(torch.nn.Module):
                     "not: take a student with a plain head, such as Qwen3",
                 )
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, prev: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, prev: Tensor, targets: Tensor, weights: Tensor, pieces: int = 1
+    ) -> Tensor:
         """Sum over k targets of weight times negative log-likelihood; a scalar in FP32.
 
         `input_ids`, `position_ids`: (sequences, tokens), padded on the right, where causal attention lets nothing look.
         `rows`, `prev`, `targets`, `weights`: (k,); target i is predicted at [rows[i], prev[i]].
+        `pieces`: logits exist for one of so many parts of the targets at a time. Ranks must agree on it: where the head is sharded,
+        each piece gathers it.
         """
         hidden = self.policy.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         wanted = hidden[rows, prev]
-        if len(wanted) <= self._at_once:
+        if pieces == 1:
             return self._nll(wanted, targets, weights)
-        cuts = [slice(start, start + self._at_once) for start in range(0, len(wanted), self._at_once)]
-        parts = [checkpoint(self._nll, wanted[cut], targets[cut], weights[cut], use_reentrant=False) for cut in cuts]
-        return torch.stack(parts).sum()
+        parts = zip(*(torch.tensor_split(tensor, pieces) for tensor in (wanted, targets, weights)), strict=True)
+        return torch.stack([checkpoint(self._nll, *part, use_reentrant=False) for part in parts]).sum()
 
     def _nll(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         head = self.policy.get_output_embeddings()
