@@ -45,7 +45,7 @@ def test_an_allowed_edit_keeps_the_identity_and_counts_the_generation(tmp_path: 
 
 def test_a_refused_edit_says_what_to_do_instead(tmp_path: Path) -> None:
     run = accept(_run(), None, tmp_path)
-    with pytest.raises(InvalidRun, match=r"spec\.seed is immutable once a run exists: make a new run"):
+    with pytest.raises(InvalidRun, match=r"spec\.seed is immutable, .*: make a new run with a new name"):
         accept(_run(seed=1), run, tmp_path)
 
 
