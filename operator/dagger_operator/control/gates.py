@@ -40,7 +40,8 @@ def obstacle(run: DAggerRun, observed: Observed, step: Step, job: Child | None, 
     if job is not None and job.deleting:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted")
     same = [one for one in observed.children if (one.round, one.component) == (step.round, step.stage) and one is not job]
-    if leftovers := [one for one in same if one.pods]:
+    # One that has no pods may still be given some, unless it has ended.
+    if leftovers := [one for one in same if one.pods or one.state not in (ChildState.SUCCEEDED, ChildState.FAILED)]:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}")
     if run.spec.gpu_sharing is GpuSharing.TIME_SHARED and (holding := _holding(observed, step)):
         return Trouble(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}")

@@ -70,7 +70,8 @@ class Child:
 
 @dataclass(frozen=True)
 class Observed:
-    """All that a plan rests on beside the run itself. Read children first, then results: a finished Job's result is then seen."""
+    """All that a plan rests on beside the run itself. A view of children may be a moment old, but shows what this controller itself
+    wrote. Read children first, then results: a finished Job's result is then seen."""
 
     now: datetime
     children: tuple[Child, ...] = ()
