@@ -130,7 +130,10 @@ def report(pairs: Sequence[Pair]) -> str:
     """The result as Markdown, whatever it says."""
     differences = [pair.comparison.difference for pair in pairs]
     mean = fmean(differences)
-    half = T95[len(pairs)] * stdev(differences) / sqrt(len(pairs)) if len(pairs) > 1 else float("nan")
+    interval = "no interval from one seed"
+    if len(pairs) > 1:
+        half = T95[len(pairs)] * stdev(differences) / sqrt(len(pairs))
+        interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}"
     only_cloning = sum(pair.comparison.only_first for pair in pairs)
     only_dagger = sum(pair.comparison.only_second for pair in pairs)
     dagger, cloning = _pooled([pair.dagger for pair in pairs]), _pooled([pair.cloning for pair in pairs])
@@ -147,8 +150,7 @@ labels equal: it sees more different tasks than the DAgger arm.
 | seed | DAgger by round | cloning by round | difference (95 % interval) | McNemar p | false submits DAgger / cloning | labels | steps |
 |---|---|---|---|---|---|---|---|
 {"".join(_row(pair) for pair in pairs)}
-Mean difference over {len(pairs)} seeds: **{mean:+.3f}** (95 % interval {mean - half:+.3f} to {mean + half:+.3f}; Student's t, one
-observation a seed).
+Mean difference over {len(pairs)} seeds: **{mean:+.3f}** ({interval}; Student's t, one observation a seed).
 
 All seeds together: DAgger resolved {dagger}, cloning {cloning}. {only_dagger} tasks were resolved by DAgger alone,
 {only_cloning} by cloning alone (McNemar's exact test, p = {mcnemar(only_cloning, only_dagger):.2g}).
@@ -181,6 +183,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=PORT, help="where the teacher listens")
     parser.add_argument("--out", type=Path, default=Path("docs/experiment.md"))
     options = parser.parse_args()
+    if len(options.seeds) > max(T95):
+        parser.error(f"at most {max(T95)} seeds")
     FOLDER.mkdir(parents=True, exist_ok=True)
     pairs = []
     with serving_teacher(FOLDER / "teacher.log", options.port):
