@@ -40,8 +40,7 @@ def obstacle(run: DAggerRun, observed: Observed, step: Step, job: Child | None, 
     if job is not None and job.deleting:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted")
     same = [one for one in observed.children if (one.round, one.component) == (step.round, step.stage) and one is not job]
-    # One that has no pods may still be given some, unless it has ended.
-    if leftovers := [one for one in same if one.pods or one.state not in (ChildState.SUCCEEDED, ChildState.FAILED)]:
+    if leftovers := [one for one in same if one.holds]:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}")
     if run.spec.gpu_sharing is GpuSharing.TIME_SHARED and (holding := _holding(observed, step)):
         return Trouble(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}")
@@ -58,20 +57,13 @@ def servers_trouble(servers: Servers) -> Trouble | None:
 
 
 def training_holds_gpus(observed: Observed) -> bool:
-    return any(one.component == StageName.TRAINING and one.pods for one in observed.children)
+    return any(one.component == StageName.TRAINING and one.holds for one in observed.children)
 
 
 def _holding(observed: Observed, step: Step) -> list[Child]:
     """Under TimeShared: who holds the GPUs that a step is to have."""
-    if step.stage is not StageName.TRAINING:
-        return [one for one in observed.children if one.component == StageName.TRAINING and one.pods]
-    # A Deployment that is not yet seen at zero may have pods that are not yet seen.
-    return [
-        one
-        for one in observed.children
-        if one.component in tuple(Role)
-        and (one.pods or (one.kind == "Deployment" and one.state not in (ChildState.SUSPENDED, ChildState.FAILED)))
-    ]
+    components: tuple[str, ...] = tuple(Role) if step.stage is StageName.TRAINING else (StageName.TRAINING,)
+    return [one for one in observed.children if one.component in components and one.holds]
 
 
 def _named(children: Iterable[Child]) -> str:

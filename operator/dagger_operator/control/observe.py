@@ -64,6 +64,12 @@ class Child:
     deleting: bool = False
 
     @property
+    def holds(self) -> bool:
+        """Whether it has pods, or may be given some at any moment by the controller that works on it."""
+        at_rest = {"Job": (ChildState.SUCCEEDED, ChildState.FAILED), "Deployment": (ChildState.SUSPENDED, ChildState.FAILED)}
+        return self.pods > 0 or (self.kind in at_rest and self.state not in at_rest[self.kind])
+
+    @property
     def ref(self) -> Ref:
         return Ref(self.api_version, self.kind, self.name, self.uid)
 

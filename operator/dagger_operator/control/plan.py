@@ -131,7 +131,7 @@ def _without_results(run: DAggerRun, observed: Observed, problem: str) -> Plan:
             if serving is not None and _find(observed, "Deployment", server_name(run, role)) is not None:
                 objects.append(build_deployment(run, role, serving, replicas=0))
         # Nothing is lost with a Job: its stage does what is left when it is made again.
-        remove = [child.ref for child in observed.children if child.kind == "Job" and child.pods and not child.deleting]
+        remove = [child.ref for child in observed.children if child.kind == "Job" and child.holds and not child.deleting]
     status = blind(run, problem, observed.now)
     return Plan(tuple(objects), tuple(sorted(remove)), status, LOOK_AGAIN, _news(run, status))
 
@@ -177,7 +177,7 @@ def _may_stay(run: DAggerRun, observed: Observed, step: Step | None, job: Child)
     """Whether the Job of a stage that is done is left alone: while it winds up, and then for its logs until two rounds on."""
     if not observed.results.has(job.round, job.component):
         return False
-    if not job.pods:
+    if not job.holds:
         return job.round >= (step.round if step else run.spec.rounds) - 1
     holds_gpus_back = run.spec.gpu_sharing is GpuSharing.TIME_SHARED and job.component == StageName.TRAINING
     previous = before(run.spec, step)
