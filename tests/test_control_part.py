@@ -7,7 +7,6 @@ PROGRAM = """
 import importlib, pkgutil, sys
 
 HEAVY = {"torch", "vllm", "transformers", "deepspeed", "safetensors", "minisweagent", "swebench", "datasets", "numpy", "huggingface_hub"}
-RANKS = {"checkpoints", "engine", "export", "loop", "loss", "rank"}  # of the room training: they run beside torch only
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -19,7 +18,7 @@ import dagger_operator
 for room in pkgutil.iter_modules(dagger_operator.__path__):
     package = importlib.import_module(f"dagger_operator.{room.name}")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "__main__" and not (room.name == "training" and module.name in RANKS):
+        if room.name != "training" or module.name == "__main__":  # the launcher; its ranks run beside torch only
             importlib.import_module(f"dagger_operator.{room.name}.{module.name}")
 """
 

@@ -19,8 +19,7 @@ import structlog
 from dagger_operator.store.policies import load_policy
 from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure, main
-from dagger_operator.training.inputs import inputs
-from dagger_operator.training.rank import weights_folder
+from dagger_operator.training.inputs import inputs, weights_folder
 
 _GRACE_SECONDS = 10
 """How long ranks may go on after another one failed: they wait for it in a collective that will never end."""

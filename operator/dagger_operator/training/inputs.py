@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dagger_operator.api import Aggregation
@@ -49,3 +50,8 @@ async def inputs(stage: Stage) -> Inputs:
 def digest(value: Any) -> str:
     """SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def weights_folder(scratch: Path, version: str) -> Path:
+    """Where the stage puts the weights that its ranks start from."""
+    return scratch / "weights" / version

@@ -22,7 +22,7 @@ from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import StageProgress, TrainingResult, save_result
 from dagger_operator.store.stage import Stage, StageFailure, main
 from dagger_operator.training.batches import Curriculum
-from dagger_operator.training.inputs import Inputs, digest, inputs
+from dagger_operator.training.inputs import Inputs, digest, inputs, weights_folder
 from dagger_operator.training.samples import Tokenised, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
@@ -169,11 +169,6 @@ class _Reporter:
         counters = {"loss": loss, "tokens_per_second": rate}
         progress = StageProgress(done=tally.steps, total=self._steps, unit="steps", counters=counters, seconds=tally.seconds)
         await report(self._stage.store, self._stage.round, "training", 0, progress)
-
-
-def weights_folder(scratch: Path, version: str) -> Path:
-    """Where the stage puts the weights that its ranks start from."""
-    return scratch / "weights" / version
 
 
 def _mean(numbers: tuple[float, ...]) -> float:
