@@ -168,6 +168,8 @@ def test_time_shared_gpus_change_hands_only_when_they_are_seen_to_be_free(story:
     winding_up = tale.plan()
     assert wanted(winding_up)["Deployment", "student"]["spec"]["replicas"] == 0
     assert ("Job", "publish") not in wanted(winding_up)
+    tale.see("training", pods=0)
+    assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 0, "its lost pod may come again"
     tale.see("training", state=ChildState.SUCCEEDED, pods=0)
     back = wanted(tale.plan())
     assert back["Deployment", "student"]["spec"]["replicas"] == 2
@@ -187,6 +189,8 @@ def test_an_edit_restarts_what_it_concerns_and_nothing_else(story: Callable[...,
     assert [ref.name for ref in edited.remove] == [old]
     assert ("Job", "rollout") not in wanted(edited)
     assert edited.status.reason == "LeftoversStopping", "two workers must not have one name"
+    tale.see("rollout", pods=0)
+    assert ("Job", "rollout") not in wanted(tale.plan()), "a Job without pods may be given some as long as it exists"
     tale.carry_out(edited)
     assert wanted(tale.plan())["Job", "rollout"]["spec"]["completions"] == 5
 

@@ -17,7 +17,7 @@ from dagger_operator.control.pods import (
     value,
 )
 from dagger_operator.control.results import Results
-from dagger_operator.control.rounds import StageName, Step, acting_student
+from dagger_operator.control.rounds import StageName, Step
 from dagger_operator.store.stage import ExitCode
 
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -124,7 +124,7 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         value("DAGGER_WORKER", f"{step.stage}-$(JOB_COMPLETION_INDEX)"),
         *policy_environment(run, shape.roles),
     ]
-    policy = acting_student(results, step)
+    policy = results.student_after(step.round)  # in rollouts, what the round before made: this one's is not trained yet
     if policy is not None and step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
         env.append(value("DAGGER_POLICY", policy))
     if training and run.spec.training.nodes > 1:

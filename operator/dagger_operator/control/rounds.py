@@ -64,13 +64,6 @@ def before(spec: RunSpec, step: Step | None) -> Step | None:
     return previous
 
 
-def acting_student(results: Results, step: Step) -> str | None:
-    """Version of the student that a stage works with: in rollouts the one that the round before made, in publish and evaluation
-    the one that this round made. None where no such version is known yet."""
-    made_by = step.round - 1 if step.stage is StageName.ROLLOUT else step.round
-    return results.student_after(made_by)
-
-
 def rollouts_remain(spec: RunSpec, step: Step) -> bool:
     """Whether the teacher will be asked again."""
     return step.round < spec.rounds or step.stage in (StageName.PREPARE, StageName.PREFLIGHT, StageName.ROLLOUT)
