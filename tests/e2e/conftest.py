@@ -26,6 +26,13 @@ class Runs:
     def __init__(self, folder: Path, teacher: str) -> None:
         self.folder, self.teacher = folder, teacher
 
+    def inside(self, name: str) -> "Runs":
+        """The same tasks in a folder and home of its own, where a run of the same name is another run."""
+        folder = self.folder / name
+        folder.mkdir()
+        (folder / "tasks.jsonl").symlink_to(self.folder / "tasks.jsonl")
+        return Runs(folder, self.teacher)
+
     def document(self, name: str, **spec: Any) -> Path:
         """A file with the quickstart's run under another name, its sections replaced or extended by `spec`."""
         document = yaml.safe_load((QUICKSTART / "dagger-run.yaml").read_text())
@@ -88,5 +95,5 @@ def runs(tmp_path: Path, scripted: str) -> Iterator[Runs]:
     yield Runs(tmp_path, scripted)
     from dagger_operator.local.processes import reap
 
-    for path in tmp_path.glob(".dagger/runs/*/run.json"):
+    for path in tmp_path.glob("**/.dagger/runs/*/run.json"):
         reap(json.loads(path.read_text())["metadata"]["uid"] + "/")

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.heavy
 
-KILLS = 6
+KILLS = 5
 
 
 def _labelling_only(runs: Any, name: str, **more: Any) -> str:
@@ -32,28 +32,32 @@ def _digests(runs: Any, name: str) -> list[str]:
     return [entry["rollout"]["dataDigest"] for entry in status["rounds"]]
 
 
+def _finished(runs: Any, name: str) -> int:
+    """Rollouts whose trajectories are in storage."""
+    return len(list((runs.folder / "storage" / name).glob("rounds/*/rollout/trajectories/*.parquet")))
+
+
 @pytest.mark.timeout(600)
 def test_a_run_killed_again_and_again_gives_the_data_of_an_undisturbed_one(runs: Any) -> None:
-    started = time.monotonic()
-    runs.ctl("run", _labelling_only(runs, "calm"))
-    undisturbed = time.monotonic() - started
+    calm, stormy = runs.inside("calm"), runs.inside("stormy")
+    calm.ctl("run", _labelling_only(calm, "one"))
 
-    rng, kills = random.Random(3), 0
-    process = runs.start("run", _labelling_only(runs, "stormy"))
-    while kills < KILLS:
-        try:
-            process.wait(rng.uniform(0.2, 0.6) * undisturbed)
-            break  # it was done before it could be killed once more
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-            process = runs.start("resume", "stormy")
+    rng = random.Random()
+    process = stormy.start("run", _labelling_only(stormy, "one"))
+    accepted = stormy.folder / ".dagger/runs/one/run.json"
+    for kill in range(KILLS):
+        # Anywhere from the supervisor's first moments to the middle of a round, and further on each time.
+        while not accepted.exists() or _finished(stormy, "one") < 5 * kill:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = stormy.start("resume", "one")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert kills >= 2, "it ended before it was disturbed"
-    assert _digests(runs, "stormy") == _digests(runs, "calm")
-    runs.ctl("store", "fsck", "stormy", "--deep")
+    assert _digests(stormy, "one") == _digests(calm, "one")
+    stormy.ctl("store", "fsck", "one", "--deep")
 
 
 @pytest.mark.timeout(300)
