@@ -93,7 +93,7 @@ def runs(tmp_path: Path, scripted: str) -> Iterator[Runs]:
     make = [sys.executable, str(QUICKSTART / "tasks.py"), "--seed", "7", "--train", "40", "--held-out", "12"]
     subprocess.run([*make, "--out", str(tmp_path / "tasks.jsonl")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "operator")})
     yield Runs(tmp_path, scripted)
-    from dagger_operator.local.processes import reap
+    from dagger_operator.local.processes import Reach, reap
 
     for path in tmp_path.glob("**/.dagger/runs/*/run.json"):
-        reap(json.loads(path.read_text())["metadata"]["uid"] + "/")
+        reap(Reach(json.loads(path.read_text())["metadata"]["uid"] + "/", path.parent / "logs"))

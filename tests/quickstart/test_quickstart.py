@@ -17,7 +17,7 @@ import pytest
 
 from dagger_operator.api import DAggerRun, Phase
 from dagger_operator.local.folder import RunFolder
-from dagger_operator.local.processes import reap
+from dagger_operator.local.processes import Reach, reap
 from dagger_operator.policy.coins import coin
 from dagger_operator.store.fsck import fsck
 from dagger_operator.store.layout import Kind
@@ -75,7 +75,7 @@ class Quickstart:
         if self._process is not None:
             self._process.kill()
         if (run := self.run()) is not None:
-            reap(f"{run.metadata.uid}/")
+            reap(Reach(f"{run.metadata.uid}/", self._records.logs))
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from dagger_operator.local.addresses import pod_address
 from dagger_operator.local.deployments import DeploymentRunner
 from dagger_operator.local.environment import PodContext, host_names
+from dagger_operator.local.guard import Guard
 from dagger_operator.local.jobs import JobRunner
 from dagger_operator.local.pods import Pod
-from dagger_operator.local.processes import reap
+from dagger_operator.local.processes import Reach, reap
 
 Manifest = dict[str, Any]
 Key = tuple[str, str]
@@ -59,19 +60,23 @@ class Machine:
         self._objects: dict[Key, Manifest] = {}
         self._runners: dict[Key, Runner] = {}
         self._leaving: dict[Key, asyncio.Task[None]] = {}
+        self._reach = Reach(self._mark, place.logs)
+        self._guard = Guard(self._reach)
         self.changed = asyncio.Event()
         """Set whenever something about an object or a pod changed."""
 
     async def __aenter__(self) -> "Machine":
-        # An earlier supervisor may have been killed before it could end what it had started.
-        await asyncio.to_thread(reap, self._mark)
+        # An earlier supervisor may have been killed before it could end what it had started, and its guard with it.
+        await asyncio.to_thread(reap, self._reach)
+        await self._guard.__aenter__()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         for key in list(self._runners):
             self.remove(*key)
         await asyncio.gather(*self._leaving.values(), return_exceptions=True)
-        await asyncio.to_thread(reap, self._mark)
+        await asyncio.to_thread(reap, self._reach)
+        await self._guard.__aexit__(*error)
 
     def apply(self, objects: Iterable[Manifest]) -> None:
         """Makes or updates objects; one that is just being removed has to be gone first."""

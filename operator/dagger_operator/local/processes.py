@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,8 @@ MARK = "DAGGER_CONTAINER"
 class Process:
     """A running container. What it leaves behind when its main process ends is killed, as a container runtime does."""
 
-    def __init__(self, process: asyncio.subprocess.Process, mark: str) -> None:
-        self._process, self._mark = process, mark
+    def __init__(self, process: asyncio.subprocess.Process, reach: "Reach") -> None:
+        self._process, self._reach = process, reach
         self._exited = asyncio.ensure_future(self._wait())
 
     @classmethod
@@ -38,7 +39,7 @@ class Process:
                 stderr=output,
                 start_new_session=True,
             )
-        return cls(process, mark)
+        return cls(process, Reach(mark, log))
 
     @property
     def pid(self) -> int:
@@ -61,26 +62,43 @@ class Process:
 
     async def _wait(self) -> int:
         code = await self._process.wait()
-        await asyncio.to_thread(reap, self._mark)
+        await asyncio.to_thread(reap, self._reach)
         return code if code >= 0 else 128 - code
 
 
-def reap(prefix: str, timeout: float = 5.0) -> int:
-    """Kills every process whose mark starts with `prefix`; how many there were."""
-    if not prefix:
-        raise ValueError("an empty prefix would match every process of the machine")
-    marked = [process for process in psutil.process_iter() if _mark(process).startswith(prefix)]
-    for process in marked:
+@dataclass(frozen=True)
+class Reach:
+    """Tells processes of a run, a pod or a container from all others, without remembering any."""
+
+    mark: str
+    """How their marks start."""
+    logs: Path
+    """Folder, or log, that their output goes to: a program that renames itself may overwrite its environment, mark and all."""
+
+    def holds(self, process: psutil.Process) -> bool:
+        """Whether `process` is one of them."""
+        if process.pid == os.getpid():
+            return False
+        with contextlib.suppress(psutil.Error, OSError):  # gone, a zombie, or another user's: none of ours
+            if process.environ().get(MARK, "").startswith(self.mark):
+                return True
+        return any(self._writes(process.pid, descriptor) for descriptor in (1, 2))
+
+    def _writes(self, pid: int, descriptor: int) -> bool:
+        try:
+            target = Path(f"/proc/{pid}/fd/{descriptor}").readlink()
+        except OSError:
+            return False
+        return target.is_relative_to(self.logs)
+
+
+def reap(reach: Reach, *, older_than: float | None = None, timeout: float = 5.0) -> int:
+    """Kills every process within reach, of those older than a Unix time only where one is given; how many there were."""
+    found = [process for process in psutil.process_iter(["create_time"]) if reach.holds(process)]
+    if older_than is not None:
+        found = [process for process in found if process.info["create_time"] < older_than]
+    for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(marked, timeout=timeout)
-    return len(marked)
-
-
-def _mark(process: psutil.Process) -> str:
-    if process.pid == os.getpid():
-        return ""
-    try:
-        return process.environ().get(MARK, "")
-    except (psutil.Error, OSError):
-        return ""  # gone, a zombie, or another user's: none of ours
+    psutil.wait_procs(found, timeout=timeout)
+    return len(found)

@@ -1,0 +1,40 @@
+"""Outlives a supervisor that was killed, for as long as it takes to end what that one had started.
+
+`python -m dagger_operator.local.guard MARK LOGS` waits until its standard input closes, which it does however the supervisor ends.
+"""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+from dagger_operator.local.processes import Reach, reap
+
+
+class Guard:
+    """The guard's process, as the supervisor holds it. Use as an async context manager."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+
+    async def __aenter__(self) -> Self:
+        command = [sys.executable, "-m", "dagger_operator.local.guard", self._reach.mark, str(self._reach.logs)]
+        # In a session of its own: Ctrl-C is for the supervisor alone.
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, start_new_session=True)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
+
+
+def main(mark: str, logs: str) -> None:
+    sys.stdin.read()
+    # The next supervisor may start at once; what it starts is its own.
+    reap(Reach(mark, Path(logs)), older_than=time.time())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
