@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from dagger_operator.api import DAggerRun, Phase
-from dagger_operator.cli.report import conditions, headline, rounds_table
+from dagger_operator.cli.report import headline, report
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 from dagger_operator.store.progress import read_progress
 from dagger_operator.store.results import StageProgress
@@ -27,10 +27,10 @@ def merged(reports: Mapping[int, StageProgress]) -> StageProgress | None:
     if not reports:
         return None
     counters: dict[str, float] = {}
-    for report in reports.values():
-        for name, value in report.counters.items():
+    for one in reports.values():
+        for name, value in one.counters.items():
             counters[name] = counters.get(name, 0.0) + value
-    furthest = max(reports.values(), key=lambda report: report.done)
+    furthest = max(reports.values(), key=lambda one: one.done)
     return furthest.model_copy(update={"counters": counters})
 
 
@@ -41,6 +41,12 @@ def line(run: DAggerRun, progress: StageProgress | None) -> str:
         text += f": {progress.done}/{progress.total} {progress.unit}"
         text += "".join(f", {name} {value:.4g}" for name, value in progress.counters.items())
     return text
+
+
+def obstacle(run: DAggerRun) -> str:
+    """What the condition says that gives the run's reason; empty where it only names the stage at work."""
+    found = [c for c in (run.status.conditions if run.status else []) if c.reason == (run.status and run.status.reason)]
+    return next((c.message for c in found if not c.reason.endswith(("Running", "Starting"))), "")
 
 
 def _stage(run: DAggerRun) -> tuple[int, str] | None:
@@ -92,9 +98,11 @@ class Display:
 
     def _draw(self) -> None:
         if self._live is not None:
-            self._live.update(Group(headline(self._run), conditions(self._run), rounds_table(self._run), self._bar()), refresh=True)
+            self._live.update(Group(report(self._run), self._bar()), refresh=True)
             return
         said = headline(self._run).plain
+        if said != self._said and (message := obstacle(self._run)):
+            self._console.print(f"  {message}", highlight=False, soft_wrap=True)
         if said != self._said or time.monotonic() - self._said_at > PLAIN_EVERY:
             self._said, self._said_at = said, time.monotonic()
             self._console.print(line(self._run, self._progress), highlight=False, soft_wrap=True)

@@ -46,7 +46,9 @@ def rounds_table(run: DAggerRun) -> Table:
 
 
 def report(run: DAggerRun) -> RenderableType:
-    return Group(headline(run), conditions(run), rounds_table(run))
+    """All that there is to say by now."""
+    has_rounds = run.status is not None and run.status.rounds
+    return Group(headline(run), conditions(run), *([rounds_table(run)] if has_rounds else []))
 
 
 def _caption(run: DAggerRun) -> str:
