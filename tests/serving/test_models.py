@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Storage
+from dagger_operator.serving import models
 from dagger_operator.serving.models import Folder, Hub, Stored, check_model, digest_folder, fetch, source
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
@@ -86,3 +87,9 @@ def test_a_folder_that_cannot_be_served_is_refused(model: Path, spoil: Any, said
 def test_a_context_beyond_the_models_positions_is_refused(model: Path) -> None:
     with pytest.raises(StageFailure, match=r"student.serving.maxModelLen is 4096, but the model has 2048 positions: write 2048 or less"):
         check_model(model, "student.model", 4096)
+
+
+async def test_without_the_hubs_client_an_id_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    with pytest.raises(StageFailure, match=r"student\.model 'org/name' is on the hub.*install the extra 'rollout'"):
+        await models.commit(Hub("org/name"), "student.model")

@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 from urllib.parse import unquote
@@ -84,7 +85,14 @@ async def commit(origin: Hub, field: Field) -> str:
     return await asyncio.to_thread(_commit, origin, field)
 
 
+def _needs_hub(origin: Hub, field: Field) -> None:
+    if find_spec("huggingface_hub") is None:
+        remedy = "install the extra 'rollout', or name a folder or a URL below storage.url"
+        raise StageFailure("MissingExtra", f"{field} {origin.id!r} is on the hub, and huggingface_hub is not installed: {remedy}")
+
+
 def _commit(origin: Hub, field: Field) -> str:
+    _needs_hub(origin, field)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -98,6 +106,7 @@ def _commit(origin: Hub, field: Field) -> str:
 
 
 def _download(origin: Hub, into: Path, field: Field) -> Path:
+    _needs_hub(origin, field)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
