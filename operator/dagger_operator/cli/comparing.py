@@ -22,12 +22,12 @@ def compare_rounds(first_run: str, first: int, second_run: str, second: int) -> 
             return Exit.BAD_INPUT
         results.append(result)
     confidence = run.spec.evaluation.confidence
-    outcome = compare(*results, confidence=confidence)
+    outcome = compare(results[1], results[0], confidence=confidence)  # second argument less first
     ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
     difference = f"{100 * outcome.difference:+.1f} points, {confidence:.0%} interval {ends} (paired bootstrap)"
-    print(f"{first_run} round {first}: {outcome.first_rate:.1%} resolved")
-    print(f"{second_run} round {second}: {outcome.second_rate:.1%} resolved")
+    print(f"{first_run} round {first}: {outcome.second_rate:.1%} resolved")
+    print(f"{second_run} round {second}: {outcome.first_rate:.1%} resolved")
     print(f"difference on {outcome.tasks} common tasks: {difference}")
-    print(f"resolved by the first alone: {outcome.only_first}, by the second alone: {outcome.only_second}")
+    print(f"resolved by the first alone: {outcome.only_second}, by the second alone: {outcome.only_first}")
     print(f"p = {outcome.p_value:.2g} (McNemar's exact test)")
     return Exit.OK

@@ -1,0 +1,42 @@
+"""Two evaluated rounds are compared task by task, the first less the second."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from dagger_operator.api import EvaluationSummary, load
+from dagger_operator.local.acceptance import accept
+from dagger_operator.local.folder import RunFolder
+from dagger_operator.store.objects import Store
+from dagger_operator.store.results import EvaluationResult, save_result
+
+TASKS = [f"task-{number:02d}" for number in range(20)]
+
+
+def _evaluation(resolved: int) -> EvaluationResult:
+    summary = EvaluationSummary(
+        policy="p", tasks=20, resolved=resolved, resolved_rate=resolved / 20, interval=[0.0, 1.0], false_submits=0, seconds=1.0
+    )
+    return EvaluationResult(summary=summary, resolved_tasks=tuple(TASKS[:resolved]), unresolved_tasks=tuple(TASKS[resolved:]))
+
+
+def _finished_run(folder: Path, document: dict[str, Any]) -> None:
+    run = accept(load(document), None, folder)
+    RunFolder(folder / ".dagger", "small").save(run)
+    store = Store.open(run.spec.storage)
+    for number, resolved in ((1, 5), (2, 15)):
+        asyncio.run(save_result(store, number, "evaluation", _evaluation(resolved)))
+
+
+def test_a_better_round_is_ahead_by_its_points(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    _finished_run(tmp_path, document)
+    said = ctl("compare", "small", "2", "1").stdout
+    assert "small round 2: 75.0% resolved" in said and "small round 1: 25.0% resolved" in said
+    assert "difference on 20 common tasks: +50.0 points, 95% interval +30.0 to +70.0" in said
+    assert "by the first alone: 10, by the second alone: 0" in said and "p = 0.002" in said
+
+
+def test_a_round_without_evaluation_is_named(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    _finished_run(tmp_path, document)
+    answer = ctl("compare", "small", "3", "1")
+    assert answer.returncode == 2 and "round 3 of run 'small' has no evaluation" in answer.stderr
