@@ -1,12 +1,13 @@
 """Rows of SWE-bench and SWE-Gym as tasks.
 
-Supported are rows that say themselves how they are graded, as swebench 5 has them: `SWE-bench/SWE-bench_Verified`, `_Lite`,
-`_Multilingual` and their exports. SWE-Gym's published rows do not: they need the columns `eval_script`, `log_parser` and `eval_type` added.
+Rows of SWE-bench have to say themselves how they are graded, as swebench 5 has them: `SWE-bench/SWE-bench_Verified`, `_Lite`,
+`_Multilingual` and their exports. SWE-Gym's published rows do not; `swegym` adds it for its repositories.
 Gold patches and hints are dropped when a row is read.
 """
 
 from typing import Any
 
+from dagger_operator.tasks import swegym
 from dagger_operator.tasks.task import SwebenchGrading, Task
 
 _GRADING = ("instance_id", "image", "repo", "version", "FAIL_TO_PASS", "PASS_TO_PASS", "log_parser", "eval_type", "eval_script")
@@ -26,10 +27,11 @@ def swebench_task(row: dict[str, Any]) -> Task:
 def swegym_task(row: dict[str, Any]) -> Task:
     """A row of SWE-Gym. Raises `MissingColumns`."""
     remedy = (
-        "SWE-Gym publishes rows without them: export its rows with an eval_script (the shell script that runs the tests between "
-        "swebench's markers), a log_parser of swebench such as parse_log_pytest, and eval_type pass_and_fail"
+        f"SWE-Gym's own rows are known for {', '.join(swegym.REPOSITORIES)}, and need repo, base_commit and test_patch; give others an "
+        "eval_script (the shell script that runs the tests between swebench's markers), a log_parser of swebench such as "
+        "parse_log_pytest, and eval_type pass_and_fail"
     )
-    return _task(row, "xingyaoww", "_s_", remedy)
+    return _task({**swegym.grading_of(row), **row}, "xingyaoww", "_s_", remedy)
 
 
 def _task(row: dict[str, Any], owner: str, separator: str, remedy: str) -> Task:
