@@ -32,8 +32,9 @@ heavy: setup ## Tests with real vLLM, DeepSpeed and S3
 experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
 
-generate: setup ## The CRD and its reference, from the models
+generate: setup ## The CRD and its reference, from the models; the plain manifests, from the chart
 	$(BIN)/python -m dagger_operator.api.crd
+	@scripts/manifests
 
 lock: ## Resolve the dependencies anew, on purpose
 	@scripts/lock
