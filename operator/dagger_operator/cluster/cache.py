@@ -1,0 +1,156 @@
+"""What is known of the cluster's objects: fed by watches and by the answers to our own writes, asked by run.
+
+The newest version of an object wins, whichever way it came, so a plan sees what was just written although its event has not
+arrived. Only what is read is kept: ten thousand pods are a few tens of megabytes.
+"""
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dagger_operator.api import KIND
+from dagger_operator.control import RUN
+
+Manifest = dict[str, Any]
+
+RUN_NAMESPACE = "dagger-operator.dev/run-namespace"
+"""Label of what a run has in another namespace than its own."""
+
+_TOMBSTONES = 4096
+"""Deletions that are remembered, so that a late answer does not bring an object back."""
+
+
+class RunKey(NamedTuple):
+    namespace: str
+    name: str
+
+
+class Id(NamedTuple):
+    """One object, whatever its kind."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+@dataclass
+class _Kept:
+    object: Manifest
+    heard: float
+    """When it was heard of last, by our clock."""
+
+
+@dataclass
+class Cache:
+    clock: Callable[[], float] = time.monotonic
+    _objects: dict[Id, _Kept] = field(default_factory=dict)
+    _of_run: defaultdict[RunKey, set[Id]] = field(default_factory=lambda: defaultdict(set))
+    _gone: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    def put(self, manifest: Mapping[str, Any]) -> RunKey | None:
+        """Takes note of an object as an API server gave it. The run that it concerns, or None where nothing new was said."""
+        one = identity(manifest)
+        known = self._objects.get(one)
+        metadata = manifest["metadata"]
+        if known is not None:
+            known.heard = self.clock()
+        if metadata.get("uid") in self._gone or (known is not None and _version(manifest) <= _version(known.object)):
+            return None
+        if known is not None:
+            self._drop(one)
+        self._objects[one] = _Kept(slim(manifest), self.clock())
+        key = run_key(manifest)
+        if key is not None and one.kind != KIND:
+            self._of_run[key].add(one)
+        return key
+
+    def remove(self, manifest: Mapping[str, Any]) -> RunKey | None:
+        """An object is gone: this one, and not a later one of the same name. The run that it concerns."""
+        uid = manifest["metadata"].get("uid", "")
+        self._gone[uid] = None
+        if len(self._gone) > _TOMBSTONES:
+            self._gone.popitem(last=False)
+        one = identity(manifest)
+        known = self._objects.get(one)
+        if known is not None and known.object["metadata"].get("uid", "") == uid:
+            self._drop(one)
+        return run_key(manifest)
+
+    def _drop(self, one: Id) -> None:
+        key = run_key(self._objects.pop(one).object)
+        if key is not None and one in self._of_run.get(key, ()):
+            self._of_run[key].discard(one)
+            if not self._of_run[key]:
+                del self._of_run[key]
+
+    def get(self, one: Id) -> Manifest | None:
+        known = self._objects.get(one)
+        return known.object if known is not None else None
+
+    def run(self, key: RunKey) -> Manifest | None:
+        return self.get(Id(KIND, *key))
+
+    def runs(self) -> Iterator[Manifest]:
+        return (kept.object for one, kept in self._objects.items() if one.kind == KIND)
+
+    def children(self, key: RunKey) -> list[Manifest]:
+        """Everything that wears a run's label, in whatever namespace."""
+        return [self._objects[one].object for one in sorted(self._of_run.get(key, ()))]
+
+    def unheard(self, kind: str, namespace: str | None, since: float) -> list[Manifest]:
+        """Objects of a kind (in a namespace, or in all) of which nothing was heard since: what a fresh list of them left out."""
+        return [
+            kept.object
+            for one, kept in self._objects.items()
+            if one.kind == kind and namespace in (None, one.namespace) and kept.heard < since
+        ]
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+
+def identity(manifest: Mapping[str, Any]) -> Id:
+    metadata = manifest["metadata"]
+    return Id(manifest["kind"], metadata.get("namespace", ""), metadata["name"])
+
+
+def run_key(manifest: Mapping[str, Any]) -> RunKey | None:
+    """The run that an object is, or says that it belongs to."""
+    metadata = manifest["metadata"]
+    if manifest["kind"] == KIND:
+        return RunKey(metadata["namespace"], metadata["name"])
+    labels = metadata.get("labels") or {}
+    name = labels.get(RUN)
+    return RunKey(labels.get(RUN_NAMESPACE) or metadata.get("namespace", ""), name) if name else None
+
+
+def _version(manifest: Mapping[str, Any]) -> int:
+    """Versions are opaque by contract and ordered numbers in every API server; from 1.35 on the contract says so too."""
+    return int(manifest["metadata"].get("resourceVersion") or 0)
+
+
+def slim(manifest: Mapping[str, Any]) -> Manifest:
+    """An object without what nobody reads: who manages which field, and, of pods and their templates, all but what they ask for."""
+    kept = {name: part for name, part in manifest.items() if name != "metadata"}
+    kept["metadata"] = {name: part for name, part in manifest["metadata"].items() if name != "managedFields"}
+    if (annotations := kept["metadata"].get("annotations")) is not None:
+        kept["metadata"]["annotations"] = {name: text for name, text in annotations.items() if name not in _UNREAD}
+    if manifest["kind"] == "Pod":
+        kept["spec"] = _slim_pod(manifest.get("spec") or {})
+    elif "template" in (spec := manifest.get("spec") or {}) and manifest["kind"] != KIND:
+        template = spec["template"]
+        kept["spec"] = {**spec, "template": {**template, "spec": _slim_pod(template.get("spec") or {})}}
+    return kept
+
+
+_UNREAD = frozenset({"kubectl.kubernetes.io/last-applied-configuration"})
+
+
+def _slim_pod(spec: Mapping[str, Any]) -> Manifest:
+    kept: Manifest = {"nodeName": spec["nodeName"]} if "nodeName" in spec else {}
+    for containers in ("initContainers", "containers"):
+        if containers in spec:
+            kept[containers] = [{name: one[name] for name in ("name", "resources") if name in one} for one in spec[containers]]
+    return kept

@@ -1,0 +1,138 @@
+"""The few requests that the operator makes, in Kubernetes' own terms: manifests in, manifests out, errors typed.
+
+Generic: any kind is found by discovery, so that a new kind of object in a plan needs nothing here.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import aiohttp
+from kubernetes.aio.client import Configuration
+
+from dagger_operator.cluster.connection import authorization, configuration, session
+from dagger_operator.cluster.errors import Missing, Unavailable, error_of
+
+Manifest = dict[str, Any]
+
+FIELD_MANAGER = "dagger-operator"
+_TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
+_PAGE = 500
+
+
+class Client:
+    def __init__(self, settings: Configuration, http: aiohttp.ClientSession, fence: Callable[[], None] = lambda: None) -> None:
+        self._settings, self._http, self._fence = settings, http, fence
+        self._kinds: dict[str, dict[str, str]] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, traces: Sequence[aiohttp.TraceConfig] = ()) -> AsyncIterator[Self]:
+        """Raises `NoCluster`."""
+        settings = await configuration()
+        async with session(settings, {}, traces) as http:
+            yield cls(settings, http)
+
+    def fenced(self, fence: Callable[[], None]) -> Self:
+        """The same, asking `fence` before every write, which raises where this process may not write any more."""
+        return type(self)(self._settings, self._http, fence)
+
+    async def get(self, api_version: str, kind: str, namespace: str, name: str) -> Manifest:
+        """Raises `Missing`."""
+        return await self._ask("GET", await self._path(api_version, kind, namespace, name))
+
+    async def list(self, api_version: str, kind: str, namespace: str, **query: str) -> AsyncIterator[Manifest]:
+        """In pages; `query` as in the API: `labelSelector`, `fieldSelector`."""
+        path = await self._path(api_version, kind, namespace)
+        page: dict[str, str] = {"limit": str(_PAGE), **query}
+        while True:
+            found = await self._ask("GET", path, query=page)
+            for item in found.get("items") or ():
+                yield {"apiVersion": api_version, "kind": kind, **item}
+            if not (more := (found.get("metadata") or {}).get("continue")):
+                return
+            page["continue"] = more
+
+    async def apply(self, manifest: Mapping[str, Any]) -> Manifest:
+        """Server-side apply: what we stated before and state no more is removed, and what others changed is changed back.
+
+        A uid in the manifest is a precondition: `Conflict` where another object has the name now.
+        """
+        path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        return await self._ask("PATCH", path, query=query, body=manifest, content="application/apply-patch+yaml")
+
+    async def create(self, manifest: Mapping[str, Any]) -> Manifest:
+        """Raises `Conflict` where the name is taken."""
+        namespace, _ = _place(manifest)
+        path = await self._path(manifest["apiVersion"], manifest["kind"], namespace)
+        return await self._ask("POST", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
+
+    async def replace(self, manifest: Mapping[str, Any], subresource: str = "") -> Manifest:
+        """`metadata.resourceVersion` is a precondition: `Conflict` where the object changed since."""
+        path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
+        path += f"/{subresource}" if subresource else ""
+        return await self._ask("PUT", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
+
+    async def delete(
+        self, api_version: str, kind: str, namespace: str, name: str, *, preconditions: Mapping[str, str], propagation: str = "Foreground"
+    ) -> None:
+        """Not to be found is fine. Raises `Conflict` where `uid` or `resourceVersion` is another."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
+        if preconditions:
+            body["preconditions"] = dict(preconditions)  # type: ignore[assignment]  # of an otherwise flat object
+        try:
+            await self._ask("DELETE", await self._path(api_version, kind, namespace, name), body=body)
+        except Missing:
+            return
+
+    async def served(self, api_version: str) -> Mapping[str, str]:
+        """Plural by kind of a group and version; empty where the cluster does not have it. Kept once found."""
+        if not self._kinds.get(api_version):
+            path = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
+            try:
+                found = await self._ask("GET", path)
+            except Missing:
+                return {}
+            self._kinds[api_version] = {one["kind"]: one["name"] for one in found["resources"] if "/" not in one["name"]}
+        return self._kinds[api_version]
+
+    async def _path(self, api_version: str, kind: str, namespace: str, name: str = "") -> str:
+        plural = (await self.served(api_version)).get(kind)
+        if plural is None:
+            raise Missing(f"looking for {kind}", 404, "KindNotInstalled", f"this cluster has no {kind} in {api_version}: install it")
+        group = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
+        return f"{group}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
+
+    async def _ask(
+        self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"
+    ) -> Manifest:
+        if verb != "GET":
+            self._fence()
+        doing = f"{verb} {path}"
+        headers = {"Accept": "application/json", "Content-Type": content, **await authorization(self._settings)}
+        try:
+            async with self._http.request(
+                verb,
+                self._settings.host + path,
+                params=query,
+                data=None if body is None else json.dumps(body).encode(),
+                headers=headers,
+                timeout=_TIMEOUT,
+            ) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
+            raise Unavailable(doing, 0, "Unreachable", str(error) or type(error).__name__) from error
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = {"message": text.decode(errors="replace")[:1000]}
+        if answer.status >= 400:
+            raise error_of(doing, answer.status, said)
+        return dict(said)
+
+
+def _place(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    return manifest["metadata"]["namespace"], manifest["metadata"]["name"]

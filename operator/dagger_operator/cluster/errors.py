@@ -1,0 +1,62 @@
+"""What an API server may answer instead of doing what it was asked.
+
+ApiError
+├── Unavailable   it cannot be reached or is too busy: nothing is known, try again
+├── Conflict      somebody else was quicker: look again
+├── Missing       there is no such object, namespace or kind
+└── Refused       it will not do this: quota, admission, permission, an invalid object
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ApiError(Exception):
+    """`reason` is the API server's own, in CamelCase; `code` the HTTP status, 0 where there was no answer."""
+
+    def __init__(self, doing: str, code: int, reason: str, message: str) -> None:
+        self.code, self.reason, self.message = code, reason, message
+        super().__init__(f"{doing}: {reason or code}: {message}")
+
+
+class Unavailable(ApiError):
+    pass
+
+
+class Conflict(ApiError):
+    pass
+
+
+class Missing(ApiError):
+    pass
+
+
+class Refused(ApiError):
+    pass
+
+
+def error_of(doing: str, code: int, status: Mapping[str, Any]) -> ApiError:
+    """The error that an answer stands for; `status` is its body, a `Status` object as a rule."""
+    kind: type[ApiError]
+    match code:
+        case 404:
+            kind = Missing
+        case 409:
+            kind = Conflict
+        case 408 | 429:
+            kind = Unavailable
+        case 401:
+            kind = Unavailable  # a token that is being rotated; the next request reads it anew
+        case _ if code >= 500:
+            kind = Unavailable
+        case _:
+            kind = Refused
+    message = str(status.get("message") or "")
+    return kind(doing, code, _reason(code, str(status.get("reason") or ""), message), message)
+
+
+def _reason(code: int, reason: str, message: str) -> str:
+    """A quota is said to be `Forbidden`; people look for the word."""
+    if code == 403 and "exceeded quota" in message:
+        return "QuotaExceeded"
+    return reason

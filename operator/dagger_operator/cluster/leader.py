@@ -1,0 +1,128 @@
+"""Who works: one replica at a time, by a Lease.
+
+Another replica takes over once the holder did not renew for `duration`, by its own clock from when it saw the last renewal, so
+clocks need not agree. The holder stops to write when it could not renew for `deadline`, which is shorter: `fence` is asked
+before every write, and `keep` raises, which ends the process. A new life begins with what is observed.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.errors import ApiError, Conflict, Missing, Unavailable
+
+log = structlog.get_logger()
+
+_API, _KIND = "coordination.k8s.io/v1", "Lease"
+
+
+class LeadershipLost(Exception):
+    """Another replica may be at work: this process has to end."""
+
+
+@dataclass
+class Leader:
+    client: Client
+    """Not fenced: the Lease is what the fence rests on."""
+    namespace: str
+    name: str
+    identity: str
+    """Of this life of this process: a replica that was started again is another one."""
+    duration: float = 15.0
+    """Seconds after which others may take over from a holder that does not renew."""
+    deadline: float = 10.0
+    """Seconds after which a holder that cannot renew gives up."""
+    retry: float = 2.0
+    clock: Callable[[], float] = time.monotonic
+    _seen: tuple[str, float] = ("", 0.0)
+    """Version of another's Lease, and when it was first seen."""
+    _renewed: float | None = field(default=None)
+
+    @property
+    def holds(self) -> bool:
+        return self._renewed is not None and self.clock() - self._renewed < self.deadline
+
+    def fence(self) -> None:
+        """Raises `LeadershipLost` where this process may not write: its last renewal is too old, however busy it was meanwhile."""
+        if not self.holds:
+            raise LeadershipLost(f"Lease {self.namespace}/{self.name} was not renewed for {self.deadline:.0f} s")
+
+    async def acquire(self) -> None:
+        """Returns once this process holds the Lease. Waits through an API server that is away; `Refused` is raised."""
+        while not await self._tried():  # noqa: ASYNC110 - what is waited for happens in the cluster
+            await asyncio.sleep(self.retry)
+        log.info("leading", lease=f"{self.namespace}/{self.name}", identity=self.identity)
+
+    async def keep(self) -> None:
+        """Renews for ever. Raises `LeadershipLost`."""
+        while True:
+            await asyncio.sleep(self.retry)
+            held = await self._tried()
+            if not held:
+                self.fence()
+
+    async def release(self) -> None:
+        """Lets another replica take over at once; what fails does not matter, the Lease expires."""
+        if not self.holds:
+            return
+        self._renewed = None
+        try:
+            lease = await self.client.get(_API, _KIND, self.namespace, self.name)
+            if lease["spec"].get("holderIdentity") == self.identity:
+                await self.client.replace({**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
+        except ApiError as error:
+            log.debug("lease not released", error=str(error))
+
+    async def _tried(self) -> bool:
+        """Takes or renews the Lease, where that may be done. False: not now."""
+        began = self.clock()
+        try:
+            async with asyncio.timeout(self.deadline / 2):
+                if not await self._written():
+                    return False
+        except (Unavailable, Conflict, TimeoutError) as error:
+            log.debug("lease", error=repr(error))
+            return False
+        self._renewed = began
+        return True
+
+    async def _written(self) -> bool:
+        try:
+            lease = await self.client.get(_API, _KIND, self.namespace, self.name)
+        except Missing:
+            await self.client.create(self._claimed({}))
+            return True
+        if not self._free(lease):
+            return False
+        await self.client.replace({**lease, "spec": self._claimed(lease["spec"])["spec"]})
+        return True
+
+    def _free(self, lease: dict[str, Any]) -> bool:
+        spec, version = lease.get("spec") or {}, lease["metadata"]["resourceVersion"]
+        if spec.get("holderIdentity") in (self.identity, "", None):
+            return True
+        if self._seen[0] != version:
+            self._seen = (version, self.clock())
+        return self.clock() - self._seen[1] >= float(spec.get("leaseDurationSeconds") or self.duration)
+
+    def _claimed(self, spec: dict[str, Any]) -> dict[str, Any]:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        mine = spec.get("holderIdentity") == self.identity
+        return {
+            "apiVersion": _API,
+            "kind": _KIND,
+            "metadata": {"name": self.name, "namespace": self.namespace},
+            "spec": {
+                "holderIdentity": self.identity,
+                "leaseDurationSeconds": int(self.duration),
+                "acquireTime": spec.get("acquireTime") if mine else now,
+                "renewTime": now,
+                "leaseTransitions": int(spec.get("leaseTransitions") or 0) + (0 if mine else 1),
+            },
+        }

@@ -1,0 +1,150 @@
+"""A queue of keys with controller-runtime's semantics: what is asked for twice is done once, and nobody does one key twice at a time.
+
+A key says that something about an object should be looked at, never what happened. Events that come while its key is being
+worked on make it be worked on once more afterwards.
+"""
+
+import asyncio
+import heapq
+import random
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import structlog
+
+K = TypeVar("K", bound=Hashable)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long a key waits after failures in a row."""
+
+    first: float = 0.25
+    """Seconds after the first failure; doubled with each further one."""
+    longest: float = 60.0
+    jitter: float = 0.5
+    """Share of the wait that is left to chance, so that what failed together does not come back together."""
+
+    def seconds(self, failures: int, chance: float) -> float:
+        whole = min(self.longest, self.first * 2.0 ** min(failures - 1, 32))
+        return whole * (1 - self.jitter * chance)
+
+
+@dataclass
+class _Entry:
+    due: float | None = None
+    """When it is to be worked on; None where nothing is asked."""
+    working: bool = False
+    failures: int = 0
+    last: float = float("-inf")
+    """When it was given to a worker last."""
+
+
+@dataclass
+class WorkQueue(Generic[K]):
+    """Not thread-safe; used from one event loop."""
+
+    clock: Callable[[], float]
+    """Seconds, monotonic."""
+    backoff: Backoff = field(default_factory=Backoff)
+    spacing: float = 0.0
+    """Least seconds between two starts of one key: a burst of events costs one look at its beginning and one at its end."""
+    chance: Callable[[], float] = random.random
+    _entries: dict[K, _Entry] = field(default_factory=dict)
+    _heap: list[tuple[float, int, K]] = field(default_factory=list)
+    _ticket: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, key: K, after: float = 0.0) -> None:
+        """Asks for `key` in `after` seconds, or earlier where that was asked for already."""
+        entry = self._entries.setdefault(key, _Entry())
+        due = max(self.clock() + after, entry.last + self.spacing)
+        if entry.due is None or due < entry.due:
+            entry.due = due
+            if not entry.working:
+                self._push(key, due)
+
+    def take(self) -> K | None:
+        """A key that is due and that nobody works on, or None. `done` or `failed` has to follow."""
+        now = self.clock()
+        while self._heap and self._heap[0][0] <= now:
+            due, _, key = heapq.heappop(self._heap)
+            entry = self._entries.get(key)
+            if entry is None or entry.working:
+                continue
+            if entry.due is None:
+                del self._entries[key]  # nobody asked for it since it was done
+            elif entry.due == due:  # else it was asked for at another time too
+                entry.due, entry.working, entry.last = None, True, now
+                return key
+        return None
+
+    def done(self, key: K, *, again_after: float | None = None) -> None:
+        """`key` was worked on successfully and is to be looked at again after so many seconds; None: when somebody asks."""
+        self._finish(key, failures=0, again_after=again_after)
+
+    def failed(self, key: K) -> float:
+        """Working on `key` failed: it is tried again after the seconds that are returned, or earlier where somebody asks."""
+        failures = self._entries[key].failures + 1
+        wait = self.backoff.seconds(failures, self.chance())
+        self._finish(key, failures=failures, again_after=wait)
+        return wait
+
+    def _finish(self, key: K, *, failures: int, again_after: float | None) -> None:
+        entry = self._entries[key]
+        entry.failures = failures
+        if again_after is not None:
+            self.add(key, again_after)
+        entry.working = False
+        self._push(key, entry.last + self.spacing if entry.due is None else entry.due)
+
+    def _push(self, key: K, due: float) -> None:
+        self._ticket += 1
+        heapq.heappush(self._heap, (due, self._ticket, key))
+        self._changed.set()
+
+    @property
+    def depth(self) -> int:
+        """Keys that could be worked on now."""
+        now = self.clock()
+        return sum(1 for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now)
+
+    @property
+    def oldest(self) -> float:
+        """Seconds that the key that waits longest has been due; 0 where none is."""
+        now = self.clock()
+        return max((now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None), default=0.0)
+
+    async def run(self, work: Callable[[K], Awaitable[float | None]], workers: int) -> None:
+        """Works until it is cancelled. `work` returns the seconds after which it wants to look again."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(workers):
+                group.create_task(self._work(work))
+
+    async def _work(self, work: Callable[[K], Awaitable[float | None]]) -> None:
+        while True:
+            key = await self._next()
+            try:
+                again_after = await work(key)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                wait = self.failed(key)
+                log.warning("failed, to be tried again", key=key, error=repr(error), seconds=round(wait, 1))
+            else:
+                self.done(key, again_after=again_after)
+
+    async def _next(self) -> K:
+        while True:
+            self._changed.clear()
+            if (key := self.take()) is not None:
+                return key
+            wait = None if not self._heap else max(0.0, self._heap[0][0] - self.clock())
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass

@@ -1,0 +1,61 @@
+"""The operator's own settings: environment variables `DAGGER_OPERATOR_*`, read once."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+PREFIX = "DAGGER_OPERATOR_"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class InvalidSettings(ValueError):
+    """A variable with a value that does not do; the message names variable, value and remedy."""
+
+
+def _listed(value: Any) -> Any:
+    return [name for part in value.split(",") if (name := part.strip())] if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """What the chart sets. An empty variable is one that is not set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    namespaces: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = ()
+    """Namespaces whose runs are worked on, comma-separated; empty is all."""
+    namespace: Name = "default"
+    """The operator's own namespace: its Lease is kept there."""
+    pod: Annotated[str, Field(min_length=1, max_length=253)] = Field(default_factory=lambda: os.uname().nodename)
+    """Name of this process among its replicas: the pod's."""
+    sandbox_namespace: Name | None = None
+    """Namespace for sandbox pods of runs that name none."""
+    helper_image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Image with the sandboxes' helper for runs that name none."""
+    metrics_port: Port = 8080
+    health_port: Port = 8081
+    """0 turns a server off."""
+    lease: Annotated[str, Field(pattern=r"^(-|[a-z0-9]([-a-z0-9.]*[a-z0-9])?)$", max_length=253)] = "dagger-operator"
+    """Name of the Lease by which replicas agree who works; `-` goes without, for one replica alone."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 16
+    """Runs that are worked on at the same time."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Self:
+        """Raises `InvalidSettings`, also for a variable with this prefix that is unknown: a misspelt setting is not ignored."""
+        given = {name.removeprefix(PREFIX).lower(): value for name, value in environ.items() if name.startswith(PREFIX) and value}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise InvalidSettings("\n".join(_explained(detail) for detail in error.errors(include_url=False))) from None
+
+
+def _explained(detail: Any) -> str:
+    variable = PREFIX + str(detail["loc"][0]).upper()
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(sorted(PREFIX + name.upper() for name in Settings.model_fields))
+        return f"{variable}: no such setting: write one of {known}"
+    return f"{variable}: {detail['input']!r}: {detail['msg']}"
