@@ -1,0 +1,118 @@
+"""The chart's and the manifests' files belong together, and every sample is a valid run."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft7Validator
+from typer.testing import CliRunner
+
+from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, load
+from dagger_operator.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm" / "dagger-operator"
+SAMPLES = sorted((ROOT / "manifests" / "samples").rglob("*.yaml"))
+Json = dict[str, Any]
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+
+
+def resolved(node: Json) -> Json:
+    return SCHEMA["definitions"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
+
+
+def test_the_charts_crd_is_the_one_that_the_models_make() -> None:
+    copied = (CHART / "files" / "daggerruns.yaml").read_text()
+    assert copied == (ROOT / "manifests" / "crd" / "daggerruns.yaml").read_text(), "run `make generate`"
+
+
+def test_chart_operator_and_package_have_one_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert chart["version"] == chart["appVersion"] == version
+
+
+def test_the_values_are_those_of_the_schema_and_no_others() -> None:
+    Draft7Validator.check_schema(SCHEMA)
+    Draft7Validator(SCHEMA).validate(VALUES)
+
+    def same_names(values: Json, schema: Json, path: str) -> None:
+        schema = resolved(schema)
+        if "properties" not in schema:
+            return
+        assert schema["additionalProperties"] is False, path
+        assert set(values) == set(schema["properties"]) - {"global"}, path
+        for name, inner in values.items():
+            same_names(inner, schema["properties"][name], f"{path}.{name}")
+
+    same_names(VALUES, SCHEMA, "values")
+
+
+def test_every_value_is_explained() -> None:
+    lines = [line.strip() for line in (CHART / "values.yaml").read_text().splitlines()]
+    explained = [below.split(":")[0] for above, below in pairwise(lines) if above.startswith("# --")]
+
+    def leaves(values: Json) -> Iterator[str]:
+        for name, inner in values.items():
+            if isinstance(inner, dict) and inner and name != "resources":
+                yield from leaves(inner)
+            else:
+                yield name
+
+    assert explained == list(leaves(VALUES))
+
+
+def runs(path: Path) -> list[DAggerRun]:
+    return [load(one) for one in yaml.safe_load_all(path.read_text()) if one["kind"] == "DAggerRun"]
+
+
+@pytest.mark.parametrize("path", [path for path in SAMPLES if "DAggerRun" in path.read_text()], ids=lambda path: path.stem)
+def test_daggerctl_accepts_every_sample(path: Path) -> None:
+    done = CliRunner().invoke(app, ["validate", str(path)])
+    assert done.exit_code == 0, done.output
+
+
+def test_samples_do_not_meet_in_names_or_storage() -> None:
+    found = [run for path in SAMPLES for run in runs(path)]
+    assert len({run.metadata.name for run in found}) == len({run.spec.storage.url for run in found}) == len(found) >= 6
+
+
+PAPER = [path for path in SAMPLES if path.name.startswith("paper-")]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_numbers_are_in_the_papers_samples(path: Path) -> None:
+    (run,) = runs(path)
+    spec, small = run.spec, "4b" in path.stem
+    assert spec.rounds == 5 and spec.tasks.per_round == 512 and spec.tasks.source.split == "train[:2338]"
+    assert spec.student.model == ("Qwen/Qwen3-4B-Instruct-2507" if small else "Qwen/Qwen3-8B")
+    assert spec.teacher.model == "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+    for policy in (spec.student, spec.teacher):
+        assert (policy.sampling.temperature, policy.sampling.top_p) == (0.7, 0.9)
+    training = spec.training
+    assert (training.learning_rate, training.batch_size, training.batch_unit, training.epochs) == (3e-6, 16, BatchUnit.TRAJECTORIES, 3)
+    assert training.aggregation is Aggregation.CURRENT_ROUND_ONLY and spec.scaffold.max_turns == 100
+    assert training.max_sequence_tokens == (65536 if small else 40960)  # 40,960 is what Qwen3-8B can do unchanged
+    if spec.mixing.strategy is MixingStrategy.PER_TURN:
+        assert [spec.mixing.beta_at(i) for i in range(1, 6)] == [1.0, 0.8, 0.6, 0.6, 0.6]
+    else:
+        assert [spec.mixing.max_prefix_at(i) for i in range(1, 6)] == [0, 20, 40, 60, 80]
+    assert spec.student.serving and spec.teacher.serving
+    serving = sum(one.replicas * one.gpus for one in (spec.student.serving, spec.teacher.serving))
+    assert serving == training.gpus_per_node == 8, "one node of eight GPUs, for serving and then for training"
+
+
+def test_both_students_have_both_styles() -> None:
+    assert [path.stem for path in PAPER] == [f"paper-qwen3-{size}-{style}" for size in ("4b", "8b") for style in ("aggrevate", "dagger")]
+
+
+def test_the_sft_baseline_is_the_teacher_alone_in_one_round() -> None:
+    (run,) = runs(ROOT / "manifests" / "samples" / "sft-baseline.yaml")
+    assert run.spec.rounds == 1 and run.spec.mixing.beta_at(1) == 1.0 and run.spec.tasks.per_round == 2338
