@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dagger_operator.cluster.settings import Settings
+
 pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +98,15 @@ def test_the_operator_is_told_its_settings(render: Render) -> None:
         "DAGGER_OPERATOR_METRICS_PORT": "8080",
         "DAGGER_OPERATOR_HEALTH_PORT": "8081",
     }
-    assert operator_env(render({"watchNamespaces": ["a", "b"]}))["DAGGER_OPERATOR_NAMESPACES"] == "a,b"
+    told = operator_env(render({"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/worker:1"}}))
+    settings = Settings.read({**told, "DAGGER_OPERATOR_NAMESPACE": "dagger-system", "DAGGER_OPERATOR_POD": "dagger-operator-0"})
+    assert settings.namespaces == ("a", "b") and settings.helper_image == "registry/worker:1"
+
+
+def test_no_setting_of_the_operator_is_invented(render: Render) -> None:
+    (pod,) = (one["spec"]["template"]["spec"] for one in all_of(render(), "Deployment"))
+    # Kubernetes would put DAGGER_OPERATOR_SERVICE_HOST and the like there, and unknown settings are refused.
+    assert pod["enableServiceLinks"] is False
 
 
 def test_watching_some_namespaces_gives_rights_there_and_nowhere_else(render: Render) -> None:

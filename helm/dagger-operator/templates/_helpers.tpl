@@ -104,12 +104,9 @@ matchExpressions:
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch]
-- apiGroups: [apps]
-  resources: [replicasets]
-  verbs: [get, list] # why a Deployment has no pods
 - apiGroups: [""]
   resources: [events]
-  verbs: [get, list, watch, create, patch]
+  verbs: [get, list, create, patch] # it tells its own, and reads why a Job has no pods
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get] # the storage's, by the name that a run gives; never a list
