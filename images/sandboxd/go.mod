@@ -1,0 +1,3 @@
+module dagger-operator.dev/sandboxd
+
+go 1.19

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// limits of one command with everything that it starts. What no limit of the kernel's holds is looked at ten times a second.
+type limits struct{ processes, memoryMiB, fileMiB int }
+
+const openFiles = 4096
+
+// inherit sets what commands inherit from this process. RLIMIT_DATA holds for one process, and for a fast one the sampling would be too
+// late: with cgroup v2 the kubelet lets the kernel kill a whole container that is out of memory, this process included.
+func (l limits) inherit() error {
+	set := map[int]uint64{syscall.RLIMIT_CORE: 0, syscall.RLIMIT_NOFILE: openFiles}
+	if l.memoryMiB > 0 {
+		set[syscall.RLIMIT_DATA] = uint64(l.memoryMiB) << 20
+	}
+	if l.fileMiB > 0 {
+		set[syscall.RLIMIT_FSIZE] = uint64(l.fileMiB) << 20
+	}
+	for which, value := range set {
+		var held syscall.Rlimit
+		if err := syscall.Getrlimit(which, &held); err != nil {
+			return fmt.Errorf("getrlimit %d: %w", which, err)
+		}
+		if value > held.Max {
+			value = held.Max
+		}
+		if err := syscall.Setrlimit(which, &syscall.Rlimit{Cur: value, Max: value}); err != nil {
+			return fmt.Errorf("setrlimit %d: %w", which, err)
+		}
+	}
+	return nil
+}
+
+// exceeded says which limit the running command exceeds; empty is none.
+func (l limits) exceeded() string {
+	if l.processes > 0 {
+		count := 0
+		for _, process := range others() {
+			if !process.guest {
+				count += process.threads
+			}
+		}
+		if count > l.processes {
+			return fmt.Sprintf("more than %d processes", l.processes)
+		}
+	}
+	if l.memoryMiB > 0 && memoryUsed() > int64(l.memoryMiB)<<20 {
+		return l.outOfMemory()
+	}
+	return ""
+}
+
+func (l limits) outOfMemory() string { return fmt.Sprintf("more than %d MiB of memory", l.memoryMiB) }
+
+// memoryUsed is the container's memory that is not file cache, in bytes; 0 where the control group cannot be read.
+func memoryUsed() int64 {
+	if v2 := counters("/sys/fs/cgroup/memory.stat"); v2 != nil {
+		return v2["anon"] + v2["shmem"]
+	}
+	v1 := counters("/sys/fs/cgroup/memory/memory.stat")
+	return v1["rss"] + v1["shmem"]
+}
+
+// oomKills is how many processes of the container the kernel killed for memory so far.
+func oomKills() int64 {
+	if v2 := counters("/sys/fs/cgroup/memory.events"); v2 != nil {
+		return v2["oom_kill"]
+	}
+	return counters("/sys/fs/cgroup/memory/memory.oom_control")["oom_kill"]
+}
+
+// counters reads a file of lines with a name and a number; nil where there is none.
+func counters(path string) map[string]int64 {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	found := map[string]int64{}
+	for _, line := range strings.Split(string(data), "\n") {
+		if name, value, ok := strings.Cut(line, " "); ok {
+			found[name], _ = strconv.ParseInt(value, 10, 64)
+		}
+	}
+	return found
+}
+
+// process is one that is not ours.
+type process struct {
+	pid, threads int
+	// guest: entered from outside the container (`exec`): its parent cannot be seen from here. No command can make itself one.
+	guest bool
+}
+
+// others are all processes of the container but this one, zombies included.
+func others() []process {
+	folder, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer folder.Close()
+	names, _ := folder.Readdirnames(-1)
+	var found []process
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid == 1 {
+			continue
+		}
+		stat, err := os.ReadFile("/proc/" + name + "/stat")
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		// After the name, which may hold anything: the state, the parent; threads is the 18th.
+		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+		if len(fields) > 17 {
+			threads, _ := strconv.Atoi(string(fields[17]))
+			found = append(found, process{pid: pid, threads: threads, guest: string(fields[1]) == "0"})
+		}
+	}
+	return found
+}

@@ -1,0 +1,134 @@
+// Command sandboxd is the first process of a sandbox pod's container. It runs the commands of one rollout, each exactly once, and
+// sees to it that nothing of a command outlives it. Static, of the standard library alone, so that it works in every image.
+//
+//	sandboxd install DIR   copies itself to DIR (in an init container)
+//	sandboxd serve         answers on port 7070 and on a Unix socket, as process 1
+//	sandboxd call          passes requests from standard input to that socket (through `exec`, where the network is closed)
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// An abstract socket: no folder has to be writable, and no command can remove it.
+const defaultSocket = "@dagger-sandboxd"
+
+func main() {
+	var err error
+	switch {
+	case len(os.Args) == 3 && os.Args[1] == "install":
+		err = install(os.Args[2])
+	case len(os.Args) >= 2 && os.Args[1] == "serve":
+		err = serve(os.Args[2:])
+	case len(os.Args) >= 2 && os.Args[1] == "call":
+		err = call(os.Args[2:], os.Stdin, os.Stdout)
+	default:
+		err = errors.New("usage: sandboxd install DIR | serve [flags] | call [flags]")
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "sandboxd:", err)
+		os.Exit(1)
+	}
+}
+
+// install copies this program to a folder, whole or not at all: an init container may be started twice.
+func install(folder string) error {
+	own, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	source, err := os.Open(own)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	partial, err := os.CreateTemp(folder, ".sandboxd-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(partial.Name())
+	if _, err = io.Copy(partial, source); err == nil {
+		err = partial.Chmod(0o555)
+	}
+	if closing := partial.Close(); err == nil {
+		err = closing
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(partial.Name(), filepath.Join(folder, "sandboxd"))
+}
+
+func serve(arguments []string) error {
+	flags := flag.NewFlagSet("serve", flag.ExitOnError)
+	listen := flags.String("listen", ":7070", "address to listen on")
+	socket := flags.String("socket", defaultSocket, "Unix socket for call; @ is an abstract one")
+	forward := flags.String("forward", "", "host:port that commands reach as 127.0.0.1:port")
+	limits := limits{}
+	flags.IntVar(&limits.processes, "processes", 0, "processes and threads of a command; 0 is no limit")
+	flags.IntVar(&limits.memoryMiB, "memory-mib", 0, "memory of a command; 0 is no limit but the pod's")
+	flags.IntVar(&limits.fileMiB, "file-mib", 0, "size of one file; 0 is no limit")
+	flags.Parse(arguments)
+	if os.Getpid() != 1 {
+		// It kills every process that it sees.
+		return errors.New("serve has to be process 1 of a container: do not share a process namespace with it")
+	}
+	digest := os.Getenv("DAGGER_TOKEN_SHA256")
+	if len(digest) != 64 {
+		return errors.New("DAGGER_TOKEN_SHA256 has to hold the SHA-256 of the token in hexadecimal digits")
+	}
+	hide()
+	outlive()
+	runtime.GOMAXPROCS(2)
+	if err := limits.inherit(); err != nil {
+		return err
+	}
+	if *forward != "" {
+		if err := forwardTo(*forward); err != nil {
+			return err
+		}
+	}
+	handler := &api{digest: digest, runner: newRunner(limits), files: files{}}
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	ended := make(chan error)
+	for network, address := range map[string]string{"tcp": *listen, "unix": *socket} {
+		listener, err := net.Listen(network, address)
+		if err != nil {
+			return err
+		}
+		go func() { ended <- server.Serve(listener) }()
+	}
+	return <-ended
+}
+
+// hide keeps commands, which run under the same user, from reading this process's memory and environment, and from tracing it.
+func hide() {
+	const prSetDumpable = 4
+	syscall.RawSyscall(syscall.SYS_PRCTL, prSetDumpable, 0, 0)
+}
+
+// outlive catches every signal that would end this process and drops it: a command may send them. SIGKILL from inside does not
+// reach process 1; the container's end comes from outside.
+func outlive() {
+	dropped := make(chan os.Signal, 64)
+	for number := syscall.Signal(1); number < 65; number++ {
+		if number != syscall.SIGURG && number != syscall.SIGCHLD {
+			signal.Notify(dropped, number)
+		}
+	}
+	go func() {
+		for range dropped {
+		}
+	}()
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"os/signal"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// children starts processes and reaps all that end here: as process 1 those, too, whose parents ended before them.
+type children struct {
+	mu      sync.Mutex
+	waiting map[int]chan syscall.WaitStatus
+}
+
+func newChildren() *children {
+	c := &children{waiting: map[int]chan syscall.WaitStatus{}}
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, syscall.SIGCHLD)
+	go func() {
+		for range ended {
+			c.reap()
+		}
+	}()
+	return c
+}
+
+func (c *children) reap() {
+	for {
+		c.mu.Lock()
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+		waiter := c.waiting[pid]
+		delete(c.waiting, pid)
+		c.mu.Unlock()
+		if waiter != nil {
+			waiter <- status
+		}
+		if err != syscall.EINTR && (err != nil || pid <= 0) {
+			return
+		}
+	}
+}
+
+// start starts a program in a session of its own; how it ended comes through the channel.
+func (c *children) start(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
+	c.mu.Lock() // so that it cannot be reaped before it is waited for
+	defer c.mu.Unlock()
+	pid, err := syscall.ForkExec(path, argv, attributes)
+	if err != nil {
+		return nil, err
+	}
+	// Where memory runs out the kernel shall take a command, not this process. What it starts inherits it.
+	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("1000"), 0)
+	waiter := make(chan syscall.WaitStatus, 1)
+	c.waiting[pid] = waiter
+	return waiter, nil
+}
+
+// endAll kills every process but this one and guests, and returns when all of them are reaped.
+func endAll(patience time.Duration) error {
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		if syscall.Kill(-1, 0) == syscall.ESRCH {
+			return nil
+		}
+		left := 0
+		// Stopped first, all at one instant, so that none can start another while they are looked through.
+		_ = syscall.Kill(-1, syscall.SIGSTOP)
+		for _, process := range others() {
+			if process.guest {
+				_ = syscall.Kill(process.pid, syscall.SIGCONT)
+				continue
+			}
+			left++
+			_ = syscall.Kill(process.pid, syscall.SIGKILL)
+		}
+		if left == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return errors.New("processes of a command did not die after SIGKILL")
+		}
+	}
+}
