@@ -220,6 +220,12 @@ def test_the_s3_server_takes_credentials_and_claims_of_others(render: Render) ->
     assert {"name": "buckets", "persistentVolumeClaim": {"claimName": "ours"}} in pod["volumes"]
 
 
+def test_copies_of_the_s3_secret_hold_the_same_keys(render: Render) -> None:
+    secrets = all_of(render({"s3": {"enabled": True, "copySecretTo": ["a", "dagger-system"]}}), "Secret")
+    assert [one["metadata"]["namespace"] for one in secrets] == ["dagger-system", "a"]
+    assert secrets[0]["data"] == secrets[1]["data"] and set(secrets[0]["data"]) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+
+
 REFUSED = [
     ({"replica": 2}, "replica"),
     ({"image": {"tagg": "1"}}, "tagg"),
@@ -235,6 +241,7 @@ REFUSED = [
     ({"watchNamespaces": ["dagger-sandboxes"]}, 'sandbox.namespace "dagger-sandboxes" holds the operator or runs'),
     ({"podDisruptionBudget": {"enabled": True}}, "set replicas to 2 or more"),
     ({"s3": {"enabled": True, "image": {"tag": "v1.7.0"}}}, "write v1.8.0 or newer"),
+    ({"s3": {"existingSecret": "mine", "copySecretTo": ["a"]}}, "leave it out beside s3.existingSecret"),
     ({"metrics": {"serviceMonitor": {"enabled": True}}}, "install the Prometheus Operator first"),
     ({"metrics": {"podMonitor": {"enabled": True}}}, "metrics.podMonitor.enabled needs the API monitoring.coreos.com/v1 PodMonitor"),
 ]

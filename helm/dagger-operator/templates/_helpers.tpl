@@ -143,6 +143,9 @@ spec:
 {{- if and .Values.podDisruptionBudget.enabled (lt (int .Values.replicas) 2) }}
 {{- fail "podDisruptionBudget.enabled with one replica would block every drain of its node: set replicas to 2 or more" }}
 {{- end }}
+{{- if and .Values.s3.existingSecret .Values.s3.copySecretTo }}
+{{- fail "s3.copySecretTo copies the Secret that the chart makes: leave it out beside s3.existingSecret, and copy your own" }}
+{{- end }}
 {{- if and .Values.s3.enabled (semverCompare "<1.8.0-0" (.Values.s3.image.tag | trimPrefix "v")) }}
 {{- fail (printf "s3.image.tag %q loses conditional writes, on which every run rests: write v1.8.0 or newer" .Values.s3.image.tag) }}
 {{- end }}
