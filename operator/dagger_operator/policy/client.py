@@ -83,9 +83,7 @@ class Client:
             url = ""
             try:
                 url = await self._replicas.pick(affinity)
-                answer = await self._try(url, body, forward)
-                self._metrics.upstream_seconds.labels(role).observe(answer.completion.latency_seconds)
-                return answer
+                return await self._try(url, body, forward)
             except (PolicyUnavailable, PolicyRefused) as error:
                 self._metrics.failures.labels(role, error.reason).inc()
                 raise

@@ -7,11 +7,11 @@ import structlog
 
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyFailure
-from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.recorder import Label
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.session import LabelCheck
-from dagger_operator.store.records import Completion, LabelFlaw
+from dagger_operator.store.records import Actor, Completion, LabelFlaw
 
 ACTING_PRIORITY = 0
 LABEL_PRIORITY = 10
@@ -34,10 +34,15 @@ class Labeller:
 
     async def label(self, request: ChatRequest, *, seed: int, affinity: str, check: LabelCheck) -> tuple[Label, float]:
         """The label at this state, and the seconds it took once its turn came. A request that fails for good is a flaw, not an error."""
+        with self._metrics.labels_under_way.track_inprogress():
+            return await self._asked(request, seed, affinity, check)
+
+    async def _asked(self, request: ChatRequest, seed: int, affinity: str, check: LabelCheck) -> tuple[Label, float]:
         async with self._slots:
             started = time.monotonic()
             try:
                 answer = await self._teacher.complete(request, seed=seed, priority=LABEL_PRIORITY, affinity=affinity)
+                self._metrics.answered(Actor.TEACHER, Purpose.LABEL, answer.completion)
                 label = judged(answer.completion, check)
             except PolicyFailure as failure:
                 structlog.get_logger().warning("label failed", rollout=affinity, reason=failure.reason, message=failure.message)

@@ -10,7 +10,7 @@ from dagger_operator.policy.client import Answer, Client
 from dagger_operator.policy.coins import request_seed
 from dagger_operator.policy.failures import PolicyFailure, PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.labels import ACTING_PRIORITY, Labeller, judged
-from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.mixing import Mixer
 from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
@@ -101,7 +101,8 @@ class RolloutSession:
         finally:
             self._acting_seconds += time.monotonic() - started
         self._recorder.record(act.request, decision, answer.completion)
-        self._metrics.turns.labels(decision.actor.value).inc()
+        self._metrics.turns.labels(decision.actor).inc()
+        self._metrics.answered(decision.actor, Purpose.ACTION, answer.completion)
         if decision.actor is Actor.TEACHER:
             self._set_label(index, judged(answer.completion, self._request.label_check))
         elif labelled and mode is LabelMode.DEFERRED:
@@ -123,7 +124,7 @@ class RolloutSession:
 
     def _set_label(self, index: int, label: Label) -> None:
         self._recorder.labels[index] = label
-        self._metrics.labels.labels(label.flaw.value if label.flaw else "None").inc()
+        self._metrics.labelled(label.flaw)
 
     def _seed(self, turn: int, role: Actor) -> int:
         key = self._request
