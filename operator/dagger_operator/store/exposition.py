@@ -1,0 +1,57 @@
+"""`/metrics` of a stage: where Prometheus reads how its work goes while it goes. What there is: docs/metrics.md."""
+
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+
+import structlog
+from prometheus_client import CollectorRegistry, GCCollector, MetricsHandler, PlatformCollector, ProcessCollector
+
+METRICS_PORT = "DAGGER_METRICS_PORT"
+"""Environment variable; where it is set, a stage with metrics answers Prometheus on that port of `POD_IP`."""
+
+
+@contextmanager
+def exposed(environ: Mapping[str, str]) -> Iterator[CollectorRegistry]:
+    """A registry that is served while the context lasts, with this process's own metrics in it. Without a port it is served to nobody.
+
+    A thread answers, so a process that computes for minutes can be read too. A port that cannot be had costs the metrics, not the stage.
+    """
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    server = _listening(environ.get("POD_IP") or "127.0.0.1", environ.get(METRICS_PORT, ""), registry)
+    if server is None:
+        yield registry
+        return
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True).start()
+        try:
+            yield registry
+        finally:
+            server.shutdown()
+
+
+def _listening(address: str, port: str, registry: CollectorRegistry) -> "_Server | None":
+    if not port:
+        return None
+    try:
+        return _Server(address, int(port), registry)
+    except (OSError, ValueError, OverflowError) as error:  # no number, out of range, taken
+        structlog.get_logger().warning("no metrics", address=address, port=port, problem=str(error))
+        return None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: str, port: int, registry: CollectorRegistry) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, port), MetricsHandler.factory(registry))
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks a name server for this host
