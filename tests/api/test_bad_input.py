@@ -43,6 +43,12 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
         ("training", {"mode": "Sometimes"}, "spec.training.mode", "'Enabled' or 'Disabled'"),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3://bucket/prefix"),
         ("teacher", {"model": "t"}, "spec.teacher.endpoint", "exactly one"),
+        ("rollouts", {"pod": {"labels": {"dagger-operator.dev/run": "x"}}}, "spec.rollouts.pod.labels", "choose another name"),
+        ("rollouts", {"pod": {"annotations": {"app.kubernetes.io/managed-by": "x"}}}, "spec.rollouts.pod.annotations", "choose another"),
+        ("training", {"pod": {"resources": {"limits": {"memory": "much"}}}}, "spec.training.pod.resources.limits.memory", "Gi"),
+        ("failurePolicy", {"rules": [{"action": "FailRun"}]}, "spec.failurePolicy.rules[0].exitCodes", "at least one"),
+        ("teacher", {"model": "t", "serving": {"nodes": 2, "gpus": 0}}, "spec.teacher.serving.nodes", "or nodes 1"),
+        ("kueue", {}, "spec.kueue.queueName", "required"),
         ("rounds", "3", "spec.rounds", "write a valid integer"),
         ("suspend", "yes", "spec.suspend", "write a valid boolean"),
         ("seed", 2**53, "spec.seed", "less than or equal"),
@@ -92,6 +98,7 @@ EDITS: dict[str, Any] = {
     "scaffold": {"maxTurns": 7},
     "training.mode": "Enabled",
     "storage.url": "s3://bucket/another",
+    "managedBy": "example.org/another",
 }
 
 
@@ -122,8 +129,12 @@ def test_what_a_run_may_be_told_while_it_runs(document: Json) -> None:
         "rollouts": {"workers": 4},
         "labels": {"concurrency": 8},
         "ttlSecondsAfterFinished": 60,
-        "evaluation": {"mode": "LastRound"},
-        "training": {"learningRate": 1e-5},
+        "activeDeadlineSeconds": 3600,
+        "preRunningDeadlineSeconds": 600,
+        "failurePolicy": {"infrastructureRetries": 3},
+        "kueue": {"queueName": "gpus"},
+        "evaluation": {"mode": "LastRound", "overlap": "None"},
+        "training": {"learningRate": 1e-5, "pod": {"nodeSelector": {"pool": "gpu"}}},
     }
     document["spec"]["teacher"]["endpoint"]["url"] = "https://moved.example/v1"
     assert refused_edits(old, load(document).spec) == []

@@ -158,6 +158,11 @@ FULL: Json = {
     "scaffold": {"type": "Command", "command": ["run"], "systemTemplate": "s"},
     "sandbox": {"limits": {"cpus": 0.5}, "backend": "Process"},
     "labels": {"minCoverage": 0.5},
+    "rollouts": {
+        "pod": {"affinity": {"nodeAffinity": {}}, "tolerations": [{"key": "gpu", "effect": "NoSchedule"}], "labels": {"team": "a"}}
+    },
+    "failurePolicy": {"rules": [{"stages": ["Training"], "reasons": ["OOMKilled"], "exitCodes": [9], "action": "FailRun"}]},
+    "kueue": {"queueName": "q"},
     "training": {"steps": {"type": "Constant", "value": 5}, "deepspeed": {"zeroStage": 3}, "learningRate": 1e-3},
     "evaluation": {"confidence": 0.9, "maxTurns": 3},
     "storage": {"url": "gs://b/p", "secretRef": {"name": "s"}},

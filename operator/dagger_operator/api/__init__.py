@@ -5,8 +5,10 @@ problems each name the field, the value and the remedy.
 """
 
 from dagger_operator.api.errors import InvalidRun, Problem
-from dagger_operator.api.evaluation import Evaluation
+from dagger_operator.api.evaluation import Evaluation, Overlap
+from dagger_operator.api.failure import FailureAction, FailurePolicy, FailureRule, Keep, RunStage
 from dagger_operator.api.mixing import Mixing, MixingStrategy, Schedule, ScheduleType
+from dagger_operator.api.pods import ClaimMount, LocalReference, PodSettings, Resources, SandboxPod, Toleration
 from dagger_operator.api.policies import Endpoint, Sampling, SecretKeyRef, Serving, Student, Teacher
 from dagger_operator.api.rollouts import (
     LabelMode,
@@ -19,11 +21,12 @@ from dagger_operator.api.rollouts import (
     Scaffold,
     ScaffoldType,
 )
-from dagger_operator.api.run import API_VERSION, GROUP, KIND, VERSION, DAggerRun, GpuSharing, Metadata, RunSpec, load
+from dagger_operator.api.run import API_VERSION, CONTROLLER, GROUP, KIND, VERSION, DAggerRun, GpuSharing, Kueue, Metadata, RunSpec, load
 from dagger_operator.api.status import (
     Condition,
     EvaluationSummary,
     Phase,
+    Progress,
     RolloutSummary,
     RoundStatus,
     RunStatus,
@@ -35,37 +38,51 @@ from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Trai
 
 __all__ = [
     "API_VERSION",
+    "CONTROLLER",
     "GROUP",
     "KIND",
     "VERSION",
     "Aggregation",
     "BatchUnit",
+    "ClaimMount",
     "Condition",
     "DAggerRun",
     "DeepSpeed",
     "Endpoint",
     "Evaluation",
     "EvaluationSummary",
+    "FailureAction",
+    "FailurePolicy",
+    "FailureRule",
     "GpuSharing",
     "HeldOut",
     "InvalidRun",
+    "Keep",
+    "Kueue",
     "LabelMode",
     "Labels",
+    "LocalReference",
     "Metadata",
     "Mixing",
     "MixingStrategy",
+    "Overlap",
     "Phase",
+    "PodSettings",
     "Problem",
+    "Progress",
     "Protocol",
+    "Resources",
     "RolloutSummary",
     "Rollouts",
     "RoundStatus",
     "RunSpec",
+    "RunStage",
     "RunStatus",
     "Sampling",
     "Sandbox",
     "SandboxBackend",
     "SandboxLimits",
+    "SandboxPod",
     "Scaffold",
     "ScaffoldType",
     "Schedule",
@@ -78,6 +95,7 @@ __all__ = [
     "TaskSource",
     "Tasks",
     "Teacher",
+    "Toleration",
     "Training",
     "TrainingMode",
     "TrainingSummary",

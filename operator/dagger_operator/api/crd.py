@@ -32,7 +32,9 @@ _COLUMNS = (
     ("Rounds", "integer", ".spec.rounds", 1),
     ("Strategy", "string", ".spec.mixing.strategy", 1),
     ("Student", "string", ".spec.student.model", 1),
-    ("GPUs", "string", ".spec.gpuSharing", 1),
+    ("GPU-hours", "string", ".status.gpuHours", 1),
+    ("Done", "integer", ".status.progress.percent", 1),
+    ("ETA", "string", ".status.estimatedCompletionTime", 1),
 )
 
 
@@ -104,6 +106,9 @@ def _structural(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> Sche
     for key, value in node.items():
         if key in ("title", "$defs") or (key == "additionalProperties" and value is False):
             continue  # of `additionalProperties: false`: the API server prunes or refuses unknown fields by itself
+        if key == "additionalProperties" and value is True:
+            shaped["x-kubernetes-preserve-unknown-fields"] = True
+            continue
         match key:
             case "description":
                 shaped[key] = " ".join(value.split())

@@ -14,6 +14,11 @@ class EvaluationMode(StrEnum):
     DISABLED = "Disabled"
 
 
+class Overlap(StrEnum):
+    NEXT_ROUND = "NextRound"
+    NONE = "None"
+
+
 class Evaluation(ApiModel):
     """The student alone, greedy, graded by a hidden check."""
 
@@ -23,6 +28,8 @@ class Evaluation(ApiModel):
     """Level of the reported intervals."""
     max_turns: Annotated[int, Field(ge=1, le=10000)] | None = None
     """Turn limit in evaluation; default the scaffold's."""
+    overlap: Overlap = Overlap.NEXT_ROUND
+    """NextRound: a round's student is evaluated while the next round's rollouts ask it too. None: before they start."""
 
     def at(self, round_number: int, rounds: int) -> bool:
         """Whether the student that a round made is evaluated."""

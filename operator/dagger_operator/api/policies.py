@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
+from dagger_operator.api.pods import PodSettings
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 
@@ -55,8 +56,13 @@ class EnvVar(ApiModel):
     value: Annotated[str, Field(max_length=4096)] = ""
 
 
+_NODES_HAVE_GPUS = "a replica over several nodes is served on GPUs: write gpus, those of each node, or nodes 1"
+
+
 class Serving(ApiModel):
     """A vLLM Deployment that the run owns."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (Rule("self.nodes == 1 || self.gpus > 0", _NODES_HAVE_GPUS),)
 
     image: Annotated[str, Field(min_length=1, max_length=512)] = "docker.io/vllm/vllm-openai:v0.32.0"
     """Image with vLLM; not used on one machine without containers."""
@@ -64,6 +70,8 @@ class Serving(ApiModel):
     """Servers; a rollout stays with one of them, so that its prefix stays cached there."""
     gpus: Annotated[int, Field(ge=0, le=16)] = 1
     """GPUs of each replica, used as tensor-parallel size; 0 serves on the CPU."""
+    nodes: Annotated[int, Field(ge=1, le=16)] = 1
+    """Nodes of each replica, used as pipeline-parallel size, with `gpus` GPUs on each; above 1 a replica is a LeaderWorkerSet group."""
     max_model_len: Annotated[int, Field(ge=128, le=1048576)] = 65536
     """Context length in tokens, prompt and turn together."""
     tool_call_parser: Annotated[str, Field(max_length=64)] | None = None
@@ -74,10 +82,14 @@ class Serving(ApiModel):
     """Further environment of the server."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
     """How long loading may take before a replica counts as failed."""
+    pod: PodSettings = PodSettings()
+    """Scheduling and resources of the serving pods; not used on one machine without a cluster."""
 
     @model_validator(mode="after")
-    def _env_once(self) -> Self:
+    def _fits_together(self) -> Self:
         refuse_repeated("env", [variable.name for variable in self.env])
+        if self.nodes > 1 and self.gpus == 0:
+            raise Misfit("nodes", self.nodes, _NODES_HAVE_GPUS)
         return self
 
 

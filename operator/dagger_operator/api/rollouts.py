@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from dagger_operator.api.model import ApiModel, Misfit, Rule
+from dagger_operator.api.pods import ObjectName, PodSettings, SandboxPod
 
 
 class ScaffoldType(StrEnum):
@@ -76,6 +77,12 @@ class Sandbox(ApiModel):
 
     backend: SandboxBackend | None = None
     """Pod on a cluster, Process on one machine; default what the runtime offers."""
+    namespace: ObjectName | None = None
+    """Namespace of sandbox pods, apart from GPUs and Secrets; default the operator's setting."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Image of sandboxes for tasks that name none."""
+    helper_image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Image that brings the helper which runs commands in a sandbox pod; default the operator's setting."""
     create_timeout_seconds: Annotated[int, Field(ge=1, le=7200)] = 600
     """Deadline for making a sandbox ready, image pull included. Missing it is an infrastructure failure."""
     command_timeout_seconds: Annotated[int, Field(ge=1, le=7200)] = 60
@@ -84,6 +91,8 @@ class Sandbox(ApiModel):
     """Deadline of the grading script."""
     limits: SandboxLimits = SandboxLimits()
     """Bounds of each sandbox."""
+    pod: SandboxPod = SandboxPod()
+    """Scheduling and identity of sandbox pods."""
 
 
 class LabelMode(StrEnum):
@@ -120,3 +129,5 @@ class Rollouts(ApiModel):
     """Further tries of a rollout that infrastructure broke; then it is excluded and counted."""
     min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Least share of a round's rollouts that infrastructure left whole; below it the round fails and says why."""
+    pod: PodSettings = PodSettings()
+    """Scheduling and resources of the pods of every stage but training; not used on one machine without a cluster."""

@@ -11,8 +11,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from dagger_operator.api.errors import explain
 from dagger_operator.api.evaluation import Evaluation
+from dagger_operator.api.failure import FailurePolicy
 from dagger_operator.api.mixing import Mixing
 from dagger_operator.api.model import ApiModel, Misfit, Rule
+from dagger_operator.api.pods import Label
 from dagger_operator.api.policies import Student, Teacher
 from dagger_operator.api.rollouts import Labels, Protocol, Rollouts, Sandbox, Scaffold
 from dagger_operator.api.status import RunStatus
@@ -24,6 +26,10 @@ GROUP = "dagger-operator.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "DAggerRun"
+
+
+CONTROLLER = f"{GROUP}/operator"
+"""`managedBy` of runs that this operator works on."""
 
 
 class GpuSharing(StrEnum):
@@ -70,7 +76,18 @@ IMMUTABLE = (
     Immutable("scaffold", "finished trajectories were made with it"),
     Immutable("training.mode", "rounds with and without training do not make one run"),
     Immutable("storage.url", "everything that is finished lies there"),
+    Immutable("managedBy", "two controllers would work on one run"),
 )
+
+
+class Kueue(ApiModel):
+    """Where Kueue admits the run's Jobs and servers."""
+
+    queue_name: Label
+    """LocalQueue in the run's namespace."""
+    priority_class: Label | None = None
+    """WorkloadPriorityClass."""
+
 
 SPEC_BYTES = 96 * 1024
 """Most bytes of a spec as JSON: it travels to its stages in an environment variable, and Linux takes 128 KiB in one."""
@@ -122,8 +139,19 @@ class RunSpec(ApiModel):
     """TimeShared: serving scales to zero while training holds the GPUs."""
     image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/worker:0.1.0"
     """Image of every stage but training, and of what runs beside vLLM; not used on one machine without containers."""
+    kueue: Kueue | None = None
+    """Have Kueue admit what the run asks for: a Job or server starts once its queue has room for all of its pods."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """Which failures are tried again, and what is kept of a run that failed."""
+    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = CONTROLLER
+    """Who works on the run; an operator leaves a run alone that names another."""
     suspend: bool = False
     """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Fail the run when it is not done this long after `status.startTime`, suspended time included."""
+    pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Fail the run when a stage or server has waited this long without running, with the reason for which it waits; time in a queue
+    (Kueue) does not count. Default: it waits for ever."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     """Delete the resource this long after it finished; data in storage stays."""
 

@@ -102,6 +102,20 @@ class RoundStatus(ApiModel):
     evaluation: EvaluationSummary | None = None
 
 
+class Progress(ApiModel):
+    """How far the stage at work is."""
+
+    stage: str
+    """Such as `rollout`."""
+    done: int
+    total: int
+    unit: str
+    """What is counted, such as `rollouts` or `steps`."""
+    percent: int
+    estimated_completion_time: datetime | None = None
+    """When this stage ends if it goes on as it has so far."""
+
+
 class RunStatus(ApiModel):
     observed_generation: int | None = None
     phase: Phase = Phase.PENDING
@@ -115,5 +129,11 @@ class RunStatus(ApiModel):
     """Resolved rate of the newest evaluation, as a percentage."""
     teacher_share: str | None = None
     """The teacher's share of turns in the newest round, as a percentage."""
+    progress: Progress | None = None
+    """The stage at work, as its workers report it; refreshed by whole percents."""
+    gpu_hours: str | None = None
+    """GPU-hours by the seconds that finished stages took and the GPUs held meanwhile, with those of the stage at work."""
     start_time: datetime | None = None
+    estimated_completion_time: datetime | None = None
+    """When the run ends if the rounds left take as long as the newest one; absent before a round is done."""
     completion_time: datetime | None = None

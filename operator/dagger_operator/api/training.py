@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from dagger_operator.api.mixing import Schedule, schedule_rule
 from dagger_operator.api.model import ApiModel, Misfit, Rule
+from dagger_operator.api.pods import PodSettings
 
 
 class TrainingMode(StrEnum):
@@ -114,6 +115,8 @@ class Training(ApiModel):
     """Further tries of a failed training Job before the run fails."""
     image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/trainer:0.1.0"
     """Trainer image; not used on one machine without containers."""
+    pod: PodSettings = PodSettings()
+    """Scheduling and resources of the training pods; not used on one machine without a cluster."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

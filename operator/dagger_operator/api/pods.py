@@ -1,0 +1,145 @@
+"""What a cluster's users may say about the pods of a run, in the words of Kubernetes."""
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
+
+Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)]
+"""An amount as a string: `500m`, `4`, `16Gi`."""
+FreeForm = dict[str, Any]
+"""A part of a pod that is passed on as it is; the API server checks it when the pod is made."""
+
+RESERVED = ("dagger-operator.dev/", "app.kubernetes.io/managed-by")
+"""Prefixes of labels and annotations by which children are known: a user's own would break that."""
+_RESERVED = f"labels and annotations that start with {' or '.join(RESERVED)} are the operator's own: choose another name"
+
+
+class TolerationOperator(StrEnum):
+    EQUAL = "Equal"
+    EXISTS = "Exists"
+
+
+class TaintEffect(StrEnum):
+    NO_SCHEDULE = "NoSchedule"
+    PREFER_NO_SCHEDULE = "PreferNoSchedule"
+    NO_EXECUTE = "NoExecute"
+
+
+class Toleration(ApiModel):
+    """Lets a pod onto tainted nodes."""
+
+    key: Annotated[str, Field(max_length=316)] | None = None
+    """Taint key; without one, with operator Exists, every taint."""
+    operator: TolerationOperator | None = None
+    """Equal, the default, compares `value`; Exists takes any."""
+    value: Label | None = None
+    """Taint value."""
+    effect: TaintEffect | None = None
+    """Effect of the taint; default any."""
+    toleration_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """How long a pod stays on a node that got a NoExecute taint; default for ever."""
+
+
+class LocalReference(ApiModel):
+    """An object in the pod's own namespace."""
+
+    name: ObjectName
+    """Its name."""
+
+
+class ClaimMount(ApiModel):
+    """A PersistentVolumeClaim in the run's namespace, such as one that holds model weights."""
+
+    claim_name: ObjectName
+    """Name of the claim."""
+    mount_path: Annotated[str, Field(pattern=r"^/[^:]+$", max_length=1024)]
+    """Where the pod sees it; a `model` below this path is read from there."""
+    read_only: bool = True
+    """Whether it is mounted read-only."""
+
+
+class Resources(ApiModel):
+    """Requests and limits of a pod's main container; GPUs have fields of their own."""
+
+    requests: Annotated[dict[str, Quantity], Field(max_length=16)] = {}
+    """What the scheduler sets aside, over the operator's own defaults."""
+    limits: Annotated[dict[str, Quantity], Field(max_length=16)] = {}
+    """What the container may not exceed."""
+
+
+class PodSettings(ApiModel):
+    """Scheduling, resources and identity of pods. An edit makes the pods anew."""
+
+    cel: ClassVar[tuple[Rule, ...]] = tuple(
+        Rule(f"!has(self.{field}) || self.{field}.all(key, !key.startsWith('{prefix}'))", _RESERVED)
+        for field in ("labels", "annotations")
+        for prefix in RESERVED
+    )
+
+    node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
+    """Labels that a node must have."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    """Taints that do not keep the pods away."""
+    affinity: FreeForm | None = None
+    """A pod's `affinity`, as Kubernetes has it."""
+    topology_spread_constraints: Annotated[list[FreeForm], Field(max_length=8)] = []
+    """A pod's `topologySpreadConstraints`, as Kubernetes has them."""
+    priority_class_name: ObjectName | None = None
+    """PriorityClass of the pods."""
+    runtime_class_name: ObjectName | None = None
+    """RuntimeClass of the pods."""
+    scheduler_name: ObjectName | None = None
+    """Scheduler other than the cluster's default."""
+    image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16, json_schema_extra=list_map("name"))] = []
+    """Secrets with which images are pulled."""
+    service_account_name: ObjectName | None = None
+    """ServiceAccount of the pods, as a cloud's workload identity wants it. Its token is not mounted."""
+    resources: Resources = Resources()
+    """Requests and limits of the main container."""
+    labels: Annotated[dict[str, Label], Field(max_length=32)] = {}
+    """Further labels of the pods."""
+    annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] = {}
+    """Further annotations of the pods."""
+    shared_memory_mib: Annotated[int, Field(ge=64, le=1048576)] | None = None
+    """Bound of /dev/shm in MiB; default the pod's memory."""
+    claims: Annotated[list[ClaimMount], Field(max_length=8, json_schema_extra=list_map("mountPath"))] = []
+    """PersistentVolumeClaims that the pods mount."""
+
+    @model_validator(mode="after")
+    def _can_be_admitted(self) -> Self:
+        for field, names in (("labels", self.labels), ("annotations", self.annotations)):
+            for name in names:
+                if name.startswith(RESERVED):
+                    raise Misfit(field, name, _RESERVED)
+        refuse_repeated("claims", [claim.mount_path for claim in self.claims])
+        refuse_repeated("imagePullSecrets", [secret.name for secret in self.image_pull_secrets])
+        return self
+
+
+class SandboxPod(ApiModel):
+    """Scheduling and identity of sandbox pods. What confines them is not theirs to choose."""
+
+    node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
+    """Labels that a node must have."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    """Taints that do not keep the pods away."""
+    priority_class_name: ObjectName | None = None
+    """PriorityClass of the pods; below that of everything else, so that a full cluster gives up sandboxes first."""
+    runtime_class_name: ObjectName | None = None
+    """RuntimeClass with stronger isolation, such as gVisor's or Kata's."""
+    host_users: bool | None = None
+    """False gives each pod a user namespace of its own, where nodes can: root inside is nobody outside."""
+    run_as_user: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """User id of the commands; default the image's own."""
+    image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16, json_schema_extra=list_map("name"))] = []
+    """Secrets in the sandbox namespace with which tasks' images are pulled."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        refuse_repeated("imagePullSecrets", [secret.name for secret in self.image_pull_secrets])
+        return self
