@@ -21,7 +21,7 @@ from dagger_operator.api.rollouts import (
     Scaffold,
     ScaffoldType,
 )
-from dagger_operator.api.run import API_VERSION, CONTROLLER, GROUP, KIND, VERSION, DAggerRun, GpuSharing, Kueue, Metadata, RunSpec, load
+from dagger_operator.api.run import API_VERSION, GROUP, KIND, MANAGER, VERSION, DAggerRun, GpuSharing, Kueue, Metadata, RunSpec, load
 from dagger_operator.api.status import (
     Condition,
     EvaluationSummary,
@@ -38,9 +38,9 @@ from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Trai
 
 __all__ = [
     "API_VERSION",
-    "CONTROLLER",
     "GROUP",
     "KIND",
+    "MANAGER",
     "VERSION",
     "Aggregation",
     "BatchUnit",

@@ -28,7 +28,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "DAggerRun"
 
 
-CONTROLLER = f"{GROUP}/operator"
+MANAGER = f"{GROUP}/operator"
 """`managedBy` of runs that this operator works on."""
 
 
@@ -143,7 +143,7 @@ class RunSpec(ApiModel):
     """Have Kueue admit what the run asks for: a Job or server starts once its queue has room for all of its pods."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Which failures are tried again, and what is kept of a run that failed."""
-    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = CONTROLLER
+    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = MANAGER
     """Who works on the run; an operator leaves a run alone that names another."""
     suspend: bool = False
     """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""
