@@ -4,10 +4,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check fast heavy experiment generate lock clean
+.PHONY: help setup quickstart test check fast heavy experiment generate lock clean cluster-up cluster-down
 
 help: ## What there is to make
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: ## Install everything into .venv, from the locks
 	@scripts/setup
@@ -31,6 +31,12 @@ heavy: setup ## Tests with real vLLM, DeepSpeed and S3
 
 experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
+
+cluster-up: ## A real single-node Kubernetes on this machine, for tests (tests/cluster/README.md)
+	@tests/cluster/up
+
+cluster-down: ## End it, and leave nothing of it
+	@tests/cluster/down
 
 generate: setup ## The CRD and its reference, from the models; the plain manifests, from the chart
 	$(BIN)/python -m dagger_operator.api.crd
