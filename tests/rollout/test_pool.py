@@ -54,7 +54,7 @@ class Bench:
             retries=retries,
             most_backoff_seconds=0.05,
         )
-        return Pool(share, WorkerMetrics(CollectorRegistry()), self.attempt, self.excluded)
+        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded)
 
     async def attempt(self, assignment: Assignment, tries: int) -> Trajectory:
         self.started[assignment.rollout_id] += 1

@@ -78,7 +78,8 @@ class Attempts:
         outcome, submitted, grading = judged.outcome, judged.outcome is None, time.monotonic()
         if outcome is None:
             patch = patch_of(end, patch)
-            outcome = await self._grade(assignment, tries, patch)
+            with self.metrics.grade_seconds.time():
+                outcome = await self._grade(assignment, tries, patch)
         timings = Timings(
             started_at=started_at,
             total=time.monotonic() - started,
@@ -102,7 +103,7 @@ class Attempts:
 
     async def _act(self, assignment: Assignment, tries: int, session: Session) -> tuple[ScaffoldEnd, str, "_Spent"]:
         """The agent's part: how it ended, what it changed, and the seconds spent on the sandbox and in its commands."""
-        spec, task, started = self.run.spec, assignment.task, time.monotonic()
+        spec, task = self.run.spec, assignment.task
         workspace = await start(
             task,
             self.provider,
@@ -112,8 +113,8 @@ class Attempts:
         )
         sandbox = MeteredSandbox(workspace.sandbox, self.metrics.command_seconds)
         try:
-            ready = time.monotonic() - started
-            self.metrics.sandbox_seconds.observe(ready)
+            self.metrics.create_seconds.observe(workspace.create_seconds)
+            self.metrics.start_seconds.observe(workspace.start_seconds)
             try:
                 async with asyncio.timeout(spec.rollouts.timeout_seconds):
                     end = await self.program(task, sandbox, session)
@@ -122,7 +123,7 @@ class Attempts:
             patch = await collect_patch(workspace)
         finally:
             await sandbox.close()
-        return end, patch, _Spent(sandbox=ready, commands=sandbox.command_seconds)
+        return end, patch, _Spent(sandbox=workspace.create_seconds + workspace.start_seconds, commands=sandbox.command_seconds)
 
     async def _grade(self, assignment: Assignment, tries: int, patch: str) -> Outcome:
         limits = self.run.spec.sandbox

@@ -1,20 +1,38 @@
-"""Prometheus metrics of a worker. Labels are bounded: no task, no rollout, no run."""
+"""What a worker tells Prometheus (docs/metrics.md). Labels are bounded: no task, no rollout, no run."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+from dagger_operator.store.layout import Kind
+from dagger_operator.store.records import Outcome
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
 
 
 class WorkerMetrics:
-    """Of one worker process, in a registry of its own."""
+    """Of one worker process. What has a closed set of values is there from the start, at 0: a counter that appears at 1 has no increase."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.rollouts = Counter("dagger_rollouts", "Rollouts finished by this worker.", ["kind", "outcome"], registry=registry)
-        self.failures = Counter("dagger_rollout_failures", "Tries that infrastructure broke.", ["kind"], registry=registry)
-        self.under_way = Gauge("dagger_rollouts_under_way", "Rollouts under way in this worker.", registry=registry)
-        self.rollout_seconds = Histogram("dagger_rollout_seconds", "From claim to record.", ["kind"], buckets=SECONDS, registry=registry)
-        self.sandbox_seconds = Histogram(
-            "dagger_sandbox_create_seconds", "Until a sandbox was ready for commands.", buckets=SECONDS, registry=registry
+    def __init__(self, registry: CollectorRegistry, kind: Kind) -> None:
+        self._kind = kind
+        self._rollouts = Counter("dagger_rollouts", "Rollouts that this worker recorded.", ["kind", "outcome"], registry=registry)
+        self._failures = Counter(
+            "dagger_infrastructure_failures", "Tries that infrastructure broke.", ["kind", "reason"], registry=registry
         )
-        self.command_seconds = Histogram("dagger_sandbox_command_seconds", "Commands of agents.", buckets=SECONDS, registry=registry)
+        self.under_way = Gauge("dagger_rollouts_under_way", "Rollouts under way.", ["kind"], registry=registry).labels(kind)
+        self.rollout_seconds = _histogram("dagger_rollout_seconds", "One try, from claim to record.", registry, "kind").labels(kind)
+        self.create_seconds = _histogram("dagger_sandbox_create_seconds", "Until an agent's sandbox answered.", registry)
+        self.start_seconds = _histogram("dagger_sandbox_start_seconds", "From then until the agent might begin.", registry)
+        self.command_seconds = _histogram("dagger_sandbox_command_seconds", "Commands of agents.", registry)
+        self.grade_seconds = _histogram("dagger_grade_seconds", "A grade, its sandbox included.", registry)
+        for outcome in Outcome:
+            self._rollouts.labels(kind, outcome)
+
+    def ended(self, outcome: Outcome) -> None:
+        self._rollouts.labels(self._kind, outcome).inc()
+
+    def broken(self, reason: str) -> None:
+        """`reason`: of the failure that infrastructure caused, from a bounded set."""
+        self._failures.labels(self._kind, reason).inc()
+
+
+def _histogram(name: str, what: str, registry: CollectorRegistry, *labels: str) -> Histogram:
+    return Histogram(name, what, labels, buckets=SECONDS, registry=registry)

@@ -22,8 +22,6 @@ from dagger_operator.tasks.deal import Assignment
 
 log = structlog.get_logger(__name__)
 
-REPORT_SECONDS = 2.0
-
 
 @dataclass(frozen=True)
 class Share:
@@ -129,7 +127,7 @@ class Pool:
         """One try at a rollout that is ours: recorded where it ended, given back where infrastructure broke it and tries are left."""
         try:
             async with lease:
-                with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.labels(self._share.kind.value).time():
+                with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.time():
                     trajectory, failure = await self._try(assignment, lease)
                 if trajectory is None:
                     await lease.release(failure)
@@ -148,13 +146,13 @@ class Pool:
         except InfrastructureFailed as error:
             failure = error.failure
         last = lease.failures >= self._share.retries
-        self._metrics.failures.labels(self._share.kind.value).inc()
+        self._metrics.broken(failure.reason)
         self._counts["broken_tries"] += 1
         log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)
         return (self._excluded(assignment, lease.tries, failure) if last else None), failure
 
     def _count(self, trajectory: Trajectory) -> None:
-        self._metrics.rollouts.labels(self._share.kind.value, trajectory.outcome.value).inc()
+        self._metrics.ended(trajectory.outcome)
         self._counts[trajectory.outcome.value] += 1
         self._counts["turns"] += len(trajectory.turns)
         self._counts["labels"] += sum(turn.label is not None and turn.label_flaw is None for turn in trajectory.turns)
@@ -163,7 +161,7 @@ class Pool:
     async def _report_on(self) -> None:
         while True:
             await self._report()
-            await asyncio.sleep(REPORT_SECONDS)
+            await asyncio.sleep(progress.REPORT_SECONDS)
 
     async def _report(self) -> None:
         """Says how far the stage is (`done`, `total`), and what this worker did since it started (`counters`; they add up over workers)."""
@@ -173,7 +171,8 @@ class Pool:
         counters |= {"turns_per_second": self._counts["turns"] / seconds if seconds else 0.0, "under_way": len(self._under_way)}
         try:
             done = len(await finished(share.store, share.round, share.kind) & {a.rollout_id for a in share.assignments})
-            state = StageProgress(done=done, total=len(share.assignments), unit="rollouts", counters=counters, seconds=seconds)
-            await progress.report(share.store, share.round, share.kind.value, share.index, state)
         except StoreUnavailable as error:
-            log.warning("progress not reported", problem=str(error))
+            log.warning("progress not known", problem=str(error))
+            return
+        state = StageProgress(done=done, total=len(share.assignments), unit="rollouts", counters=counters, seconds=seconds)
+        await progress.report(share.store, share.round, share.kind.value, share.index, state)

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import Mixing, SandboxBackend, ScaffoldType
 from dagger_operator.policy.gateway import Gateway
@@ -20,12 +20,10 @@ from dagger_operator.rollout.pool import Pool, Share
 from dagger_operator.rollout.scaffold import ScaffoldProgram
 from dagger_operator.rollout.student import await_student
 from dagger_operator.sandbox.process import ProcessSandboxes
+from dagger_operator.store.exposition import exposed
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.stage import Stage, StageFailure
 from dagger_operator.tasks.deal import Assignment
-
-METRICS_PORT = "DAGGER_METRICS_PORT"
-"""Environment variable; where it is set, Prometheus may scrape the worker there."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +52,26 @@ async def work(stage: Stage, job: Job, reader: ActionReader) -> None:
         lease_seconds=rollouts.lease_seconds,
         retries=rollouts.infrastructure_retries,
     )
-    metrics = WorkerMetrics(CollectorRegistry())
-    async with _attempts(stage, job, reader, metrics) as attempts:
-        await Pool(share, metrics, attempts, attempts.excluded).run()
+    with exposed(stage.environ) as registry:
+        metrics = WorkerMetrics(registry, job.kind)
+        async with _attempts(stage, job, reader, metrics, registry) as attempts:
+            await Pool(share, metrics, attempts, attempts.excluded).run()
 
 
 @asynccontextmanager
-async def _attempts(stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics) -> AsyncIterator[Attempts]:
+async def _attempts(
+    stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics, registry: CollectorRegistry
+) -> AsyncIterator[Attempts]:
     spec = stage.run.spec
     if spec.sandbox.backend is SandboxBackend.POD:
         raise StageFailure("SandboxUnsupported", "spec.sandbox.backend Pod is not available yet: write Process or leave it out")
     student, teacher = await upstreams(stage, greedy=job.mixing is None)
     async with AsyncExitStack() as stack:
-        if port := stage.environ.get(METRICS_PORT):
-            server, _ = start_http_server(int(port), registry=metrics.registry)
-            stack.callback(server.server_close)
-            stack.callback(server.shutdown)
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         await await_student(stage, http, patience=spec.student.served.startup_deadline_seconds if spec.student.served else 0)
         provider = await stack.enter_async_context(ProcessSandboxes(spec.sandbox.limits, stage.scratch / "sandboxes"))
         # On the loopback address: process sandboxes reach it there through their relay, and nothing else needs to.
-        gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=metrics.registry))
+        gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=registry))
         yield Attempts(
             run=stage.run,
             round=stage.round,

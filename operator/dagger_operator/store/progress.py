@@ -1,17 +1,44 @@
 """How far a stage's workers are: overwritten as they go, for people only."""
 
 import asyncio
+import time
 
+import structlog
 from pydantic import ValidationError
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import Store
+from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.results import StageProgress
+
+REPORT_SECONDS = 5.0
+"""Between two reports of one worker."""
 
 
 async def report(store: Store, round_number: int, stage: str, index: int, progress: StageProgress) -> None:
-    """Says how far worker `index` is."""
-    await store.put(layout.progress(round_number, stage, index), progress.model_dump_json().encode())
+    """Says how far worker `index` is. A store that is away costs the report and nothing else."""
+    try:
+        await store.put(layout.progress(round_number, stage, index), progress.model_dump_json().encode())
+    except StoreUnavailable as error:
+        structlog.get_logger().warning("progress not reported", problem=str(error))
+
+
+class Reporter:
+    """Reports what it is told, as often as is due: the first, the last, and others at most every `REPORT_SECONDS`."""
+
+    def __init__(self, store: Store, round_number: int, stage: str, unit: str) -> None:
+        self._store, self._where, self._unit = store, (round_number, stage), unit
+        self._started, self._due = time.monotonic(), 0.0
+
+    async def tell(self, done: int, total: int, *, counters: dict[str, float] | None = None, seconds: float | None = None) -> bool:
+        """`seconds` of work so far, where that is not the time since this was made. Whether it was reported."""
+        now = time.monotonic()
+        if now < self._due and done < total:
+            return False
+        self._due = now + REPORT_SECONDS
+        worked = now - self._started if seconds is None else seconds
+        progress = StageProgress(done=done, total=total, unit=self._unit, counters=counters or {}, seconds=worked)
+        await report(self._store, *self._where, 0, progress)
+        return True
 
 
 async def read_progress(store: Store, round_number: int, stage: str) -> dict[int, StageProgress]:

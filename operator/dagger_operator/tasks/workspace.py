@@ -4,6 +4,7 @@ What the files were at the start is kept in a git repository of its own outside 
 the task has a repository, what the agent commits there, or whether it breaks or removes it; and nothing is added to what the agent sees.
 """
 
+import time
 from dataclasses import dataclass
 
 from dagger_operator.sandbox.interface import CommandResult, Sandbox, SandboxError, SandboxProvider, SandboxRequest
@@ -53,6 +54,10 @@ class Workspace:
 
     sandbox: Sandbox
     task: Task
+    create_seconds: float
+    """Until the sandbox answered."""
+    start_seconds: float
+    """From then until the task was ready in it."""
 
 
 async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: float, network_to: str | None = None) -> Workspace:
@@ -60,8 +65,10 @@ async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: fl
 
     Raises `SandboxError`; then no sandbox is left.
     """
+    began = time.monotonic()
     request = SandboxRequest(name=name, image=task.image, workdir=task.workdir, files=task.files, network_to=network_to)
     sandbox = await provider.create(request, timeout=timeout)
+    created = time.monotonic()
     try:
         if task.setup is not None:
             _check(await sandbox.execute(task.setup, timeout=timeout), "SetupFailed", f"setup of task {task.id}")
@@ -69,7 +76,7 @@ async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: fl
     except BaseException:
         await sandbox.close()
         raise
-    return Workspace(sandbox, task)
+    return Workspace(sandbox, task, created - began, time.monotonic() - created)
 
 
 async def collect_patch(workspace: Workspace) -> str:
