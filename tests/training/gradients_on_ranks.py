@@ -16,7 +16,7 @@ from dagger_operator.training import checkpoints, engine, export, loop
 from dagger_operator.training.batches import Curriculum
 
 
-async def nothing(tally: object) -> None:
+async def nothing(*_: object) -> None:
     pass
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -78,6 +78,12 @@ def spread(packs: Sequence[Pack], ranks: int, micro_batch_tokens: int, targets_a
         targets = max(sum(len(packs[index].targets) for index in indices) for indices in together)
         passes.append(Pass(together, max(1, math.ceil(targets / targets_at_once))))
     return passes
+
+
+def padding(passes: Iterable[Pass], packs: Sequence[Pack]) -> int:
+    """Tokens by which the micro-batches of all ranks are larger than the packs in them."""
+    batches = [[len(packs[index]) for index in indices] for turn in passes for indices in turn.packs if indices]
+    return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
 
 
 def _micro_batches(indices: Sequence[int], packs: Sequence[Pack], bound: int) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import file_digest
 from dagger_operator.store.records import Record
 from dagger_operator.training.engine import Engine
+from dagger_operator.training.metrics import Step
 
 T = TypeVar("T")
 
@@ -45,13 +46,13 @@ class Tally(Record):
     def steps(self) -> int:
         return len(self.losses)
 
-    def with_step(self, *, loss: float, labels: int, tokens: int, unpacked: int, seconds: float) -> "Tally":
+    def with_step(self, step: Step) -> "Tally":
         return Tally(
-            losses=(*self.losses, loss),
-            labels=self.labels + labels,
-            tokens=self.tokens + tokens,
-            unpacked=self.unpacked + unpacked,
-            seconds=self.seconds + seconds,
+            losses=(*self.losses, step.loss),
+            labels=self.labels + step.labels,
+            tokens=self.tokens + step.tokens,
+            unpacked=self.unpacked + step.unpacked,
+            seconds=self.seconds + step.seconds,
         )
 
 
@@ -87,8 +88,8 @@ class Checkpoints:
         """Whether this rank asks for a checkpoint after `step` steps: rank 0 does, at the asked interval, where it is worth its time."""
         return self._rank == 0 and step % self._every == 0 and time.monotonic() - self._last >= _WORTH * self._cost
 
-    async def save(self, engine: Engine, tally: Tally) -> None:
-        """Stores the state after `tally.steps` steps."""
+    async def save(self, engine: Engine, tally: Tally) -> float:
+        """Stores the state after `tally.steps` steps, and returns the seconds that it took."""
         started = time.monotonic()
         tag = f"step-{tally.steps:08d}"
         engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False)
@@ -111,6 +112,7 @@ class Checkpoints:
         self._cost = self._last - started
         if self._rank == 0:
             self._log.info("checkpoint stored", step=tally.steps, seconds=round(self._cost, 3))
+        return self._cost
 
     async def resume(self, engine: Engine) -> Tally:
         """Puts the newest whole checkpoint of this training into the engine; an empty tally where there is none."""

@@ -112,6 +112,12 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     return engine
 
 
+def gradient_norm(engine: Engine) -> float | None:
+    """Of the last step, before clipping; None where DeepSpeed does not keep it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
 def set_learning_rate(engine: Engine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

@@ -3,17 +3,18 @@
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.batches import Curriculum, spread
+from dagger_operator.training.batches import Curriculum, padding, spread
 from dagger_operator.training.checkpoints import Checkpoints, Tally
-from dagger_operator.training.engine import Engine, set_learning_rate
+from dagger_operator.training.engine import Engine, gradient_norm, set_learning_rate
 from dagger_operator.training.loss import collate
+from dagger_operator.training.metrics import Step
 from dagger_operator.training.packing import pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.schedule import learning_rate
@@ -36,7 +37,7 @@ async def train(
     tally: Tally,
     seed: int,
     stopping: Callable[[], bool],
-    observe: Callable[[Tally], Awaitable[None]],
+    observe: Callable[[Tally, Step], Awaitable[None]],
     targets_at_once: int = 4096,
 ) -> Tally:
     """Takes the steps that `tally` has not yet, and returns the tally of all of them. Every rank calls it with the same samples.
@@ -51,7 +52,8 @@ async def train(
         weight = sum(float(pack.weights.sum()) for pack in packs)
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
-        for turn in spread(packs, rank.of, training.micro_batch_tokens, targets_at_once):
+        passes = spread(packs, rank.of, training.micro_batch_tokens, targets_at_once)
+        for turn in passes:
             mine = [packs[index] for index in turn.packs[rank.index]]
             loss = engine(**collate(mine, rank.device), pieces=turn.pieces)
             # DeepSpeed averages gradients over ranks: times ranks, by the targets of the whole step, is the mean over all targets.
@@ -69,20 +71,25 @@ async def train(
                 f"the loss of step {step + 1} is {mean}: lower training.learningRate or training.gradientClip, or train with "
                 "precision FP32; the weights before this round are unharmed",
             )
-        set_learning_rate(engine, learning_rate(training, step, curriculum.steps))
+        rate = learning_rate(training, step, curriculum.steps)
+        set_learning_rate(engine, rate)
         engine.step()
 
-        tally = tally.with_step(
+        done = Step(
             loss=mean,
             labels=len(batch),
             tokens=sum(map(len, packs)),
+            padding=padding(passes, packs),
             unpacked=sum(len(sample.tokens) - 1 for sample in batch),
+            learning_rate=rate,
+            gradient_norm=gradient_norm(engine),
             seconds=time.monotonic() - started,
         )
+        tally = tally.with_step(done)
         if stops or (dues and tally.steps < curriculum.steps):
-            await checkpoints.save(engine, tally)
+            done = replace(done, checkpoint_seconds=await checkpoints.save(engine, tally))
         if stops:
             message = f"asked to end after step {tally.steps} of {curriculum.steps}; training goes on from its checkpoint"
             raise StageFailure("Terminated", message, permanent=False)
-        await observe(tally)
+        await observe(tally, done)
     return tally

@@ -14,28 +14,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import TrainingSummary
+from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
-from dagger_operator.store.progress import report
+from dagger_operator.store.progress import Reporter
 from dagger_operator.store.records import Trajectory
-from dagger_operator.store.results import StageProgress, TrainingResult, save_result
+from dagger_operator.store.results import TrainingResult, save_result
 from dagger_operator.store.stage import Stage, StageFailure, main
 from dagger_operator.training.batches import Curriculum
 from dagger_operator.training.inputs import Inputs, digest, inputs, weights_folder
+from dagger_operator.training.metrics import Step, TrainerMetrics
 from dagger_operator.training.samples import Tokenised, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
 if TYPE_CHECKING:
     from dagger_operator.training.checkpoints import Tally
 
-_REPORT_SECONDS = 2.0
 _MEAN_OF = 10
 """Steps over which the first and the last loss are averaged."""
 
 
 async def body(stage: Stage) -> None:
     """Trains, exports, stores the policy and, on rank 0, the stage's result."""
+    # One rank of a pod answers Prometheus.
+    with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry:
+        await _train(stage, registry)
+
+
+async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     started = time.monotonic()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Heavy, and slow to import: only ranks do.
@@ -61,10 +69,11 @@ async def body(stage: Stage) -> None:
         every_steps=spec.training.checkpoint_every_steps,
     )
     tally = await kept.resume(policy)
-    reporter = _Reporter(stage, rank, curriculum.steps)
+    observer = _Observer(stage, rank, curriculum.steps, registry)
+    await observer.begin(tally)
     if rank == 0:
         counts = {"steps": curriculum.steps, "from_step": tally.steps, "labels": len(tokenised.samples), "too_long": tokenised.too_long}
-        reporter.log.info("training", **counts, setup_seconds=round(time.monotonic() - started, 2))
+        observer.log.info("training", **counts, setup_seconds=round(time.monotonic() - started, 2))
 
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
@@ -78,7 +87,7 @@ async def body(stage: Stage) -> None:
         tally,
         seed=spec.seed,
         stopping=stopping.is_set,
-        observe=reporter.observe,
+        observe=observer.observe,
     )
 
     folder = stage.scratch / "export"
@@ -87,7 +96,7 @@ async def body(stage: Stage) -> None:
     if rank == 0:  # the others need not wait while it uploads
         summary = await _store(stage, given, settings, tokenised, tally, folder, started)
         await kept.forget()
-        reporter.log.info("training done", **summary.wire())
+        observer.log.info("training done", **summary.wire())
 
 
 async def _store(
@@ -149,26 +158,28 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
     return Tokenised(tuple(samples), too_long)
 
 
-class _Reporter:
-    """Says now and then how far training is."""
+class _Observer:
+    """Tells of every step, on rank 0: Prometheus at once, the log and the store now and then."""
 
-    def __init__(self, stage: Stage, rank: int, steps: int) -> None:
-        self._stage, self._rank, self._steps = stage, rank, steps
-        self._due = 0.0
+    def __init__(self, stage: Stage, rank: int, steps: int, registry: CollectorRegistry) -> None:
+        self._steps = steps
+        self._metrics = TrainerMetrics(registry) if rank == 0 else None
+        self._reporter = Reporter(stage.store, stage.round, "training", "steps")
         self.log = structlog.get_logger()
 
-    async def observe(self, tally: "Tally") -> None:
+    async def begin(self, tally: "Tally") -> None:
+        if self._metrics is not None:
+            await self._reporter.tell(tally.steps, self._steps, seconds=tally.seconds)
+
+    async def observe(self, tally: "Tally", step: Step) -> None:
         await asyncio.sleep(0)  # lets a signal that arrived during the step be seen
-        now = time.monotonic()
-        if self._rank or (now < self._due and tally.steps < self._steps):
+        if self._metrics is None:
             return
-        self._due = now + _REPORT_SECONDS
-        rate = tally.tokens / max(tally.seconds, 1e-9)
-        loss = _mean(tally.losses[-_MEAN_OF:])
-        self.log.info("step", step=tally.steps, of=self._steps, loss=round(loss, 5), tokens_per_second=round(rate))
-        counters = {"loss": loss, "tokens_per_second": rate}
-        progress = StageProgress(done=tally.steps, total=self._steps, unit="steps", counters=counters, seconds=tally.seconds)
-        await report(self._stage.store, self._stage.round, "training", 0, progress)
+        self._metrics.stepped(step, tally.steps / self._steps)
+        counters = {"loss": _mean(tally.losses[-_MEAN_OF:]), "tokens_per_second": tally.tokens / max(tally.seconds, 1e-9)}
+        if await self._reporter.tell(tally.steps, self._steps, counters=counters, seconds=tally.seconds):
+            rounded = {"loss": round(counters["loss"], 5), "tokens_per_second": round(counters["tokens_per_second"])}
+            self.log.info("step", step=tally.steps, of=self._steps, **rounded)
 
 
 def _mean(numbers: tuple[float, ...]) -> float:
