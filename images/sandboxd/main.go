@@ -91,6 +91,9 @@ func serve(arguments []string) error {
 	hide()
 	outlive()
 	runtime.GOMAXPROCS(2)
+	if os.Getenv("PATH") == "" {
+		os.Setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	}
 	if err := limits.inherit(); err != nil {
 		return err
 	}

@@ -33,10 +33,9 @@ type result struct {
 }
 
 const (
-	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-	tick        = 100 * time.Millisecond
-	patience    = 5 * time.Second
-	kept        = 4 // results that can still be fetched
+	tick     = 100 * time.Millisecond
+	patience = 5 * time.Second
+	kept     = 4 // results that can still be fetched
 )
 
 // execution is a command that was started, or cancelled before.
@@ -212,9 +211,6 @@ func (r *runner) launch(command *command, output io.Writer) (<-chan syscall.Wait
 // environment is the whole of it: what the image says of PATH and HOME, and what was given. Nothing else of the pod's.
 func environment(given map[string]string) []string {
 	all := map[string]string{"PATH": os.Getenv("PATH"), "HOME": home(), "LANG": "C.UTF-8"}
-	if all["PATH"] == "" {
-		all["PATH"] = defaultPath
-	}
 	for name, value := range given {
 		all[name] = value
 	}

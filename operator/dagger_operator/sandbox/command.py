@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagger_operator.sandbox.interface import SandboxError
+from dagger_operator.sandbox.shell import joined
 
 _GRACE_SECONDS = 5.0
 """How long a killed process may take to vanish; it only waits for the kernel."""
@@ -48,8 +49,7 @@ class BoundedOutput:
 
     def text(self) -> str:
         """As text, with a marker in the place of what was dropped."""
-        head, tail = (part.decode("utf-8", "replace") for part in self.parts())
-        return f"{head}\n[{self.dropped} bytes left out]\n{tail}" if self.dropped else head + tail
+        return joined(*self.parts(), self.dropped)
 
 
 Argv = list[str | bytes]

@@ -2,14 +2,12 @@
 
 import asyncio
 import posixpath
-import signal
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from io import BytesIO
 
-from dagger_operator.sandbox import filesystem, relay
+from dagger_operator.sandbox import filesystem, relay, shell
+from dagger_operator.sandbox.archive import archive
 from dagger_operator.sandbox.command import Ended, run
 from dagger_operator.sandbox.interface import CommandResult, SandboxError, SandboxRequest
 from dagger_operator.sandbox.launch import Launcher, stdin_of
@@ -22,9 +20,6 @@ _DISK_SLACK = 16 << 20
 _OWN_PROCESSES = 2
 """bubblewrap's, beside the command's."""
 _FILE_SECONDS = 60.0
-_MAX_ARGUMENT = 128 << 10
-"""The kernel's limit on one argument."""
-_SIGXFSZ = 128 + signal.SIGXFSZ
 _NO_FILE = 44
 
 
@@ -46,23 +41,16 @@ class ProcessSandbox:
     async def execute(self, command: str, *, timeout: float, env: dict[str, str] | None = None) -> CommandResult:
         """Runs a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
         encoded = command.encode("utf-8", "replace")
-        if b"\0" in encoded or len(encoded) >= _MAX_ARGUMENT:
-            what = "holds a NUL byte" if b"\0" in encoded else f"is longer than {_MAX_ARGUMENT} bytes"
-            return CommandResult(f"bash: the command {what}: write long text to a file in parts\n", 126)
+        if answer := shell.refused(encoded):
+            return answer
         ended = await self._run(["bash", "-c", encoded], timeout=timeout, env=env, keep=self._launcher.limits.output_kib << 10)
         return self._result(ended, timeout)
 
     async def write(self, files: dict[str, str]) -> None:
         """Writes text files from inside the sandbox, so that no link planted there leads out of it."""
-        archive = BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            for path, text in files.items():
-                data = text.encode("utf-8", "surrogatepass")
-                entry = tarfile.TarInfo(self._path(path).lstrip("/"))
-                entry.size, entry.mode = len(data), 0o644
-                tar.addfile(entry, BytesIO(data))
+        packed = archive({self._path(path): text for path, text in files.items()})
         ended = await self._run(
-            ["tar", "-x", "-m", "-C", self._root, "--no-same-owner", "-f", "-"], timeout=_FILE_SECONDS, keep=4096, stdin=archive.getvalue()
+            ["tar", "-x", "-m", "-C", self._root, "--no-same-owner", "-f", "-"], timeout=_FILE_SECONDS, keep=4096, stdin=packed
         )
         if ended.returncode != 0 or ended.timed_out:
             raise SandboxError("WriteFailed", f"writing {', '.join(list(files)[:5])}: {ended.output.text()[:500].strip()}")
@@ -174,16 +162,17 @@ class ProcessSandbox:
 
     def _result(self, ended: Ended, timeout: float) -> CommandResult:
         """What the agent sees; a limit that was met is named at the end of the output."""
-        limits, returncode, note = self._launcher.limits, ended.returncode, ""
-        if ended.timed_out:
-            returncode, note = 124, f"it did not end within {timeout:g} s"
-        elif ended.stopped:
-            returncode, note = 137, f"it used {ended.stopped}"
-        elif returncode == _SIGXFSZ:
-            returncode, note = 137, f"a file would have grown over {limits.disk_mib} MiB"
-        output = ended.output.text()
-        if note:
-            output += f"\n[stopped: {note}]\n"
-        if self._disk.full:
-            output += f"\n[disk full: {limits.disk_mib} MiB are used up; no file can grow until some are removed]\n"
-        return CommandResult(output, returncode, ended.timed_out, ended.output.dropped > 0, ended.seconds)
+        limits = self._launcher.limits
+        result = shell.ended(
+            (*ended.output.parts(), ended.output.dropped),
+            ended.returncode,
+            timed_out=ended.timed_out,
+            stopped=ended.stopped,
+            seconds=ended.seconds,
+            timeout=timeout,
+            limits=limits,
+        )
+        if not self._disk.full:
+            return result
+        full = f"\n[disk full: {limits.disk_mib} MiB are used up; no file can grow until some are removed]\n"
+        return replace(result, output=result.output + full)

@@ -1,0 +1,144 @@
+"""The pods of one worker as one watch shows them, and the removal of those that nobody wants."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+
+import structlog
+
+from dagger_operator.sandbox.interface import SandboxError
+from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest
+from dagger_operator.sandbox.pod_state import PodState, Stand, state_of
+
+_SWEEP_SECONDS = 5.0
+PULL_PATIENCE_SECONDS = 60.0
+"""How long an image may not be pulled: some tries of the kubelet's, and then a rollout's slot is worth more."""
+
+
+class Life:
+    """One pod from its creation to its end."""
+
+    def __init__(self, pod: Manifest) -> None:
+        self.pod = pod
+        self.state = PodState(Stand.COMING, "", "")
+        self.lost: asyncio.Future[PodState] = asyncio.get_running_loop().create_future()
+        """Done when the pod is at its end."""
+        self._changed = asyncio.Event()
+
+    @property
+    def uid(self) -> str:
+        return str(self.pod["metadata"]["uid"])
+
+    def see(self, state: PodState) -> None:
+        self.state = state
+        self._changed.set()
+        if state.stand is Stand.ENDED and not self.lost.done():
+            self.lost.set_result(state)
+
+    async def ready(self) -> str:
+        """Its address, once commands can be sent there. Raises `SandboxError` where it ends first, or its image cannot be pulled."""
+        stuck_since: float | None = None
+        loop = asyncio.get_running_loop()
+        while True:
+            self._changed.clear()
+            state = self.state
+            if state.stand is Stand.READY:
+                return state.address
+            if state.stand is Stand.STUCK and stuck_since is None:
+                stuck_since = loop.time()
+            if state.stand is Stand.ENDED or (stuck_since is not None and loop.time() - stuck_since > PULL_PATIENCE_SECONDS):
+                raise SandboxError(state.reason, f"pod {self.pod['metadata']['name']}: {state.message}")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 5.0)
+
+
+class PodFleet:
+    """Keeps an eye on all pods of a worker; `owner` gives the uid of its Lease."""
+
+    def __init__(self, kube: Kube, selector: str, owner: Callable[[], str]) -> None:
+        self._kube, self._selector, self._owner = kube, selector, owner
+        self._known: dict[str, Manifest] = {}
+        self._lives: dict[str, Life] = {}
+        self._coming: set[str] = set()
+        self._fewer = asyncio.Condition()
+
+    async def admit(self, name: str, most: int) -> None:
+        """Waits until fewer than `most` pods exist or are coming, and counts a new one among them until `born` or `dismiss`."""
+        async with self._fewer:
+            await self._fewer.wait_for(lambda: len(self._known.keys() | self._lives.keys()) + len(self._coming) < most)
+            self._coming.add(name)
+
+    async def dismiss(self, name: str) -> None:
+        self._coming.discard(name)
+        async with self._fewer:
+            self._fewer.notify_all()
+
+    def born(self, pod: Manifest) -> Life:
+        """From now on a pod is wanted, until `end`."""
+        life = Life(pod)
+        self._lives[life.uid] = life
+        life.see(state_of(self._known.get(life.uid, pod)))
+        return life
+
+    async def end(self, life: Life) -> None:
+        """Deletes a pod. Where that fails it is tried again until it is gone."""
+        if self._lives.pop(life.uid, None):
+            self._known.setdefault(life.uid, life.pod)
+            with suppress(KubeError):
+                await self._kube.delete(Kind.PODS, life.pod)
+
+    def at_rest(self) -> list[Life]:
+        return list(self._lives.values())
+
+    async def follow(self) -> None:
+        """Lists, then watches, for ever: one connection for all pods of the worker."""
+        version, pause = "", 0.5
+        while True:
+            try:
+                if not version:
+                    pods, version = await self._kube.list(Kind.PODS, self._selector)
+                    await self._see_all(pods)
+                async for kind, pod in self._kube.watch(Kind.PODS, self._selector, version):
+                    version, pause = pod["metadata"]["resourceVersion"], 0.5
+                    if kind != "BOOKMARK":
+                        await self._see(pod, gone=kind == "DELETED")
+            except KubeError as error:
+                if error.code != 410:
+                    structlog.get_logger().warning("the watch of sandbox pods broke off", problem=str(error))
+                    await asyncio.sleep(pause)
+                    pause = min(10.0, 2 * pause)
+                version = ""
+
+    async def sweep(self) -> None:
+        """For ever: deletes what is ours and not wanted, such as a pod whose creation was cancelled on its way."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            for uid, pod in list(self._known.items()):
+                if self._unwanted(uid, pod["metadata"]):
+                    with suppress(KubeError):
+                        await self._kube.delete(Kind.PODS, pod)
+
+    def _unwanted(self, uid: str, metadata: Manifest) -> bool:
+        ours = any(owner["uid"] == self._owner() for owner in metadata.get("ownerReferences") or ())
+        return ours and uid not in self._lives and metadata["name"] not in self._coming and not metadata.get("deletionTimestamp")
+
+    async def _see_all(self, pods: Iterable[Manifest]) -> None:
+        found = {pod["metadata"]["uid"]: pod for pod in pods}
+        for uid in self._known.keys() - found.keys():
+            await self._see(self._known[uid], gone=True)
+        for pod in found.values():
+            await self._see(pod, gone=False)
+
+    async def _see(self, pod: Manifest, *, gone: bool) -> None:
+        uid = pod["metadata"]["uid"]
+        if gone:
+            self._known.pop(uid, None)
+        else:
+            self._known[uid] = pod
+        if life := self._lives.get(uid):
+            state = state_of(pod)
+            if gone and state.stand is not Stand.ENDED:
+                state = PodState(Stand.ENDED, "PodDeleted", "the pod was deleted")
+            life.see(state)
+        async with self._fewer:
+            self._fewer.notify_all()

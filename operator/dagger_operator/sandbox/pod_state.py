@@ -1,0 +1,83 @@
+"""What a sandbox pod's status says: ready, on its way and why not yet, or at its end and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dagger_operator.sandbox.pod_manifest import CONTAINER
+
+Json = dict[str, Any]
+
+_USUAL = ("ContainerCreating", "PodInitializing", "")
+_PULLING = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError")
+_HOPELESS = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
+
+
+class Stand(StrEnum):
+    COMING = "Coming"
+    STUCK = "Stuck"
+    """Its image cannot be pulled as yet; a registry may recover."""
+    READY = "Ready"
+    ENDED = "Ended"
+    """Over, or certain never to begin."""
+
+
+@dataclass(frozen=True)
+class PodState:
+    stand: Stand
+    reason: str
+    """Kubernetes' own word for why; empty where all goes its way."""
+    message: str
+    address: str = ""
+    """IP address, once ready."""
+
+
+def state_of(pod: Json) -> PodState:
+    """Pure; `pod` as the API server gives it."""
+    status = pod.get("status") or {}
+    if pod["metadata"].get("deletionTimestamp"):
+        return PodState(Stand.ENDED, *(_disruption(status) or ("PodDeleted", "the pod was deleted")))
+    if status.get("phase") in ("Failed", "Succeeded"):
+        return PodState(Stand.ENDED, *_end(status))
+    for container in _containers(status):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        reason, message = waiting.get("reason") or "", waiting.get("message") or f"container {container['name']}"
+        if reason not in _USUAL:
+            stand = Stand.ENDED if reason in _HOPELESS else Stand.STUCK if reason in _PULLING else Stand.COMING
+            return PodState(stand, reason, message)
+        if container["name"] == CONTAINER and "running" in (container.get("state") or {}) and status.get("podIP"):
+            return PodState(Stand.READY, "", "", status["podIP"])
+    scheduled = _condition(status, "PodScheduled")
+    if scheduled.get("status") == "False":
+        return PodState(Stand.COMING, scheduled.get("reason") or "Unschedulable", scheduled.get("message") or "")
+    return PodState(Stand.COMING, "", "")
+
+
+def _end(status: Json) -> tuple[str, str]:
+    if status.get("reason"):
+        return status["reason"], status.get("message") or ""
+    if disrupted := _disruption(status):
+        return disrupted
+    for container in _containers(status):
+        ended = (container.get("state") or {}).get("terminated") or {}
+        if ended and (ended.get("exitCode") != 0 or container["name"] == CONTAINER):
+            said = ended.get("message") or f"container {container['name']} ended with exit code {ended.get('exitCode')}"
+            return ended.get("reason") or "Error", said
+    return "PodEnded", f"the pod ended as {status.get('phase')}"
+
+
+def _disruption(status: Json) -> tuple[str, str] | None:
+    condition = _condition(status, "DisruptionTarget")
+    if condition.get("status") != "True":
+        return None
+    return condition.get("reason") or "Disrupted", condition.get("message") or ""
+
+
+def _condition(status: Json, kind: str) -> Json:
+    return next((one for one in status.get("conditions") or () if one.get("type") == kind), {})
+
+
+def _containers(status: Json) -> Iterator[Json]:
+    yield from status.get("initContainerStatuses") or ()
+    yield from status.get("containerStatuses") or ()

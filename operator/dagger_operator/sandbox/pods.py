@@ -1,0 +1,140 @@
+"""Sandboxes that are pods: made and ended by a worker, owned by its Lease, watched by one connection."""
+
+import asyncio
+import posixpath
+import secrets
+from contextlib import AsyncExitStack
+from hashlib import sha256
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from dagger_operator.sandbox import relay
+from dagger_operator.sandbox.helper_line import Exec, HelperLine, Network, Routes
+from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest, Unreachable
+from dagger_operator.sandbox.pod_fleet import Life, PodFleet
+from dagger_operator.sandbox.pod_manifest import Setting, pod
+from dagger_operator.sandbox.pod_sandbox import PodSandbox
+from dagger_operator.sandbox.worker_lease import DURATION_SECONDS, WorkerLease
+
+_FAILURES_UNNOTICED = 3
+_MOST_PAUSE_SECONDS = 30.0
+
+
+class PodSandboxes:
+    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires."""
+
+    def __init__(self, setting: Setting, namespace: str, *, most_alive: int, lease_seconds: int = DURATION_SECONDS) -> None:
+        """`most_alive`: pods that may exist at once, those on their way to an end included."""
+        self._setting, self._namespace, self._most_alive, self._lease_seconds = setting, namespace, most_alive, lease_seconds
+        self._routes = Routes()
+        self._open = AsyncExitStack()
+        self._failures = 0
+
+    async def __aenter__(self) -> Self:
+        """Raises `SandboxError` where the API server refuses the worker."""
+        try:
+            async with AsyncExitStack() as opening:
+                self._kube = await opening.enter_async_context(Kube.connect(self._namespace))
+                self._http = await opening.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+                self._lease = WorkerLease(self._kube, self._setting, self._lease_seconds)
+                await self._lease.take()
+                opening.push_async_callback(self._lease.give_up)
+                self._fleet = PodFleet(self._kube, self._setting.worker_selector, lambda: str(self._lease.manifest["metadata"]["uid"]))
+                for work in (self._lease.keep(), self._fleet.follow(), self._fleet.sweep()):
+                    opening.push_async_callback(_stop, asyncio.create_task(work))
+                await self._lease.sweep()
+                self._open = opening.pop_all()
+        except KubeError as error:
+            raise SandboxError(error.reason, f"namespace {self._namespace}: {error.message}") from error
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await asyncio.gather(*(self._fleet.end(life) for life in self._fleet.at_rest()))
+        await self._open.aclose()
+
+    async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
+        """Makes a pod ready for commands; the reasons of its `SandboxError` are the pod's own where it has some."""
+        if not request.workdir.startswith("/") or posixpath.normpath(request.workdir) != request.workdir or request.workdir == "/":
+            raise SandboxError(
+                "InvalidWorkdir", f"workdir {request.workdir!r}: write an absolute path other than / without . and .., such as /testbed"
+            )
+        if request.network_to is not None:
+            relay.parse(request.network_to)
+        token = secrets.token_urlsafe(32)
+        manifest = pod(self._setting, request, digest=sha256(token.encode()).hexdigest(), owner=self._lease.manifest)
+        life: Life | None = None
+        try:
+            async with asyncio.timeout(timeout):
+                life = await self._begin(manifest)
+                sandbox = self._sandbox(request, life, token, await life.ready())
+                await sandbox.prepare()
+            self._failures = 0
+            return sandbox
+        except BaseException as error:
+            if life:
+                await self._fleet.end(life)
+            if isinstance(error, TimeoutError):
+                self._failures += 1
+                raise _too_late(request, life, timeout) from error
+            if isinstance(error, SandboxError):
+                self._failures += 1
+            raise
+
+    def _sandbox(self, request: SandboxRequest, life: Life, token: str, address: str) -> PodSandbox:
+        through_exec = Exec(self._kube, life.pod["metadata"]["name"], token)
+        line = HelperLine(request.name, Network(self._http, address, token), through_exec, self._routes)
+        return PodSandbox(request, self._setting.limits, line, life.lost, lambda: self._fleet.end(life))
+
+    async def _begin(self, manifest: Manifest) -> Life:
+        """Creates the pod, when there is room for it and, after failures in a row, not at once."""
+        if self._failures >= _FAILURES_UNNOTICED:
+            await asyncio.sleep(min(_MOST_PAUSE_SECONDS, 0.5 * 2 ** min(self._failures - _FAILURES_UNNOTICED, 16)))
+        name = manifest["metadata"]["name"]
+        await self._fleet.admit(name, self._most_alive)
+        try:
+            return self._fleet.born(await self._created(manifest))
+        finally:
+            await self._fleet.dismiss(name)
+
+    async def _created(self, manifest: Manifest) -> Manifest:
+        """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
+        pause = 0.1
+        while True:
+            try:
+                return await self._kube.create(Kind.PODS, manifest)
+            except KubeError as error:
+                if error.reason == "AlreadyExists":
+                    await self._make_way(manifest)
+                elif not isinstance(error, Unreachable):
+                    raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
+            await asyncio.sleep(pause)
+            pause = min(2.0, 2 * pause)
+
+    async def _make_way(self, manifest: Manifest) -> None:
+        try:
+            old = await self._kube.get(Kind.PODS, manifest["metadata"]["name"])
+            labels = old["metadata"].get("labels") or {}
+            if any(labels.get(key) != value for key, value in self._setting.labels.items() if key != "dagger-operator.dev/worker"):
+                raise SandboxError(
+                    "NameTaken", f"pod {old['metadata']['name']} in {self._namespace} is not this run's: delete or rename it"
+                )
+            if not old["metadata"].get("deletionTimestamp"):
+                await self._kube.delete(Kind.PODS, old)
+        except KubeError as error:
+            if error.code != 404 and not isinstance(error, Unreachable):
+                raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
+
+
+async def _stop(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _too_late(request: SandboxRequest, life: Life | None, timeout: float) -> SandboxError:
+    state = life.state if life else None
+    why = f": {state.message}" if state and state.message else "" if life else ": no room for it, or the API server is away"
+    reason = (state.reason if state else "") or "CreateTimeout"
+    return SandboxError(reason, f"sandbox {request.name} was not ready after {timeout:g} s{why}")
