@@ -116,3 +116,23 @@ def test_both_students_have_both_styles() -> None:
 def test_the_sft_baseline_is_the_teacher_alone_in_one_round() -> None:
     (run,) = runs(ROOT / "manifests" / "samples" / "sft-baseline.yaml")
     assert run.spec.rounds == 1 and run.spec.mixing.beta_at(1) == 1.0 and run.spec.tasks.per_round == 2338
+
+
+def test_the_quickstart_is_the_same_run_on_a_cluster() -> None:
+    def read(path: str) -> Json:
+        return dict(yaml.safe_load((ROOT / path).read_text()))
+
+    on_one_machine, on_a_cluster = read("examples/quickstart/dagger-run.yaml"), read("manifests/samples/quickstart/run.yaml")
+    storage = on_a_cluster["spec"]["storage"]
+    for path in ("student.model", "student.serving.image", "teacher.endpoint.url", "tasks.source.uri", "tasks.heldOut.source.uri"):
+        *parents, field = path.split(".")
+        here, there = on_one_machine["spec"], on_a_cluster["spec"]
+        for name in parents:
+            here, there = here[name], there[name]
+        value = there.pop(field)
+        here.pop(field, None)
+        assert "/inputs/" not in value or value.startswith(f"{storage['url']}/inputs/")
+    for one in on_one_machine, on_a_cluster:
+        del one["spec"]["storage"]
+    assert on_a_cluster["spec"]["sandbox"].pop("image")
+    assert on_a_cluster == on_one_machine
