@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check fast heavy experiment generate lock clean cluster-up cluster-down
+.PHONY: help setup quickstart test check fast heavy tools experiment generate lock clean cluster-up cluster-down
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -26,8 +26,11 @@ check: setup ## Lint, types, layers
 fast: setup ## Tests that need no torch, no vLLM and no built tool
 	$(PYTEST) -m "not heavy and not cuda"
 
-heavy: setup ## Tests with real vLLM, DeepSpeed and S3
+heavy: setup tools ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
 	$(PYTEST) -m "heavy and not cuda"
+
+tools: setup ## Go programs that tests need, built once for this machine
+	@for module in tests/tools/*/; do scripts/build-tool $$(basename $$module) >/dev/null || exit; done
 
 experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
