@@ -1,0 +1,45 @@
+"""Writes what this image holds to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
+
+    python sbom.py NAME
+
+No time and no serial number: the same packages give the same file.
+"""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+
+def main(name: str) -> None:
+    components = sorted([*debian_packages(), *python_packages()], key=lambda one: one["purl"])
+    document = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": {"type": "container", "name": f"dagger-operator/{name}"}},
+        "components": components,
+    }
+    Path(__file__).with_name("sbom.cdx.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def debian_packages() -> list[dict[str, str]]:
+    command = ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = [line.split() for line in lines]
+    return [component(name, version, f"pkg:deb/debian/{name}@{version}?arch={arch}&distro=bookworm") for name, version, arch in rows]
+
+
+def python_packages() -> list[dict[str, str]]:
+    found = {(one.name.lower().replace("_", "-").replace(".", "-"), one.version) for one in distributions()}
+    return [component(name, version, f"pkg:pypi/{name}@{version}") for name, version in found]
+
+
+def component(name: str, version: str, purl: str) -> dict[str, str]:
+    # A plus sign in a version means a space where it is not escaped.
+    return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl.replace("+", "%2B")}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
