@@ -216,7 +216,7 @@ async def test_an_answer_names_the_version_that_made_it_and_no_other_is_served(s
         for path in ("/collective_rpc", "/pause", "/tokenize", "/v1/completions", "/openapi.json"):
             assert (await http.post(f"{served.url}{path}", json={})).status in (404, 405)
         metrics = await (await http.get(f"{served.url}/metrics")).text()
-        assert "vllm:prefix_cache_queries_total" in metrics and f'dagger_agent_policy{{version="{version}"}} 1.0' in metrics
+        assert "vllm:prefix_cache_queries_total" in metrics and f'dagger_agent_policy_info{{version="{version}"}} 1.0' in metrics
 
 
 async def test_tool_calls_are_streamed(served: ServingPod) -> None:

@@ -1,13 +1,14 @@
-"""The agent's own metrics; vLLM's follow them on `/metrics`."""
+"""The agent's own metrics (docs/metrics.md); vLLM's follow them on `/metrics`."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 from dagger_operator.serving.gate import Gate
+from dagger_operator.store.exposition import fresh_registry
 
 
 class AgentMetrics:
     def __init__(self, gate: Gate) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = fresh_registry()
         self._requests = Counter("dagger_agent_requests", "Requests for a turn, by status code.", ["code"], registry=self._registry)
         self._swaps = Histogram(
             "dagger_agent_swap_seconds",
@@ -16,7 +17,10 @@ class AgentMetrics:
             buckets=(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
             registry=self._registry,
         )
-        self._policy = Gauge("dagger_agent_policy", "1 for the version that was verified last.", ["version"], registry=self._registry)
+        self._policy = Gauge("dagger_agent_policy_info", "1 for the version that was verified last.", ["version"], registry=self._registry)
+        self._requests.labels(200)  # a counter that appears at 1 has no increase
+        for how in ("InPlace", "Restart"):
+            self._swaps.labels(how)
         inside = Gauge("dagger_agent_requests_in_flight", "Requests for a turn under way.", registry=self._registry)
         inside.set_function(lambda: gate.inside)
 

@@ -8,10 +8,16 @@ from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 
 import structlog
-from prometheus_client import CollectorRegistry, GCCollector, MetricsHandler, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, MetricsHandler, PlatformCollector, ProcessCollector, disable_created_metrics
 
 METRICS_PORT = "DAGGER_METRICS_PORT"
 """Environment variable; where it is set, a stage with metrics answers Prometheus on that port of `POD_IP`."""
+
+
+def fresh_registry() -> CollectorRegistry:
+    """An empty registry, whose counters are not followed by a series each that says when they were created."""
+    disable_created_metrics()
+    return CollectorRegistry()
 
 
 @contextmanager
@@ -20,7 +26,7 @@ def exposed(environ: Mapping[str, str]) -> Iterator[CollectorRegistry]:
 
     A thread answers, so a process that computes for minutes can be read too. A port that cannot be had costs the metrics, not the stage.
     """
-    registry = CollectorRegistry()
+    registry = fresh_registry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
