@@ -41,11 +41,11 @@ class Way(Protocol):
 
 
 class Network:
-    """HTTP to the pod's address."""
+    """HTTP to the helper."""
 
-    def __init__(self, http: aiohttp.ClientSession, address: str, token: str) -> None:
+    def __init__(self, http: aiohttp.ClientSession, address: str, token: str, port: int = HELPER_PORT) -> None:
         host = f"[{address}]" if ":" in address else address
-        self._http, self._base = http, f"http://{host}:{HELPER_PORT}"
+        self._http, self._base = http, f"http://{host}:{port}"
         self._headers = {"Authorization": f"Bearer {token}"}
 
     async def ask(self, method: str, path: str, body: bytes, timeout: float) -> Answer:
