@@ -76,8 +76,8 @@ class Story:
     def done(self, *stages: str, round_number: int = 0) -> None:
         self.results |= {(round_number, stage): _result(stage, round_number) for stage in stages}
 
-    def plan(self, *, told: bool = True, storage_problem: str | None = None) -> Plan:
-        observed = Observed(self.now, tuple(self.children.values()), Results(dict(self.results)), storage_problem)
+    def plan(self, *, told: bool = True, storage_problem: str | None = None, **more: Any) -> Plan:
+        observed = Observed(self.now, tuple(self.children.values()), Results(dict(self.results)), storage_problem, **more)
         planned = plan(self.run, observed)
         json.dumps(planned.objects)
         if told:
@@ -106,7 +106,7 @@ class Story:
 
     def serve(self) -> None:
         for (kind, _), one in list(self.children.items()):
-            if kind == "Deployment":
+            if kind in ("Deployment", "LeaderWorkerSet"):
                 self.see(one.component, state=ChildState.READY)
 
     def later(self, **delta: float) -> None:

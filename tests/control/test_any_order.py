@@ -77,8 +77,8 @@ class Cluster:
             self.objects[key] = manifest
             return
         if key[0] == "Job":
-            unsuspended = [{**one["spec"], "suspend": None} for one in (old, manifest)]
-            assert unsuspended[0] == unsuspended[1], "a Job's spec is immutable"
+            fixed = [{**one["spec"], "suspend": None, "activeDeadlineSeconds": None} for one in (old, manifest)]
+            assert fixed[0] == fixed[1], "a Job's spec is immutable"
         changed = old["spec"] != manifest["spec"]
         manifest["metadata"] |= {"uid": old["metadata"]["uid"], "generation": old["metadata"]["generation"] + changed}
         if "deletionTimestamp" in old["metadata"]:
@@ -190,7 +190,8 @@ class Cluster:
         self.end(pod, 0, "")
 
     def fail(self, pod: Json, code: int) -> None:
-        self.failures[pod["owner"]] = self.failures.get(pod["owner"], 0) + 1
+        if code != 75:  # `Ignore` in the Job's podFailurePolicy
+            self.failures[pod["owner"]] = self.failures.get(pod["owner"], 0) + 1
         self.end(pod, code, json.dumps({"reason": "Broken", "message": f"exit {code}: mend it"}))
 
     def end(self, pod: Json, code: int, message: str) -> None:
@@ -228,11 +229,15 @@ class AnyOrder(RuleBasedStateMachine):
         student=st.sampled_from(["served", "endpoint"]),
         teacher=st.sampled_from(["served", "endpoint"]),
         evaluation=st.sampled_from(["EveryRound", "LastRound", "Disabled"]),
+        overlap=st.sampled_from(["NextRound", "NextRound", "None"]),
+        keep=st.sampled_from(["Logs", "Everything", "Nothing"]),
         workers=st.integers(1, 2),
         nodes=st.integers(1, 2),
     )
-    def begin(self, sharing: str, student: str, teacher: str, evaluation: str, workers: int, nodes: int) -> None:
-        spec = copy.deepcopy(SPEC) | {"gpuSharing": sharing, "evaluation": {"mode": evaluation}, "rollouts": {"workers": workers}}
+    def begin(self, sharing: str, student: str, teacher: str, evaluation: str, overlap: str, keep: str, workers: int, nodes: int) -> None:
+        spec = copy.deepcopy(SPEC) | {"gpuSharing": sharing, "rollouts": {"workers": workers}}
+        spec["evaluation"] = {"mode": evaluation, "overlap": overlap}
+        spec["failurePolicy"] = {"infrastructureRetries": 2, "keep": keep}
         spec["training"]["nodes"] = nodes
         endpoint = {"url": "http://policy/v1"}
         if student == "endpoint":

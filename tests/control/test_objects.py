@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from hypothesis import strategies as st
 import dagger_operator
 from dagger_operator.api import DAggerRun, RunSpec, load
 from dagger_operator.control import Results, Role, StageName, Step, steps
+from dagger_operator.control.identity import build_identity
 from dagger_operator.control.jobs import build_job, build_training_service
+from dagger_operator.control.names import RUN_NAMESPACE
+from dagger_operator.control.network import build_network_policy
 from dagger_operator.control.pods import READS, carried_run
-from dagger_operator.control.servers import build_deployment, build_service, served
+from dagger_operator.control.servers import build_server, build_service, served
 from dagger_operator.store.results import PrepareResult
 
 Json = dict[str, Any]
 Make = Callable[..., DAggerRun]
 RESULTS = Results({(0, "prepare"): PrepareResult(policy="r000-base", teacher="teacher-1")})
+LWS_VARIABLES = {"LWS_LEADER_ADDRESS", "LWS_WORKER_INDEX"}
 CONTAINER_FIELDS = {
     *("name", "image", "imagePullPolicy", "command", "env", "envFrom", "resources", "volumeMounts", "securityContext", "ports"),
     *("terminationMessagePolicy", "startupProbe", "livenessProbe", "readinessProbe"),
@@ -34,19 +39,26 @@ def manifests(run: DAggerRun) -> Iterator[Json]:
         yield build_job(run, step, RESULTS)
     for role in Role:
         if (serving := served(run, role)) is not None:
-            yield build_deployment(run, role, serving, replicas=serving.replicas)
-            yield build_service(run, role)
+            yield build_server(run, role, serving, replicas=serving.replicas)
+            yield build_service(run, role, serving)
     yield build_training_service(run)
+    yield build_network_policy(run)
+    if run.spec.sandbox.namespace is not None:
+        yield from build_identity(run, run.spec.sandbox.namespace)
 
 
 def check_metadata(manifest: Json) -> None:
     metadata = manifest["metadata"]
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", metadata["name"])
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", metadata["name"].replace(".", "-"))
     assert len(metadata["name"]) <= (58 if manifest["kind"] == "Job" else 63)
     for key, text in metadata["labels"].items():
         assert re.fullmatch(r"([a-z0-9.-]+/)?[a-z0-9A-Z._-]{1,63}", key)
         assert re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?", text)
         assert len(text) <= 63
+    if manifest["kind"] == "RoleBinding":  # in another namespace; the operator removes it with its run
+        assert "ownerReferences" not in metadata
+        assert metadata["labels"][RUN_NAMESPACE] == "default"
+        return
     (owner,) = metadata["ownerReferences"]
     assert owner["controller"]
     assert owner["uid"] == "run-uid"
@@ -55,18 +67,21 @@ def check_metadata(manifest: Json) -> None:
 def check_pod(template: Json, *, restart: str | None) -> None:
     spec = template["spec"]
     assert spec.get("restartPolicy") == restart
-    assert spec["automountServiceAccountToken"] is False
+    identity = spec.get("serviceAccountName")
+    assert spec["automountServiceAccountToken"] is (identity is not None)
+    assert (identity is not None) == any(one["name"] == "DAGGER_SANDBOX_NAMESPACE" for one in spec["containers"][0]["env"])
     assert spec["enableServiceLinks"] is False
     assert spec["securityContext"]["runAsNonRoot"]
     assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
     volumes = {one["name"]: one for one in spec["volumes"]}
     assert len(volumes) == len(spec["volumes"])
-    assert all(set(one) == {"name", "emptyDir"} for one in spec["volumes"])
+    assert all(set(one) in ({"name", "emptyDir"}, {"name", "persistentVolumeClaim"}) for one in spec["volumes"])
     containers = [*spec.get("initContainers", ()), *spec["containers"]]
     assert len({one["name"] for one in containers}) == len(containers)
     for one in containers:
         assert set(one) <= CONTAINER_FIELDS
-        assert one["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        confined = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+        assert one["securityContext"] == confined
         assert one["terminationMessagePolicy"] == "FallbackToLogsOnError"
         assert {mount["name"] for mount in one["volumeMounts"]} <= volumes.keys()
         known: set[str] = set()
@@ -79,14 +94,14 @@ def check_pod(template: Json, *, restart: str | None) -> None:
             assert isinstance(variable.get("value", ""), str)
         for word in one["command"]:
             assert isinstance(word, str)
-            assert set(re.findall(r"\$\((\w+)\)", word)) <= known
+            assert set(re.findall(r"\$\((\w+)\)", word)) <= known | LWS_VARIABLES
 
 
 def check(manifest: Json) -> None:
     """What an API server and the restricted pod security standard would refuse."""
     assert json.loads(json.dumps(manifest)) == manifest
     check_metadata(manifest)
-    spec = manifest["spec"]
+    spec = manifest.get("spec", {})
     match manifest["kind"]:
         case "Job":
             assert spec["completionMode"] == "Indexed"
@@ -101,9 +116,27 @@ def check(manifest: Json) -> None:
             assert spec["strategy"] == {"type": "Recreate"}
             assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
             check_pod(spec["template"], restart=None)
+        case "LeaderWorkerSet":
+            group = spec["leaderWorkerTemplate"]
+            check_pod(group["leaderTemplate"], restart=None)
+            check_pod(group["workerTemplate"], restart=None)
         case "Service":
             assert spec["clusterIP"] == "None"
             assert all(spec["selector"].values())
+
+
+POD: Json = {
+    "nodeSelector": {"pool": "gpu"},
+    "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "affinity": {"nodeAffinity": {}},
+    "priorityClassName": "low",
+    "imagePullSecrets": [{"name": "registry"}],
+    "resources": {"requests": {"cpu": "8"}, "limits": {"memory": "1Gi"}},
+    "labels": {"team": "a"},
+    "annotations": {"example.org/note": "b"},
+    "sharedMemoryMib": 1024,
+    "claims": [{"claimName": "weights", "mountPath": "/models"}],
+}
 
 
 @settings(max_examples=30, deadline=None)
@@ -114,17 +147,27 @@ def check(manifest: Json) -> None:
     nodes=st.integers(1, 4),
     gpus=st.integers(0, 8),
     mode=st.sampled_from(["Enabled", "Disabled"]),
-    teacher=st.sampled_from([{"serving": {"gpus": 4, "toolCallParser": "qwen3_coder"}}, {"endpoint": {"url": "http://t/v1"}}]),
+    teacher=st.sampled_from(
+        [
+            {"serving": {"gpus": 4, "toolCallParser": "qwen3_coder"}},
+            {"serving": {"gpus": 8, "nodes": 2, "pod": POD}},
+            {"endpoint": {"url": "http://t/v1"}},
+        ]
+    ),
+    sandbox=st.sampled_from([{}, {"namespace": "sandboxes", "helperImage": "helper:1"}, {"namespace": "sandboxes", "backend": "Process"}]),
+    kueue=st.sampled_from([{}, {"kueue": {"queueName": "gpus", "priorityClass": "low"}}]),
 )
 def test_whatever_the_spec_the_objects_are_admissible_and_their_names_unique(
-    name: str, rounds: int, workers: int, nodes: int, gpus: int, mode: str, teacher: Json
+    name: str, rounds: int, workers: int, nodes: int, gpus: int, mode: str, teacher: Json, sandbox: Json, kueue: Json
 ) -> None:
     spec = {
         "rounds": rounds,
         "student": {"model": "m", "serving": {"gpus": gpus}},
         "teacher": {"model": "t", **teacher},
         "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
-        "rollouts": {"workers": workers},
+        "rollouts": {"workers": workers, "pod": POD if workers % 2 else {}},
+        "sandbox": sandbox,
+        **kueue,
         "training": {"mode": mode, "nodes": nodes, "gpusPerNode": gpus, "processesPerNode": gpus or 1},
         "storage": {"url": "s3://b/p", "secretRef": {"name": "keys"}},
     }
@@ -229,3 +272,75 @@ def test_a_command_reads_no_section_that_its_pods_do_not_carry(command: str) -> 
     }
     assert {(section, file) for section, file in read if section not in allowed} == set(), "add it to READS"
     assert {section for section, _ in read} & allowed
+
+
+def test_what_a_user_says_about_pods_is_in_them_and_what_runs_inside_does_not_see_it(make_run: Make) -> None:
+    run = make_run(rollouts={"workers": 3, "pod": POD})
+    plain, job = build_job(make_run(), Step(1, StageName.ROLLOUT), RESULTS), build_job(run, Step(1, StageName.ROLLOUT), RESULTS)
+    template = job["spec"]["template"]
+    spec, (stage,) = template["spec"], template["spec"]["containers"]
+    assert {key: spec[key] for key in ("nodeSelector", "tolerations", "priorityClassName", "imagePullSecrets")} == {
+        key: POD[key] for key in ("nodeSelector", "tolerations", "priorityClassName", "imagePullSecrets")
+    }
+    assert stage["resources"] == {"requests": {"cpu": "8"}, "limits": {"memory": "1Gi"}}, "a request must not exceed its limit"
+    assert {"name": "claim-0", "mountPath": "/models", "readOnly": True} in stage["volumeMounts"]
+    assert template["metadata"]["labels"]["team"] == "a"
+    assert template["metadata"]["annotations"] == {"example.org/note": "b"}
+    assert environment(job)["DAGGER_RUN"] == environment(plain)["DAGGER_RUN"]
+    assert job["metadata"]["name"] != plain["metadata"]["name"]
+
+
+def test_weights_on_a_claim_are_mounted_where_they_are_prepared_and_served(make_run: Make) -> None:
+    student = {"model": "/models/x", "serving": {"gpus": 1, "pod": {"claims": POD["claims"]}}}
+    run = make_run(student=student)
+    mounting = {one["metadata"]["name"].rsplit("-", 1)[0] for one in manifests(run) if "persistentVolumeClaim" in json.dumps(one)}
+    assert mounting == {"demo-r000-prepare", "demo"}
+    serving = served(run, Role.STUDENT)
+    assert serving is not None
+    server = build_server(run, Role.STUDENT, serving, replicas=1)["spec"]["template"]["spec"]
+    assert all("/models" in {mount["mountPath"] for mount in one["volumeMounts"]} for one in server["initContainers"])
+
+
+def test_workers_make_sandbox_pods_in_their_own_name_and_only_there(make_run: Make) -> None:
+    run = make_run(sandbox={"namespace": "sandboxes", "helperImage": "helper:1"})
+    with_identity = {
+        step.stage for step in steps(run.spec) if "serviceAccountName" in build_job(run, step, RESULTS)["spec"]["template"]["spec"]
+    }
+    assert with_identity == {StageName.ROLLOUT, StageName.EVALUATION}
+    env = environment(build_job(run, Step(1, StageName.ROLLOUT), RESULTS))
+    assert (env["DAGGER_SANDBOX_NAMESPACE"], env["DAGGER_HELPER_IMAGE"]) == ("sandboxes", "helper:1")
+    assert env["DAGGER_RUN_NAMESPACE"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}
+    account, binding = build_identity(run, "sandboxes")
+    assert (account["kind"], account["metadata"]["name"]) == ("ServiceAccount", "demo-worker")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "demo-worker", "namespace": "lab"}]
+    own = make_run(sandbox={"namespace": "sandboxes"}, rollouts={"pod": {"serviceAccountName": "cloud"}})
+    (binding,) = build_identity(own, "sandboxes")
+    assert binding["subjects"][0]["name"] == "cloud"
+
+
+def test_a_teacher_over_several_nodes_is_one_engine_that_the_first_node_answers_for(make_run: Make) -> None:
+    run = make_run(teacher={"model": "t", "serving": {"gpus": 8, "nodes": 2, "replicas": 3}})
+    serving = run.spec.teacher.serving
+    assert serving is not None
+    group = build_server(run, Role.TEACHER, serving, replicas=3)
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert (group["kind"], group["spec"]["replicas"], template["size"]) == ("LeaderWorkerSet", 3, 2)
+    leader, follower = template["leaderTemplate"]["spec"], template["workerTemplate"]["spec"]
+    assert [one["name"] for one in leader["containers"]] == ["vllm", "agent"]
+    (vllm,) = follower["containers"]
+    assert "--headless" in vllm["command"]
+    for command in (leader["containers"][0]["command"], vllm["command"]):
+        given = dict(pairwise(command))
+        assert (given["--tensor-parallel-size"], given["--pipeline-parallel-size"], given["--nnodes"]) == ("8", "2", "2")
+        assert (given["--node-rank"], given["--master-addr"]) == ("$(LWS_WORKER_INDEX)", "$(LWS_LEADER_ADDRESS)")
+    selector = build_service(run, Role.TEACHER, serving)["spec"]["selector"]
+    assert selector["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+
+
+def test_in_a_queue_nothing_is_suspended_by_the_plan(make_run: Make) -> None:
+    run = make_run(kueue={"queueName": "gpus", "priorityClass": "low"})
+    job = build_job(run, Step(1, StageName.TRAINING), RESULTS, suspend=True)
+    assert "suspend" not in job["spec"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert "kueue" not in json.dumps(job["spec"]["template"]["metadata"])
+    assert job["metadata"]["name"] != build_job(make_run(), Step(1, StageName.TRAINING), RESULTS)["metadata"]["name"]

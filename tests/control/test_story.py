@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Phase
-from dagger_operator.control import RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan
+from dagger_operator.control import RETRY, ChildState, Observed, Plan, Ref, Results, Trouble, child, next_steps, plan
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -32,7 +32,7 @@ def test_then_servers_start_and_preflight_waits_for_them_saying_so(story: Callab
     tale = story()
     tale.done("prepare")
     starting = tale.plan()
-    assert wanted(starting).keys() == {("Deployment", "student"), ("Service", "student")}
+    assert wanted(starting).keys() == {("Deployment", "student"), ("Service", "student"), ("NetworkPolicy", "serving")}
     assert (starting.status.phase, starting.status.reason) == (Phase.PREFLIGHT, "ServersStarting")
     tale.carry_out(starting)
     tale.see("student", trouble=Trouble("Unschedulable", "pod demo-student-x: 0/3 nodes have nvidia.com/gpu", tale.now))
@@ -63,7 +63,8 @@ def test_a_round_is_rollout_training_publish_evaluation_and_each_hands_on_the_po
     assert acting == ["r000-base", None, "r001-made", "r001-made", "r001-made", None, "r002-made", "r002-made"]
     end = tale.plan()
     assert end.objects == ()
-    assert {(ref.kind, ref.name) for ref in end.remove} == {("Deployment", "demo-student"), ("Service", "demo-student")}
+    servers = {("Deployment", "demo-student"), ("Service", "demo-student"), ("NetworkPolicy", "demo-serving")}
+    assert {(ref.kind, ref.name) for ref in end.remove} == servers
     assert end.status.phase is Phase.SUCCEEDED
     assert (end.status.resolved, end.status.teacher_share) == ("27.3%", "62.0%")
     assert tale.condition("Succeeded").status == "True"
@@ -226,7 +227,7 @@ def test_a_deleted_run_wants_nothing(story: Callable[..., Story]) -> None:
     metadata = tale.run.metadata.model_copy(update={"deletion_timestamp": tale.now})
     gone = plan(tale.run.model_copy(update={"metadata": metadata}), Observed(tale.now, tuple(tale.children.values())))
     assert gone.objects == ()
-    assert {ref.kind for ref in gone.remove} == {"Deployment", "Service", "Job"}
+    assert {ref.kind for ref in gone.remove} == {"Deployment", "Service", "NetworkPolicy", "Job"}
 
 
 def test_without_storage_nothing_is_started_or_thrown_away_and_the_history_stays(story: Callable[..., Story]) -> None:
@@ -253,18 +254,67 @@ def test_a_job_that_succeeded_without_a_result_is_not_believed_for_ever(story: C
     assert "fsck" in tale.condition("Failed").message
 
 
+@pytest.mark.parametrize("overlap", ["NextRound", "None"])
 @pytest.mark.parametrize(
     ("mode", "evaluated"), [("EveryRound", {1, 2}), ("LastRound", {2}), ("Disabled", set())], ids=["every round", "last round", "disabled"]
 )
-def test_evaluation_follows_its_mode(story: Callable[..., Story], mode: str, evaluated: set[int]) -> None:
-    tale = story(evaluation={"mode": mode})
-    tale.done("prepare", "preflight")
+def test_evaluation_follows_its_mode(story: Callable[..., Story], mode: str, evaluated: set[int], overlap: str) -> None:
+    tale = story(evaluation={"mode": mode, "overlap": overlap})
     seen = set()
-    while (planned := tale.plan()).status.phase is not Phase.SUCCEEDED:
-        stage = {Phase.PUBLISHING: "publish"}.get(planned.status.phase, planned.status.phase.lower())
-        seen |= {planned.status.round} if stage == "evaluation" else set()
-        tale.done(stage, round_number=planned.status.round)
+    for _ in range(20):
+        work = next_steps(tale.run.spec, Results(tale.results))
+        if work is None:
+            break
+        assert work.beside is None or overlap == "NextRound"
+        seen |= {step.round for step in work if step.stage == "evaluation"}
+        last = list(work)[-1]
+        tale.done(str(last.stage), round_number=last.round)
+    assert tale.plan().status.phase is Phase.SUCCEEDED
     assert seen == evaluated
+
+
+def into_the_second_round(story: Story) -> None:
+    """Round 1 is published, its student not yet evaluated."""
+    into_rollouts(story)
+    story.done("rollout", "training", "publish", round_number=1)
+    story.children = {key: one for key, one in story.children.items() if one.kind != "Job"}
+    story.carry_out(story.plan())
+
+
+def test_a_student_is_evaluated_while_it_rolls_out_the_next_round(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story()
+    into_the_second_round(tale)
+    both = tale.plan()
+    assert {key for key in wanted(both) if key[0] == "Job"} == {("Job", "rollout"), ("Job", "evaluation")}
+    assert (both.status.phase, both.status.round) == (Phase.ROLLOUT, 2)
+    assert "evaluation beside it" in tale.condition("Progressing").message
+    tale.done("rollout", round_number=2)
+    assert {key[1] for key in wanted(tale.plan()) if key[0] == "Job"} == {"training", "evaluation"}, "training has GPUs of its own"
+    tale.done("training", round_number=2)
+    publishing = tale.plan()
+    assert {key[1] for key in wanted(publishing) if key[0] == "Job"} == {"evaluation"}, "the student must stay what is measured"
+    assert (publishing.status.phase, publishing.status.reason) == (Phase.PUBLISHING, "EvaluationRunning")
+    tale.done("evaluation", round_number=1)
+    assert ("Job", "publish") in wanted(tale.plan())
+
+
+def test_time_shared_training_waits_for_the_evaluation_that_asks_the_servers(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(gpuSharing="TimeShared")
+    into_the_second_round(tale)
+    tale.done("rollout", round_number=2)
+    held = wanted(tale.plan())
+    assert held["Deployment", "student"]["spec"]["replicas"] == 2
+    assert ("Job", "training") not in held
+    tale.done("evaluation", round_number=1)
+    assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 0
+
+
+def test_without_overlap_rollouts_wait_for_the_evaluation(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(evaluation={"overlap": "None"})
+    into_the_second_round(tale)
+    planned = tale.plan()
+    assert {key for key in wanted(planned) if key[0] == "Job"} == {("Job", "evaluation")}
+    assert (planned.status.phase, planned.status.round) == (Phase.EVALUATION, 1)
 
 
 def test_without_training_a_round_is_its_rollouts_and_endpoints_need_no_server(story: Callable[..., Story], wanted: Wanted) -> None:

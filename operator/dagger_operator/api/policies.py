@@ -93,11 +93,15 @@ class Serving(ApiModel):
         return self
 
 
+_STUDENT_ON_ONE_NODE = "a student's weights are replaced in place, on one node: write nodes 1 and as many gpus as it needs"
+
+
 class Student(ApiModel):
     """The policy that learns."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
         Rule("!(has(self.serving) && has(self.endpoint))", "give the student either serving or endpoint, not both"),
+        Rule("!has(self.serving) || self.serving.nodes == 1", _STUDENT_ON_ONE_NODE),
     )
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
@@ -113,6 +117,8 @@ class Student(ApiModel):
     def _one_place(self) -> Self:
         if self.serving is not None and self.endpoint is not None:
             raise Misfit("endpoint", self.endpoint.url, "give the student either serving or endpoint, not both")
+        if self.serving is not None and self.serving.nodes > 1:
+            raise Misfit("serving.nodes", self.serving.nodes, _STUDENT_ON_ONE_NODE)
         return self
 
     @property

@@ -4,12 +4,14 @@ A runtime reads objects, pods and results, makes `Observed` of them (`children`,
 and writes its status. It decides nothing.
 """
 
+from dagger_operator.control.child import Child, ChildState, PodFailure, Trouble
 from dagger_operator.control.conditions import ConditionType, Event, Reason
 from dagger_operator.control.names import ATTEMPT, COMPONENT, FAILED, MANAGED_BY, MANAGER, RETRY, ROUND, RUN, Ref, Role
-from dagger_operator.control.observe import Child, ChildState, Observed, Trouble, child, children
+from dagger_operator.control.observe import Observed, child, children
 from dagger_operator.control.plan import Plan, plan
+from dagger_operator.control.progress import Progress, read_progress
 from dagger_operator.control.results import Results, read_results
-from dagger_operator.control.rounds import StageName, Step, next_step, steps
+from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
 from dagger_operator.control.status import refused
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Event",
     "Observed",
     "Plan",
+    "PodFailure",
+    "Progress",
     "Reason",
     "Ref",
     "Results",
@@ -34,10 +38,12 @@ __all__ = [
     "StageName",
     "Step",
     "Trouble",
+    "Work",
     "child",
     "children",
-    "next_step",
+    "next_steps",
     "plan",
+    "read_progress",
     "read_results",
     "refused",
     "steps",

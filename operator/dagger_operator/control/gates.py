@@ -1,50 +1,105 @@
 """What stands in a step's way, and what has failed for good."""
 
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing
+from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
+from dagger_operator.control.failures import given_up
+from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.names import Role
-from dagger_operator.control.observe import Child, ChildState, Observed, Trouble
-from dagger_operator.control.rounds import StageName, Step
+from dagger_operator.control.observe import Observed
+from dagger_operator.control.rounds import StageName, Step, Work
 
 RESULT_GRACE = timedelta(seconds=60)
 """A Job that succeeded wrote its result before it ended; one that cannot be seen for this long is not there."""
 
-_NEEDS_SERVERS = frozenset({StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION})
+ASKS_SERVERS = frozenset({StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION})
 """Stages that start once the servers answer. Publish does not: it is what brings servers to a version, and waits itself."""
 
 Servers = Mapping[Role, Child | None]
-"""The policies served here that a step needs, with their Deployment of the current attempt where one is observed."""
+"""The policies served here that a step needs, with their server of the current attempt where one is observed."""
+Jobs = Mapping[Step, Child | None]
+"""The steps at work, with their Job of the current attempt where one is observed."""
 
 
-def failure(observed: Observed, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
-    """What a retry would not mend: a failed Job, a server that was given up, a result that is not there."""
-    if job is not None and job.state is ChildState.FAILED and not job.deleting:
+@dataclass(frozen=True)
+class Failure:
+    """Why a run stands still until it is changed or resumed, and which child shows it."""
+
+    step: Step
+    trouble: Trouble
+    child: Child | None = None
+    refused: bool = False
+    """The API server did not take an object for too long."""
+
+
+def failure(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
+    """What a retry would not mend, or took too long."""
+    for step, job in jobs.items():
+        if job is not None and (trouble := _of_job(run, observed, step, job)) is not None:
+            return Failure(step, trouble, job)
+    for server in servers.values():
+        if server is not None and server.state is ChildState.FAILED:
+            return Failure(work.step, server.trouble or Trouble("ServerFailed", f"{server.kind} {server.name} failed"), server)
+    return _too_late(run, observed, work, jobs, servers)
+
+
+def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child) -> Trouble | None:
+    if job.state is ChildState.FAILED and not job.deleting:
         return job.trouble or Trouble("JobFailed", f"Job {job.name} failed")
-    if job is not None and job.state is ChildState.SUCCEEDED and job.finished and observed.now - job.finished > RESULT_GRACE:
+    if job.state is ChildState.SUCCEEDED and job.finished and observed.now - job.finished > RESULT_GRACE:
         return Trouble(
             Reason.RESULT_MISSING,
             f"Job {job.name} succeeded, but its result is not in storage: look whether something removes objects there "
             f"(`daggerctl store fsck`), then delete the Job or resume the run to have the {step.stage} stage done again",
         )
-    for server in servers.values():
-        if server is not None and server.state is ChildState.FAILED:
-            return server.trouble or Trouble("ServerFailed", f"Deployment {server.name} failed")
+    if job.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and not job.deleting:
+        return given_up(run, step.stage, job, pods_of(run, step.stage))
     return None
 
 
-def obstacle(run: DAggerRun, observed: Observed, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
+def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
+    """Deadlines of the run, and of what waits to run."""
+    started, limit = run.status.start_time if run.status else None, run.spec.active_deadline_seconds
+    if started is not None and limit is not None and observed.now - started > timedelta(seconds=limit):
+        message = f"not done {limit} s after {started:%Y-%m-%d %H:%M:%S} UTC: raise activeDeadlineSeconds to go on"
+        return Failure(work.step, Trouble(Reason.ACTIVE_DEADLINE_EXCEEDED, message))
+    waiting = [(step, job) for step, job in jobs.items()] + [(work.step, server) for server in servers.values()]
+    for step, one in waiting:
+        if one is not None and not one.deleting and _waited_too_long(run, one.waiting_since, observed.now):
+            known = one.trouble or Trouble(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"no pod of {one.kind} {one.name} runs")
+            return Failure(step, Trouble(known.reason, f"{known.message}; {_patience(run)}"), one)
+    refused = observed.refused
+    if refused is not None and _waited_too_long(run, refused.since, observed.now):
+        return Failure(work.step, Trouble(refused.reason, f"{refused.message}; {_patience(run)}"), refused=True)
+    return None
+
+
+def _waited_too_long(run: DAggerRun, since: datetime | None, now: datetime) -> bool:
+    limit = run.spec.pre_running_deadline_seconds
+    return limit is not None and since is not None and now - since > timedelta(seconds=limit)
+
+
+def _patience(run: DAggerRun) -> str:
+    return f"preRunningDeadlineSeconds is {run.spec.pre_running_deadline_seconds}"
+
+
+def obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
     """Why a step's Job may not be made, or not be resumed, at this moment."""
     if job is not None and job.deleting:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted")
     same = [one for one in observed.children if (one.round, one.component) == (step.round, step.stage) and one is not job]
     if leftovers := [one for one in same if one.holds]:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}")
-    if run.spec.gpu_sharing is GpuSharing.TIME_SHARED and (holding := _holding(observed, step)):
+    shared = run.spec.gpu_sharing is GpuSharing.TIME_SHARED
+    if work.beside is not None and (step.stage is StageName.PUBLISH or (shared and step.stage is StageName.TRAINING)):
+        return Trouble(Reason.WAITING_FOR_EVALUATION, f"evaluation of round {work.beside.round} still asks the student as it is")
+    if shared and (holding := _holding(observed, step)):
         return Trouble(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}")
-    return servers_trouble(servers) if step.stage in _NEEDS_SERVERS else None
+    return servers_trouble(servers) if step.stage in ASKS_SERVERS else None
 
 
 def servers_trouble(servers: Servers) -> Trouble | None:
@@ -56,8 +111,12 @@ def servers_trouble(servers: Servers) -> Trouble | None:
     return None
 
 
-def training_holds_gpus(observed: Observed) -> bool:
-    return any(one.component == StageName.TRAINING and one.holds for one in observed.children)
+def gpus_released(run: DAggerRun, observed: Observed, work: Work) -> bool:
+    """Whether servers leave their GPUs to training: it is next and nothing asks them any more, or it has not stopped yet."""
+    if run.spec.gpu_sharing is not GpuSharing.TIME_SHARED:
+        return False
+    trains = work.step.stage is StageName.TRAINING and work.beside is None
+    return trains or any(one.component == StageName.TRAINING and one.holds for one in observed.children)
 
 
 def _holding(observed: Observed, step: Step) -> list[Child]:

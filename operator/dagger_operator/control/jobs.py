@@ -1,11 +1,17 @@
 """Jobs: one for each stage of each round."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from dagger_operator.api import DAggerRun
-from dagger_operator.control.names import Role, attempt_of, job_name, labels
+from dagger_operator.control.child import Trouble
+from dagger_operator.control.failures import retry_settings
+from dagger_operator.control.identity import sandbox_namespace, worker_account
+from dagger_operator.control.names import FAILED, Role, attempt_of, job_name, labels
 from dagger_operator.control.pods import (
+    GATEWAY_PORT,
+    METRICS_PORT,
     SCRATCH,
     container,
     from_field,
@@ -18,11 +24,9 @@ from dagger_operator.control.pods import (
 )
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step
-from dagger_operator.store.stage import ExitCode
+from dagger_operator.control.scheduling import pod_template, queue_labels
 
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-RETRIES = 6
-"""Further tries of each pod of a stage that has no setting of its own."""
 MASTER_PORT = 29500
 
 
@@ -35,38 +39,46 @@ class _Shape:
     """Policies that it asks."""
     cpu: str = "100m"
     memory: str = "256Mi"
+    ports: tuple[tuple[str, int], ...] = ()
 
 
+_METRICS = (("metrics", METRICS_PORT),)
+_WORKER = (*_METRICS, ("gateway", GATEWAY_PORT))
 _SHAPES: dict[StageName, _Shape] = {
     StageName.PREPARE: _Shape("dagger_operator.serving.prepare", memory="1Gi"),
     StageName.PREFLIGHT: _Shape("dagger_operator.serving.preflight", (Role.STUDENT, Role.TEACHER)),
-    StageName.ROLLOUT: _Shape("dagger_operator.rollout", (Role.STUDENT, Role.TEACHER), cpu="1", memory="2Gi"),
-    StageName.TRAINING: _Shape("dagger_operator.training", cpu="1", memory="4Gi"),
+    StageName.ROLLOUT: _Shape("dagger_operator.rollout", (Role.STUDENT, Role.TEACHER), cpu="1", memory="2Gi", ports=_WORKER),
+    StageName.TRAINING: _Shape("dagger_operator.training", cpu="1", memory="4Gi", ports=_METRICS),
     StageName.PUBLISH: _Shape("dagger_operator.serving.publish", (Role.STUDENT,)),
     # No teacher: the student is measured alone, and a Job holds no Secret that it does not need.
-    StageName.EVALUATION: _Shape("dagger_operator.evaluation", (Role.STUDENT,), cpu="1", memory="2Gi"),
+    StageName.EVALUATION: _Shape("dagger_operator.evaluation", (Role.STUDENT,), cpu="1", memory="2Gi", ports=_WORKER),
 }
 
 
-def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = False) -> dict[str, Any]:
-    """The Job of a step, Indexed, a pod for each worker or node.
+def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = False, given_up: Trouble | None = None) -> dict[str, Any]:
+    """The Job of a step, Indexed, a pod for each worker or node. `given_up` ends it for good and says why.
 
     Its attempt is a hash of its spec: a Job's spec is immutable, so another spec is another Job.
     """
     spec = _job_spec(run, step, results)
-    attempt = attempt_of(run, spec)
+    queue = queue_labels(run.spec.kueue)
+    attempt = attempt_of(run, {**spec, "queue": queue} if queue else spec)
     own = labels(run, step.stage, step.round, attempt)
     name = job_name(run, step.stage, step.round, attempt)
-    spec["template"]["metadata"] = {"labels": dict(own)}
+    spec["template"]["metadata"]["labels"] |= own
     if step.stage is StageName.TRAINING and run.spec.training.nodes > 1:
         # Nodes find the first one by its host name below the Service; both hold the attempt, so they join only now.
         spec["template"]["spec"]["subdomain"] = training_service_name(run)
         address = f"{name}-0.{training_service_name(run)}.{run.metadata.namespace}.svc"
         spec["template"]["spec"]["containers"][0]["env"].append(value("DAGGER_MASTER_ADDR", address))
-    if suspend:
-        # Left out otherwise: a queue that admits Jobs (Kueue) sets it, and nobody fights over a field that is not applied.
+    annotations = None
+    if given_up is not None:
+        annotations = {FAILED: json.dumps({"reason": given_up.reason, "message": given_up.message})}
+        spec["activeDeadlineSeconds"] = 1
+    if (suspend or given_up is not None) and run.spec.kueue is None:
+        # Left out otherwise: Kueue sets it on the Jobs that it admits, and nobody fights over a field that is not applied.
         spec["suspend"] = True
-    return {**owned(run, "batch/v1", "Job", name, own), "spec": spec}
+    return {**owned(run, "batch/v1", "Job", name, own | queue, annotations), "spec": spec}
 
 
 def training_service_name(run: DAggerRun) -> str:
@@ -95,16 +107,10 @@ def _job_spec(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": pods,
         "parallelism": pods,
-        "backoffLimit": run.spec.training.retries if step.stage is StageName.TRAINING else RETRIES * pods,
+        **retry_settings(run, step.stage, pods),
         # A worker's name is its index: no second one starts before the first has ended.
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onExitCodes": {"containerName": "stage", "operator": "In", "values": [int(ExitCode.PERMANENT)]}},
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-            ]
-        },
-        "template": {"spec": _pod(run, step, results)},
+        "template": _template(run, step, results),
     }
 
 
@@ -113,6 +119,17 @@ def pods_of(run: DAggerRun, stage: StageName) -> int:
     if stage is StageName.TRAINING:
         return run.spec.training.nodes
     return run.spec.rollouts.workers if stage in (StageName.ROLLOUT, StageName.EVALUATION) else 1
+
+
+def _template(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
+    settings = run.spec.training.pod if step.stage is StageName.TRAINING else run.spec.rollouts.pod
+    served = (run.spec.student.served, run.spec.teacher.serving)
+    # Weights on a claim are read where the first policy is prepared, as they are where it is served.
+    claims = [claim for one in served if one is not None for claim in one.pod.claims] if step.stage is StageName.PREPARE else []
+    template = pod_template({}, _pod(run, step, results), settings, main="stage", claims=claims)
+    if sandbox_namespace(run, step.stage) is not None:
+        template["spec"] |= {"serviceAccountName": worker_account(run), "automountServiceAccountToken": True}
+    return template
 
 
 def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
@@ -129,6 +146,12 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         env.append(value("DAGGER_POLICY", policy))
     if training and run.spec.training.nodes > 1:
         env.append(value("DAGGER_MASTER_PORT", MASTER_PORT))
+    if shape.ports:
+        env.append(value("DAGGER_METRICS_PORT", METRICS_PORT))
+    if (namespace := sandbox_namespace(run, step.stage)) is not None:
+        env += [value("DAGGER_SANDBOX_NAMESPACE", namespace), from_field("DAGGER_RUN_NAMESPACE", "metadata.namespace")]
+        if run.spec.sandbox.helper_image is not None:
+            env.append(value("DAGGER_HELPER_IMAGE", run.spec.sandbox.helper_image))
     stage = container(
         "stage",
         run.spec.training.image if training else run.spec.image,
@@ -138,6 +161,7 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         mounts=[("scratch", SCRATCH), *([("shm", "/dev/shm")] if training else [])],  # noqa: S108 - a mount of the pod's own
         gpus=run.spec.training.gpus_per_node if training else 0,
         requests={"cpu": shape.cpu, "memory": shape.memory},
+        **({"ports": [{"name": name, "containerPort": port} for name, port in shape.ports]} if shape.ports else {}),
     )
     return pod_spec(
         [stage],

@@ -15,12 +15,14 @@ RUN = "dagger-operator.dev/run"
 COMPONENT = "dagger-operator.dev/component"
 ROUND = "dagger-operator.dev/round"
 ATTEMPT = "dagger-operator.dev/attempt"
+RUN_NAMESPACE = "dagger-operator.dev/run-namespace"
+"""Label of what a run has in another namespace than its own."""
 
 RETRY = "dagger-operator.dev/retry"
 """Annotation of a run. A new value makes new attempts: `daggerctl resume` of a failed run bumps it."""
 FAILED = "dagger-operator.dev/failed"
-"""Annotation of a server's Deployment that was given up: reason and message as JSON. With the Deployment scaled to zero,
-it is what a failed Job is among Jobs: the lasting sign that this attempt failed."""
+"""Annotation of a Job or server that was given up: reason and message as JSON. It is the lasting sign that this attempt failed,
+where the object itself would not show it."""
 
 
 class Role(StrEnum):

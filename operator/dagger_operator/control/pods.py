@@ -11,7 +11,10 @@ Json = dict[str, Any]
 
 SCRATCH = "/scratch"
 SHARED = "/shared"
+TMP = "/tmp"  # noqa: S108 - a volume of the pod's own
 AGENT_PORT = 8000
+METRICS_PORT = 9090
+GATEWAY_PORT = 8090
 USER_ID = 10001
 """An ordinary user: no image needs root, and restricted namespaces admit the pods."""
 
@@ -34,6 +37,9 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
     """`DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads; `role`: that of a serving pod."""
     kept = _ALWAYS | READS[command]
     spec = {key: part for key, part in run.spec.wire().items() if key in kept}
+    for section in (spec.get("rollouts"), spec.get("training"), *(spec[role].get("serving") for role in Role)):
+        if section is not None:
+            section.pop("pod", None)  # where a pod runs is no business of what runs in it
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
     if command != "training" and run.spec.student.endpoint:
@@ -98,6 +104,8 @@ def own_environment(run: DAggerRun, command: str, role: Role | None = None) -> l
         from_field("DAGGER_POD", "metadata.name"),
         from_field("POD_IP", "status.podIP"),
         value("DAGGER_SCRATCH", SCRATCH),
+        # The user of the pod has no entry in the image's passwd, and no home.
+        value("HOME", SCRATCH),
     ]
 
 
@@ -125,8 +133,8 @@ def container(
         "env": list(env),
         **({"envFrom": sources} if (sources := list(env_from)) else {}),
         **({"resources": resources} if resources else {}),
-        "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in mounts],
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [{"name": volume, "mountPath": path} for volume, path in (*mounts, ("tmp", TMP))],
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
         "terminationMessagePolicy": "FallbackToLogsOnError",
         **more,
     }
@@ -146,7 +154,7 @@ def pod_spec(containers: list[Json], *, memory_volumes: Iterable[str] = (), volu
         },
         "containers": containers,
         "volumes": [
-            *({"name": name, "emptyDir": {}} for name in volumes),
+            *({"name": name, "emptyDir": {}} for name in (*volumes, "tmp")),
             *({"name": name, "emptyDir": {"medium": "Memory"}} for name in memory_volumes),
         ],
         **more,

@@ -1,10 +1,10 @@
-"""The round state machine: which stage is next, decided from results alone."""
+"""The round state machine: which steps are at work, decided from results alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dagger_operator.api import RunSpec, TrainingMode
+from dagger_operator.api import Overlap, RunSpec, TrainingMode
 from dagger_operator.control.results import Results
 
 
@@ -28,7 +28,7 @@ class Step:
 
 
 def steps(spec: RunSpec) -> Iterator[Step]:
-    """Every step of a run in order."""
+    """Every step of a run, in order of rounds."""
     yield Step(0, StageName.PREPARE)
     yield Step(0, StageName.PREFLIGHT)
     for number in range(1, spec.rounds + 1):
@@ -41,27 +41,48 @@ def steps(spec: RunSpec) -> Iterator[Step]:
             yield Step(number, StageName.EVALUATION)
 
 
-def next_step(spec: RunSpec, results: Results) -> Step | None:
-    """The first step without a result; None where the run is done.
+@dataclass(frozen=True)
+class Work:
+    """What a run works on: the next step of its rounds and, beside it, the evaluation of the student that the round before made."""
 
-    An evaluation that was not asked for when its time came is not made up for: a later student is served by then.
+    step: Step
+    beside: Step | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        yield self.step
+        if self.beside is not None:
+            yield self.beside
+
+
+def next_steps(spec: RunSpec, results: Results) -> Work | None:
+    """The first step without a result, and what may be done beside it; None where the run is done.
+
+    An evaluation can be made up for until the next student is published: then this one is served no more.
     """
-    newest = results.newest_round
+    left = [step for step in steps(spec) if not _settled(step, results)]
+    if not left:
+        return None
+    first, rest = left[0], left[1:]
+    if first.stage is StageName.EVALUATION and rest and spec.evaluation.overlap is Overlap.NEXT_ROUND:
+        return Work(rest[0], beside=first)
+    return Work(first)
+
+
+def _settled(step: Step, results: Results) -> bool:
+    """Done, or too late."""
+    too_late = step.stage is StageName.EVALUATION and results.has(step.round + 1, StageName.PUBLISH)
+    return too_late or results.has(step.round, step.stage)
+
+
+def before(spec: RunSpec, work: Work | None) -> frozenset[Step]:
+    """The steps that were at work last: the one before the next, and the newest evaluation before that."""
+    passed: list[Step] = []
     for step in steps(spec):
-        passed = step.stage is StageName.EVALUATION and step.round < newest
-        if not passed and not results.has(step.round, step.stage):
-            return step
-    return None
-
-
-def before(spec: RunSpec, step: Step | None) -> Step | None:
-    """The step that came before; with None the last one."""
-    previous = None
-    for candidate in steps(spec):
-        if candidate == step:
+        if work is not None and step == work.step:
             break
-        previous = candidate
-    return previous
+        passed.append(step)
+    evaluations = [step for step in passed if step.stage is StageName.EVALUATION]
+    return frozenset([*passed[-1:], *[step for step in passed if step.stage is not StageName.EVALUATION][-1:], *evaluations[-1:]])
 
 
 def rollouts_remain(spec: RunSpec, step: Step) -> bool:

@@ -1,4 +1,5 @@
-"""Servers: for each policy that is served here a Deployment with a headless Service."""
+"""Servers: for each policy that is served here a Deployment, or where a replica needs several nodes a LeaderWorkerSet, with a headless
+Service."""
 
 from typing import Any
 
@@ -9,13 +10,15 @@ from dagger_operator.control.pods import (
     SCRATCH,
     SHARED,
     container,
+    from_field,
     own_environment,
     owned,
     pod_spec,
     storage_environment,
     value,
 )
-from dagger_operator.control.vllm import vllm_arguments, vllm_environment
+from dagger_operator.control.scheduling import pod_template, queue_labels
+from dagger_operator.control.vllm import FOLLOWER, SERVER, vllm_arguments, vllm_environment
 
 PROBE_SECONDS = 2
 
@@ -25,15 +28,39 @@ def served(run: DAggerRun, role: Role) -> Serving | None:
     return run.spec.student.served if role is Role.STUDENT else run.spec.teacher.serving
 
 
-def build_deployment(
+def server_kind(serving: Serving) -> str:
+    return "LeaderWorkerSet" if serving.nodes > 1 else "Deployment"
+
+
+def build_server(
     run: DAggerRun, role: Role, serving: Serving, *, replicas: int, annotations: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The Deployment of a policy. Its template holds nothing of a round, so servers live through all of them."""
-    pod = _pod(run, role, serving)
-    attempt = attempt_of(run, pod)
+    """The servers of a policy. Their template holds nothing of a round, so they live through all of them."""
+    template = pod_template({}, _pod(run, role, serving), serving.pod, main="vllm")
+    follower = pod_template({}, _follower(run, role, serving), serving.pod, main="vllm") if serving.nodes > 1 else None
+    queue = queue_labels(run.spec.kueue)
+    attempt = attempt_of(run, {"leader": template, "follower": follower, "queue": queue})
     own = labels(run, role, 0, attempt)
+    for one in (template, follower):
+        if one is not None:
+            one["metadata"]["labels"] |= own
+    head = own | queue, annotations
+    if follower is not None:
+        return {
+            **owned(run, "leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", server_name(run, role), *head),
+            "spec": {
+                "replicas": replicas,
+                "leaderWorkerTemplate": {
+                    "size": serving.nodes,
+                    # An engine over several nodes does not outlive any of them.
+                    "restartPolicy": "RecreateGroupOnPodRestart",
+                    "leaderTemplate": template,
+                    "workerTemplate": follower,
+                },
+            },
+        }
     return {
-        **owned(run, "apps/v1", "Deployment", server_name(run, role), own, annotations),
+        **owned(run, "apps/v1", "Deployment", server_name(run, role), *head),
         "spec": {
             "replicas": replicas,
             "revisionHistoryLimit": 1,
@@ -41,18 +68,19 @@ def build_deployment(
             "strategy": {"type": "Recreate"},
             "progressDeadlineSeconds": serving.startup_deadline_seconds + 60,
             "selector": {"matchLabels": _selector(own)},
-            "template": {"metadata": {"labels": dict(own)}, "spec": pod},
+            "template": template,
         },
     }
 
 
-def build_service(run: DAggerRun, role: Role) -> dict[str, Any]:
-    """A name that resolves to the address of every replica that is ready."""
+def build_service(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
+    """A name that resolves to the address of every replica that is ready: of its first node, where it has several."""
     own = labels(run, role, 0, "")
     port = {"name": "http", "port": AGENT_PORT, "targetPort": AGENT_PORT}
+    first = {"leaderworkerset.sigs.k8s.io/worker-index": "0"} if serving.nodes > 1 else {}
     return {
         **owned(run, "v1", "Service", server_name(run, role), own),
-        "spec": {"clusterIP": "None", "selector": _selector(own), "ports": [port]},
+        "spec": {"clusterIP": "None", "selector": _selector(own) | first, "ports": [port]},
     }
 
 
@@ -61,15 +89,9 @@ def _selector(own: dict[str, str]) -> dict[str, str]:
 
 
 def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
-    weights = _own_container(run, role, "weights", requests={"cpu": "100m", "memory": "1Gi"})
-    vllm = container(
-        "vllm",
-        serving.image,
-        ["python", "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(serving)],
-        [value("DAGGER_SHARED", SHARED), *vllm_environment(serving)],
-        mounts=[("shared", SHARED), ("scratch", SCRATCH), ("shm", "/dev/shm")],  # noqa: S108 - a mount of the pod's own
-        gpus=serving.gpus,
-        requests={"cpu": "1", "memory": "2Gi"},
+    vllm = _vllm(
+        serving,
+        SERVER,
         # The agent answers for vLLM, which listens on a Unix socket only.
         startupProbe=_probe("/health/server", failures=-(-serving.startup_deadline_seconds // PROBE_SECONDS)),
         livenessProbe=_probe("/health/server", failures=5),
@@ -82,7 +104,31 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
         ports=[{"name": "http", "containerPort": AGENT_PORT}],
         readinessProbe=_probe("/health/ready", failures=1),
     )
-    return pod_spec([vllm, agent], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[weights])
+    return pod_spec([vllm, agent], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role)])
+
+
+def _follower(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
+    """A further node of a replica: the same weights, and workers of the first node's engine."""
+    vllm = _vllm(serving, FOLLOWER)
+    return pod_spec([vllm], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role)])
+
+
+def _weights(run: DAggerRun, role: Role) -> dict[str, Any]:
+    return _own_container(run, role, "weights", requests={"cpu": "100m", "memory": "1Gi"})
+
+
+def _vllm(serving: Serving, command: tuple[str, ...], **more: Any) -> dict[str, Any]:
+    address = [from_field("VLLM_HOST_IP", "status.podIP")] if serving.nodes > 1 else []
+    return container(
+        "vllm",
+        serving.image,
+        [*command, *vllm_arguments(serving)],
+        [value("DAGGER_SHARED", SHARED), *address, *vllm_environment(serving)],
+        mounts=[("shared", SHARED), ("scratch", SCRATCH), ("shm", "/dev/shm")],  # noqa: S108 - a mount of the pod's own
+        gpus=serving.gpus,
+        requests={"cpu": "1", "memory": "2Gi"},
+        **more,
+    )
 
 
 def _own_container(run: DAggerRun, role: Role, name: str, **more: Any) -> dict[str, Any]:

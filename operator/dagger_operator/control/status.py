@@ -1,43 +1,36 @@
 """The status: what people read, derived from what was decided and from results; bounded in size, written once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from dagger_operator.api import Condition, DAggerRun, Phase, Problem, RoundStatus, RunStatus
 from dagger_operator.control.conditions import ConditionType, Reason, condition, settle
 from dagger_operator.control.gates import Servers, servers_trouble
 from dagger_operator.control.names import Role
-from dagger_operator.control.observe import Observed, Trouble
+from dagger_operator.control.observe import Observed
+from dagger_operator.control.progress import gpu_hours, run_end, shown
 from dagger_operator.control.results import Results
+from dagger_operator.control.rounds import Work
 from dagger_operator.control.servers import served
+from dagger_operator.control.situation import Situation, since
 from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult
 
 ROUNDS_SHOWN = 100
 
 
-@dataclass(frozen=True)
-class Situation:
-    """Where a run stands, in one look."""
-
-    phase: Phase
-    round: int
-    reason: str
-    message: str
-    progressing: bool = False
-
-    @property
-    def ended(self) -> bool:
-        return self.phase in (Phase.SUCCEEDED, Phase.FAILED)
-
-
-def report(run: DAggerRun, observed: Observed, situation: Situation, servers: Servers) -> RunStatus:
+def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Situation, servers: Servers) -> RunStatus:
     """The whole status."""
     previous = run.status or RunStatus()
     rounds = _rounds(observed.results)
     resolved = next((one.evaluation.resolved_rate for one in reversed(rounds) if one.evaluation), None)
     share = next((one.rollout.teacher_turn_share for one in reversed(rounds) if one.rollout), None)
     still_ended = situation.ended and previous.phase is situation.phase
+    moving = None if situation.ended or situation.phase is Phase.SUSPENDED else work
+    progress = shown(observed.progress, moving, previous.progress, observed.now)
+    # Where nothing was gained, nothing that follows from it is written anew either.
+    unchanged = (progress, situation.phase, situation.round) == (previous.progress, previous.phase, previous.round)
+    end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, progress, observed.now)
+    hours = previous.gpu_hours if unchanged else f"{gpu_hours(run, observed.progress, observed.results):.1f}"
     return RunStatus(
         observed_generation=run.metadata.generation,
         phase=situation.phase,
@@ -47,7 +40,10 @@ def report(run: DAggerRun, observed: Observed, situation: Situation, servers: Se
         rounds=rounds[-ROUNDS_SHOWN:],
         resolved=_percent(resolved),
         teacher_share=_percent(share),
+        progress=progress,
+        gpu_hours=hours,
         start_time=previous.start_time or observed.now,
+        estimated_completion_time=end,
         completion_time=(previous.completion_time if still_ended else None) or (observed.now if situation.ended else None),
     )
 
@@ -79,11 +75,6 @@ def _overlaid(run: DAggerRun, now: datetime, reason: Reason, fresh: list[Conditi
         "start_time": previous.start_time or now,
     }
     return previous.model_copy(update=update)
-
-
-def since(trouble: Trouble) -> str:
-    """A message that says since when, as far as that was observed."""
-    return f"{trouble.message} (since {trouble.since:%Y-%m-%d %H:%M:%S} UTC)" if trouble.since else trouble.message
 
 
 def _conditions(run: DAggerRun, situation: Situation, servers: Servers) -> list[Condition]:

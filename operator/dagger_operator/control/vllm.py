@@ -9,14 +9,31 @@ CPU_BATCHED_TOKENS = 8192
 """Most tokens of one engine step on the CPU, where prompts are not cut."""
 
 
+SERVER = ("python", "-m", "vllm.entrypoints.openai.api_server")
+FOLLOWER = ("python", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
+"""What the further nodes of a replica run: workers of the first one's engine."""
+MASTER_PORT = 29501
+
+
 def vllm_arguments(serving: Serving) -> list[str]:
-    """Arguments of `vllm.entrypoints.openai.api_server`; the user's own come last and win."""
+    """Arguments of vLLM's server; the user's own come last and win."""
     arguments = ["--model", "$(DAGGER_SHARED)/current", "--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
     arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
     # A model's own generation config would add sampling settings that the spec does not name.
     arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
     if serving.gpus > 1:
         arguments += ["--tensor-parallel-size", str(serving.gpus)]
+    if serving.nodes > 1:
+        # LeaderWorkerSet says in a pod's environment where the first node is, and which one this is.
+        arguments += [
+            "--pipeline-parallel-size",
+            str(serving.nodes),
+            "--distributed-executor-backend",
+            "mp",
+            "--nnodes",
+            str(serving.nodes),
+        ]
+        arguments += ["--node-rank", "$(LWS_WORKER_INDEX)", "--master-addr", "$(LWS_LEADER_ADDRESS)", "--master-port", str(MASTER_PORT)]
     if serving.gpus == 0:
         arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
         # A tied head stays packed from the old weights when new ones are loaded in place; the agent has it packed anew.

@@ -33,6 +33,15 @@ def annotated(run: DAggerRun, name: str, value: str) -> DAggerRun:
     return run.model_copy(update={"metadata": run.metadata.model_copy(update={"annotations": annotations})})
 
 
+def as_used_here(run: DAggerRun) -> DAggerRun:
+    """The run without what one machine has no use for: another namespace, a queue, several nodes for one server."""
+    spec = run.spec
+    update: dict[str, Any] = {"kueue": None, "sandbox": spec.sandbox.model_copy(update={"namespace": None})}
+    if (serving := spec.teacher.serving) is not None:
+        update["teacher"] = spec.teacher.model_copy(update={"serving": serving.model_copy(update={"nodes": 1})})
+    return run.model_copy(update={"spec": spec.model_copy(update=update)})
+
+
 def _absolute(spec: RunSpec, folder: Path) -> RunSpec:
     def path(text: str) -> str:
         scheme, separator, rest = text.partition("://") if text.startswith("file://") else ("", "", text)

@@ -23,6 +23,11 @@ INHERITED_PREFIXES = (
 IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 """The user's own credentials for object storage: what a workload identity is on a cluster."""
 
+UNUSED = frozenset({"HOME", "DAGGER_METRICS_PORT"})
+"""Variables that are the pod's alone: here there is a home, and pods share their ports."""
+OWN_FOLDERS = frozenset({"/tmp"})  # noqa: S108 - named, not used
+"""Mounts that stand for a folder which this machine has itself."""
+
 COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 _URL = re.compile(r"(?P<scheme>https?://)(?P<host>[a-z0-9.-]+)(?P<rest>[:/].*)?")
@@ -72,12 +77,15 @@ def container_environment(container: Mapping[str, Any], pod: PodContext) -> dict
     for source in container.get("envFrom", ()):
         found.update(_secret(source["secretRef"], pod))
     for variable in container.get("env", ()):
+        if variable["name"] in UNUSED:
+            continue
         value = _value(variable, pod)
         if value is not None:
             found[variable["name"]] = expand(value, found)
     if pod.completion_index is not None:
         found["JOB_COMPLETION_INDEX"] = str(pod.completion_index)
-    mounts = [(mount["mountPath"], pod.volume(mount["name"])) for mount in container.get("volumeMounts", ())]
+    volumes = [mount for mount in container.get("volumeMounts", ()) if mount["mountPath"] not in OWN_FOLDERS]
+    mounts = [(mount["mountPath"], pod.volume(mount["name"])) for mount in volumes]
     return {name: _located(_addressed(value, pod.hosts), mounts) for name, value in found.items()}
 
 

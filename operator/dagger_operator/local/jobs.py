@@ -24,6 +24,8 @@ class JobRunner:
         self._manifest, self._make_pod, self._changed = manifest, make_pod, changed
         self._name: str = manifest["metadata"]["name"]
         self._pods: dict[int, Pod] = {}
+        self._lost: list[dict[str, Any]] = []
+        """Pods that failed, as they ended: by them the plan counts what infrastructure cost."""
         self._active: set[int] = set()
         self._succeeded: set[int] = set()
         self._failed = 0
@@ -57,8 +59,8 @@ class JobRunner:
         return {**self._manifest, "status": {key: value for key, value in status.items() if value is not None}}
 
     def pods(self) -> list[dict[str, Any]]:
-        """The newest pod of each index, ended ones included."""
-        return [pod.manifest() for _, pod in sorted(self._pods.items())]
+        """Every pod that was made and is not replaced, and those that failed before."""
+        return [*self._lost, *(pod.manifest() for _, pod in sorted(self._pods.items()))]
 
     async def close(self) -> None:
         self._task.cancel()
@@ -116,6 +118,8 @@ class JobRunner:
             pause = min(2 * pause, LONGEST_BACK_OFF)
 
     async def _attempt(self, index: int) -> bool:
+        if index in self._pods and self._pods[index].failed:
+            self._lost.append(self._pods[index].manifest())
         pod = self._pods[index] = self._make_pod(f"{self._name}-{index}", index)
         self._active.add(index)
         self._changed()

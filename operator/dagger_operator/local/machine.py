@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dagger_operator.local.addresses import pod_address
+from dagger_operator.local.containers import now
 from dagger_operator.local.deployments import DeploymentRunner
 from dagger_operator.local.environment import PodContext, host_names
 from dagger_operator.local.guard import Guard
@@ -126,6 +127,7 @@ class Machine:
             owner = self._objects[key]
             template = owner["spec"]["template"]
             metadata = {**template.get("metadata", {}), "name": name, "namespace": owner["metadata"].get("namespace", "default")}
+            metadata["creationTimestamp"] = now()
             context = PodContext(
                 name=name,
                 namespace=metadata["namespace"],

@@ -45,6 +45,10 @@ class Pod:
     def succeeded(self) -> bool:
         return self._phase == "Succeeded"
 
+    @property
+    def failed(self) -> bool:
+        return self._phase == "Failed"
+
     def exit_codes(self) -> dict[str, int]:
         """Exit codes by container, of those that ended."""
         every = (*self._init, *self._containers)

@@ -12,7 +12,8 @@ from pathlib import Path
 import structlog
 
 from dagger_operator.api import DAggerRun, Phase, RunStatus
-from dagger_operator.control import Observed, Results, children, plan, read_results
+from dagger_operator.control import Observed, Results, children, plan, read_progress, read_results
+from dagger_operator.local.acceptance import as_used_here
 from dagger_operator.local.environment import inherited
 from dagger_operator.local.folder import RunFolder
 from dagger_operator.local.machine import Machine, Place
@@ -54,7 +55,7 @@ class Supervisor:
             while True:
                 machine.changed.clear()
                 observed = await self._observe(run, machine, store)
-                planned = plan(run, observed)
+                planned = plan(as_used_here(run), observed)
                 run = self._say(run, planned.status)
                 machine.apply(planned.objects)
                 for reference_to in planned.remove:
@@ -73,7 +74,8 @@ class Supervisor:
             self._results = await read_results(store, run, self._results)
         except (StoreUnavailable, DamagedObject) as error:
             problem = str(error)
-        return Observed(now=datetime.now(UTC), children=seen, results=self._results, storage_problem=problem)
+        progress = await read_progress(store, run, self._results)
+        return Observed(datetime.now(UTC), seen, self._results, storage_problem=problem, progress=progress)
 
     def _say(self, run: DAggerRun, status: RunStatus) -> DAggerRun:
         """Writes the status where it differs, and shows the run."""

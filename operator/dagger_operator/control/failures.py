@@ -1,0 +1,80 @@
+"""Which failures of a stage's pods are tried again, and on whose account: `spec.failurePolicy` as decisions.
+
+The Job controller decides what it can by exit code and condition. From the first rule on that goes by reasons, which it cannot see, the
+plan decides; so a Job may then be tried more often than its own budget says, by what infrastructure may add to it.
+"""
+
+from typing import Any
+
+from dagger_operator.api import DAggerRun, FailureAction, FailureRule, RunStage
+from dagger_operator.control.child import Child, PodFailure, Trouble
+from dagger_operator.control.rounds import StageName
+from dagger_operator.store.stage import ExitCode
+
+Json = dict[str, Any]
+
+RETRIES = 6
+"""Further tries of each pod of a stage that has no setting of its own."""
+
+_ACTIONS = {
+    FailureAction.RETRY: "Count",
+    FailureAction.RETRY_WITHOUT_COUNTING: "Ignore",
+    FailureAction.FAIL_RUN: "FailJob",
+}
+
+
+def own_retries(run: DAggerRun, stage: StageName, pods: int) -> int:
+    """Further tries of a stage's pods that failed by themselves."""
+    return run.spec.training.retries if stage is StageName.TRAINING else RETRIES * pods
+
+
+def verdict(run: DAggerRun, stage: StageName, failure: PodFailure) -> FailureAction:
+    """What is done about one pod that failed."""
+    for rule in _rules(run, stage):
+        if (not rule.reasons or failure.reason in rule.reasons) and (not rule.exit_codes or failure.exit_code in rule.exit_codes):
+            return rule.action
+    if failure.exit_code == ExitCode.PERMANENT:
+        return FailureAction.FAIL_RUN
+    if failure.exit_code == ExitCode.UNAVAILABLE or failure.disrupted:
+        return FailureAction.RETRY_WITHOUT_COUNTING
+    return FailureAction.RETRY
+
+
+def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble | None:
+    """Why a Job that still tries is given up: a failure that ends the run, or a budget that is spent."""
+    verdicts = [(verdict(run, stage, failure), failure) for failure in job.failures]
+    if fatal := next((failure for action, failure in verdicts if action is FailureAction.FAIL_RUN), None):
+        return Trouble(fatal.reason, fatal.message)
+    budgets = {
+        FailureAction.RETRY_WITHOUT_COUNTING: ("failurePolicy.infrastructureRetries", run.spec.failure_policy.infrastructure_retries),
+        FailureAction.RETRY: ("the stage's own retries", own_retries(run, stage, pods)),
+    }
+    for action, (name, budget) in budgets.items():
+        spent = [failure for one, failure in verdicts if one is action]
+        if len(spent) > budget:
+            last = spent[-1]
+            return Trouble(last.reason, f"{len(spent)} pods failed, {name} allows {budget}; the last one: {last.message}")
+    return None
+
+
+def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
+    """`backoffLimit` and `podFailurePolicy` of a stage's Job."""
+    rules = _rules(run, stage)
+    by_code = rules[: next((index for index, rule in enumerate(rules) if rule.reasons), len(rules))]
+    decided = [_on_exit_codes(_ACTIONS[rule.action], *rule.exit_codes) for rule in by_code]
+    limit = own_retries(run, stage, pods)
+    if len(by_code) < len(rules):
+        limit += run.spec.failure_policy.infrastructure_retries
+    else:
+        decided.append(_on_exit_codes("FailJob", ExitCode.PERMANENT))
+        decided.append(_on_exit_codes("Ignore", ExitCode.UNAVAILABLE))
+        decided.append({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
+    return {"backoffLimit": limit, **({"podFailurePolicy": {"rules": decided}} if decided else {})}
+
+
+def _rules(run: DAggerRun, stage: StageName) -> list[FailureRule]:
+    return [rule for rule in run.spec.failure_policy.rules if not rule.stages or RunStage(stage.capitalize()) in rule.stages]
+
+
+def _on_exit_codes(action: str, *codes: int) -> Json:
+    return {"action": action, "onExitCodes": {"containerName": "stage", "operator": "In", "values": sorted({int(code) for code in codes})}}

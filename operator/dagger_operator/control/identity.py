@@ -1,0 +1,46 @@
+"""Who a worker is: the ServiceAccount of stages that make sandbox pods, and what it may do where those live."""
+
+from typing import Any
+
+from dagger_operator.api import DAggerRun, SandboxBackend
+from dagger_operator.control.names import MANAGED_BY, MANAGER, RUN, RUN_NAMESPACE, labels
+from dagger_operator.control.pods import owned
+from dagger_operator.control.rounds import StageName
+
+WORKER_ROLE = "dagger-sandbox-worker"
+"""Role in the sandbox namespace; the chart makes it."""
+WORKER = "worker"
+"""Component of what belongs to no single stage of workers."""
+
+
+def sandbox_namespace(run: DAggerRun, stage: StageName) -> str | None:
+    """Where a stage makes sandbox pods; None where it makes none."""
+    if stage not in (StageName.ROLLOUT, StageName.EVALUATION) or run.spec.sandbox.backend is SandboxBackend.PROCESS:
+        return None
+    return run.spec.sandbox.namespace
+
+
+def worker_account(run: DAggerRun) -> str:
+    """Name of the ServiceAccount: the run's own, unless its user gives one, such as a cloud's workload identity."""
+    return run.spec.rollouts.pod.service_account_name or f"{run.metadata.name}-worker"
+
+
+def build_identity(run: DAggerRun, namespace: str) -> list[dict[str, Any]]:
+    """The ServiceAccount, and its RoleBinding in the sandbox namespace. An owner there would have to live there too: the operator
+    removes bindings whose run is gone."""
+    own = labels(run, WORKER, 0, "")
+    account = {"kind": "ServiceAccount", "name": worker_account(run), "namespace": run.metadata.namespace}
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "RoleBinding",
+        "metadata": {
+            "name": f"{run.metadata.namespace}.{run.metadata.name}.worker",
+            "namespace": namespace,
+            "labels": {MANAGED_BY: MANAGER, RUN: run.metadata.name, RUN_NAMESPACE: run.metadata.namespace},
+        },
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": WORKER_ROLE},
+        "subjects": [account],
+    }
+    if run.spec.rollouts.pod.service_account_name is not None:
+        return [binding]
+    return [{**owned(run, "v1", "ServiceAccount", worker_account(run), own), "automountServiceAccountToken": False}, binding]

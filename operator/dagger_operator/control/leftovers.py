@@ -1,0 +1,47 @@
+"""What should go: servers that nobody asks, Jobs of other attempts, and Jobs of stages that were done long ago."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dagger_operator.api import DAggerRun, GpuSharing, Keep
+from dagger_operator.control.child import Child
+from dagger_operator.control.gates import Failure
+from dagger_operator.control.names import Ref
+from dagger_operator.control.observe import Observed
+from dagger_operator.control.rounds import StageName, Step, Work, before
+
+Manifest = dict[str, Any]
+
+
+def leftovers(
+    run: DAggerRun,
+    observed: Observed,
+    work: Work | None,
+    objects: Sequence[Manifest],
+    keep: Sequence[Child] = (),
+    *,
+    failed: Failure | None = None,
+) -> tuple[Ref, ...]:
+    """Every child that is neither asked for nor kept."""
+    wanted = {(one["kind"], one["metadata"]["name"]) for one in objects}
+    nothing_stays = failed is not None and run.spec.failure_policy.keep is Keep.NOTHING
+    found = [
+        child.ref
+        for child in observed.children
+        if not child.deleting
+        and not any(child is one for one in keep)
+        and (child.kind, child.name) not in wanted
+        and child.kind != "Pod"  # what it belonged to is gone, or not seen yet; the cluster collects it
+        and not (child.kind == "Job" and not nothing_stays and _may_stay(run, observed, work, child))
+    ]
+    return tuple(sorted(found))
+
+
+def _may_stay(run: DAggerRun, observed: Observed, work: Work | None, job: Child) -> bool:
+    """Whether the Job of a stage that is done is left alone: while it winds up, and then for its logs until two rounds on."""
+    if not observed.results.has(job.round, job.component):
+        return False
+    if not job.holds:
+        return job.round >= (work.step.round if work else run.spec.rounds) - 1
+    holds_gpus_back = run.spec.gpu_sharing is GpuSharing.TIME_SHARED and job.component == StageName.TRAINING
+    return Step(job.round, StageName(job.component)) in before(run.spec, work) and not holds_gpus_back

@@ -1,0 +1,30 @@
+"""Who may reach a run's servers."""
+
+from typing import Any
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGER, RUN, Role, labels
+from dagger_operator.control.pods import AGENT_PORT, owned
+
+SERVING = "serving"
+"""Component of what belongs to both policies' servers."""
+_PROMETHEUS = {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+
+
+def build_network_policy(run: DAggerRun) -> dict[str, Any]:
+    """Serving pods take requests from this run's pods alone, and are scraped by Prometheus. Probes come from the node and pass."""
+    own_pods = {"matchLabels": {MANAGED_BY: MANAGER, RUN: run.metadata.name}}
+    roles = [{"key": COMPONENT, "operator": "In", "values": sorted(Role)}]
+    servers = {**own_pods, "matchExpressions": roles}
+    ingress: list[dict[str, Any]] = [
+        {
+            "from": [{"podSelector": own_pods}, {"namespaceSelector": {}, "podSelector": _PROMETHEUS}],
+            "ports": [{"port": AGENT_PORT, "protocol": "TCP"}],
+        }
+    ]
+    if run.spec.teacher.serving is not None and run.spec.teacher.serving.nodes > 1:
+        ingress.append({"from": [{"podSelector": servers}]})  # the nodes of one replica speak on ports of their own choice
+    return {
+        **owned(run, "networking.k8s.io/v1", "NetworkPolicy", f"{run.metadata.name}-serving", labels(run, SERVING, 0, "")),
+        "spec": {"podSelector": servers, "policyTypes": ["Ingress"], "ingress": ingress},
+    }

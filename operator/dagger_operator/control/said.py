@@ -1,0 +1,157 @@
+"""What pods say about themselves: why they wait, how they ended. Pure; pods come in Kubernetes' form."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from dagger_operator.control.child import PodFailure, Trouble
+from dagger_operator.store.stage import ExitCode
+
+Manifest = Mapping[str, Any]
+
+SERVER_RESTARTS = 5
+"""A server that is in back-off after this many restarts is given up."""
+IN_A_QUEUE = "SchedulingGated"
+"""Reason of a pod that somebody, such as Kueue, has yet to admit."""
+
+
+def waiting(pods: Iterable[Manifest]) -> Trouble | None:
+    """The first reason, in order of pods' names, for which a pod does not run."""
+    for pod in sorted(pods, key=lambda one: str(one["metadata"]["name"])):
+        if not lives(pod):
+            continue
+        for condition in status(pod).get("conditions") or ():
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return Trouble(condition.get("reason") or "Unschedulable", _at(pod, condition), time(condition.get("lastTransitionTime")))
+        for container in _containers(pod):
+            held = (container.get("state") or {}).get("waiting") or {}
+            reason = held.get("reason", "")
+            if not reason or reason in ("PodInitializing", "ContainerCreating"):
+                continue
+            since = time(pod["metadata"].get("creationTimestamp"))
+            if (ended := _ended(container)) is not None:
+                return Trouble(reason, f"{_at(pod, held)}; it ended with: {_explained(container, ended).message}", since)
+            return Trouble(reason, _at(pod, held), since)
+    return None
+
+
+def waiting_since(pods: Iterable[Manifest]) -> datetime | None:
+    """When the oldest pod was made of which nothing runs; those in a queue do not count."""
+    made = [time(pod["metadata"].get("creationTimestamp")) for pod in pods if _idle(pod)]
+    return min((at for at in made if at is not None), default=None)
+
+
+def _idle(pod: Manifest) -> bool:
+    queued = any(one.get("reason") == IN_A_QUEUE for one in status(pod).get("conditions") or ())
+    # A pod whose init container runs is still called pending.
+    return phase(pod) == "Pending" and not queued and not any("running" in (one.get("state") or {}) for one in _containers(pod))
+
+
+def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
+    """A server that another start would not mend, or that many did not."""
+    for pod in pods:
+        for container in _containers(pod):
+            ended = _ended(container)
+            if ended is None:
+                continue
+            held = (container.get("state") or {}).get("waiting") or {}
+            looping = held.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) >= SERVER_RESTARTS
+            if ended.get("exitCode") == ExitCode.PERMANENT or looping:
+                return _explained(container, ended)
+    return None
+
+
+def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
+    """How pods that failed ended, oldest first."""
+    found = []
+    for pod in pods:
+        if phase(pod) != "Failed":
+            continue
+        disrupted = any(one["type"] == "DisruptionTarget" and one["status"] == "True" for one in status(pod).get("conditions") or ())
+        at, said, code = _end(pod)
+        found.append((at, str(pod["metadata"]["name"]), PodFailure(said.reason, said.message, code, disrupted)))
+    return tuple(failure for _, _, failure in sorted(found, key=lambda one: one[:2]))
+
+
+def _end(pod: Manifest) -> tuple[str, Trouble, int | None]:
+    """When, why and with which exit code a failed pod ended."""
+    for container in _containers(pod):
+        ended = _ended(container)
+        if ended is not None and ended.get("exitCode") != ExitCode.DONE:
+            return str(ended.get("finishedAt") or ""), _explained(container, ended), ended.get("exitCode")
+    at = str(pod["metadata"].get("creationTimestamp") or "")
+    return at, Trouble(status(pod).get("reason") or "PodFailed", f"pod {pod['metadata']['name']}: {status(pod).get('message') or ''}"), None
+
+
+def last_words(pods: Iterable[Manifest]) -> Trouble | None:
+    """What the container that failed last left as its termination message."""
+    ends = [
+        (str(ended.get("finishedAt") or ""), container, ended)
+        for pod in pods
+        for container in _containers(pod)
+        if (ended := _ended(container)) is not None and ended.get("exitCode") != ExitCode.DONE
+    ]
+    if not ends:
+        return None
+    # A failure that a retry cannot mend explains more than the pods that were stopped because of it.
+    _, container, ended = max(ends, key=lambda end: (end[2].get("exitCode") == ExitCode.PERMANENT, end[0]))
+    return _explained(container, ended)
+
+
+def _explained(container: Manifest, ended: Manifest) -> Trouble:
+    said = str(ended.get("message") or "").strip()
+    if (words := stated(said)) is not None:
+        return words
+    how = f"container {container['name']} ended with exit code {ended.get('exitCode')} ({ended.get('reason') or 'Error'})"
+    reason = ended["reason"] if ended.get("reason") in ("OOMKilled", "StartError", "ContainerCannotRun") else "ContainerFailed"
+    return Trouble(reason, f"{how}: {said}" if said else how)
+
+
+def stated(text: str) -> Trouble | None:
+    """A stage's own statement, as `store.stage` leaves it: in full, or as the last line of its log."""
+    for line in (text, text.rsplit("\n", 1)[-1]):
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and isinstance(said.get("reason"), str):
+            return Trouble(said["reason"], str(said.get("message") or ""))
+    return None
+
+
+def _containers(pod: Manifest) -> list[Manifest]:
+    found = status(pod)
+    return [*(found.get("initContainerStatuses") or ()), *(found.get("containerStatuses") or ())]
+
+
+def _ended(container: Manifest) -> Manifest | None:
+    ended: Manifest | None = (container.get("state") or {}).get("terminated") or (container.get("lastState") or {}).get("terminated")
+    return ended
+
+
+def _at(pod: Manifest, what: Manifest) -> str:
+    return f"pod {pod['metadata']['name']}: {what.get('message') or what.get('reason')}"
+
+
+def status(manifest: Manifest) -> Manifest:
+    found: Manifest = manifest.get("status") or {}
+    return found
+
+
+def phase(pod: Manifest) -> str:
+    return str(status(pod).get("phase") or "Pending")
+
+
+def lives(pod: Manifest) -> bool:
+    return phase(pod) not in ("Succeeded", "Failed")
+
+
+def true(manifest: Manifest, *types: str) -> Manifest | None:
+    """The first condition of these types that holds."""
+    conditions: Sequence[Manifest] = status(manifest).get("conditions") or ()
+    return next((c for c in conditions if c["type"] in types and c["status"] == "True"), None)
+
+
+def time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None

@@ -1,0 +1,78 @@
+"""A run that stands still: suspended, failed, or blind. It frees what it holds and keeps what it was doing."""
+
+import json
+from typing import Any
+
+from dagger_operator.api import DAggerRun, Keep
+from dagger_operator.control.child import SERVERS, Child, ChildState
+from dagger_operator.control.gates import Failure, Jobs, Servers
+from dagger_operator.control.jobs import build_job
+from dagger_operator.control.names import FAILED, Ref, Role, server_name
+from dagger_operator.control.observe import Observed
+from dagger_operator.control.rounds import Work
+from dagger_operator.control.servers import build_server, served, server_kind
+from dagger_operator.control.wanted import build_support, find, needed
+
+Manifest = dict[str, Any]
+_AT_WORK = (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED)
+
+
+def at_a_standstill(
+    run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers, failed: Failure | None
+) -> tuple[list[Manifest], list[Child]]:
+    """Objects to apply, and children that stay as they are. A failure is written where it can be seen: on the child that failed."""
+    keep = run.spec.failure_policy.keep if failed else Keep.LOGS
+    objects = _servers(run, observed, work, servers, failed, keep)
+    if failed is not None and failed.refused:
+        # What was refused is asked for still: once it is taken, the run goes on.
+        objects += build_support(run, work)
+    costs_something = ("Job", *SERVERS)
+    stay = [one for one in observed.children if one.kind not in costs_something and keep is not Keep.NOTHING]
+    for step, job in jobs.items():
+        if job is None:
+            if failed is not None and failed.refused:
+                objects.append(build_job(run, step, observed.results, suspend=True))
+        elif failed is not None and failed.child is job:
+            stay.append(job)
+            if job.state in _AT_WORK:
+                objects.append(build_job(run, step, observed.results, given_up=failed.trouble))
+        elif keep is not Keep.NOTHING:
+            if job.state not in _AT_WORK or job.deleting:
+                stay.append(job)
+            elif run.spec.kueue is None:
+                stay.append(job)
+                objects.append(build_job(run, step, observed.results, suspend=True))
+            # A Job that a queue may let go at any moment is made again instead: its stage does what is left.
+    return objects, stay
+
+
+def _servers(run: DAggerRun, observed: Observed, work: Work, servers: Servers, failed: Failure | None, keep: Keep) -> list[Manifest]:
+    objects = []
+    for role, serving in needed(run, work).items():
+        server = find(observed, server_kind(serving), server_name(run, role))
+        stays_up = keep is Keep.EVERYTHING and server is not None and server.state is not ChildState.SUSPENDED
+        replicas = serving.replicas if stays_up else 0
+        current = servers.get(role)
+        if failed is not None and current is not None and (failed.child is current or current.state is ChildState.FAILED):
+            trouble = current.trouble if current.state is ChildState.FAILED and current.trouble else failed.trouble
+            note = {FAILED: json.dumps({"reason": trouble.reason, "message": trouble.message})}
+            objects.append(build_server(run, role, serving, replicas=replicas, annotations=note))
+        elif server is not None and keep is not Keep.NOTHING:
+            objects.append(build_server(run, role, serving, replicas=replicas))
+        elif server is None and failed is not None and failed.refused:
+            objects.append(build_server(run, role, serving, replicas=serving.replicas))
+    return objects
+
+
+def without_results(run: DAggerRun, observed: Observed) -> tuple[tuple[Manifest, ...], tuple[Ref, ...]]:
+    """Nothing is known about progress: what exists stays, nothing is started; suspension needs no results and is honoured."""
+    if not run.spec.suspend:
+        return (), ()
+    objects = []
+    for role in Role:
+        serving = served(run, role)
+        if serving is not None and find(observed, server_kind(serving), server_name(run, role)) is not None:
+            objects.append(build_server(run, role, serving, replicas=0))
+    # Nothing is lost with a Job: its stage does what is left when it is made again.
+    remove = [child.ref for child in observed.children if child.kind == "Job" and child.holds and not child.deleting]
+    return tuple(objects), tuple(sorted(remove))

@@ -1,0 +1,56 @@
+"""What the work at hand needs beside its Jobs: servers, names, rights."""
+
+from typing import Any
+
+from dagger_operator.api import DAggerRun, Serving
+from dagger_operator.control.child import Child
+from dagger_operator.control.gates import Jobs, Servers
+from dagger_operator.control.identity import build_identity, sandbox_namespace
+from dagger_operator.control.jobs import build_job, build_training_service
+from dagger_operator.control.names import ATTEMPT, Role, server_name
+from dagger_operator.control.network import build_network_policy
+from dagger_operator.control.observe import Observed
+from dagger_operator.control.rounds import StageName, Work, rollouts_remain
+from dagger_operator.control.servers import build_server, build_service, served, server_kind
+
+Manifest = dict[str, Any]
+
+
+def needed(run: DAggerRun, work: Work) -> dict[Role, Serving]:
+    """Serving settings of the policies that are served here and asked in this step or after it."""
+    if work.step.stage is StageName.PREPARE:
+        return {}
+    wanted = {Role.STUDENT: True, Role.TEACHER: rollouts_remain(run.spec, work.step)}
+    return {role: serving for role in Role if wanted[role] and (serving := served(run, role)) is not None}
+
+
+def build_support(run: DAggerRun, work: Work) -> list[Manifest]:
+    """What Jobs and servers lean on; it comes before them."""
+    servers = needed(run, work)
+    support = [build_service(run, role, serving) for role, serving in servers.items()]
+    if servers:
+        support.append(build_network_policy(run))
+    if StageName.TRAINING in {step.stage for step in work} and run.spec.training.nodes > 1:
+        support.append(build_training_service(run))
+    if namespace := next(filter(None, (sandbox_namespace(run, step.stage) for step in work)), None):
+        support += build_identity(run, namespace)
+    return support
+
+
+def find(observed: Observed, kind: str, name: str) -> Child | None:
+    return next((child for child in observed.children if (child.kind, child.name) == (kind, name)), None)
+
+
+def observed_jobs(run: DAggerRun, observed: Observed, work: Work) -> Jobs:
+    """The steps at work with their Jobs, where they exist."""
+    return {step: find(observed, "Job", build_job(run, step, observed.results)["metadata"]["name"]) for step in work}
+
+
+def observed_servers(run: DAggerRun, observed: Observed, work: Work) -> Servers:
+    """The servers that are needed, where they exist; one of another attempt does not count."""
+    servers: dict[Role, Child | None] = {}
+    for role, serving in needed(run, work).items():
+        attempt = build_server(run, role, serving, replicas=0)["metadata"]["labels"][ATTEMPT]
+        found = find(observed, server_kind(serving), server_name(run, role))
+        servers[role] = found if found is not None and found.attempt == attempt else None
+    return servers
