@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dagger_operator.api import Storage
 from dagger_operator.store import layout, records
@@ -77,8 +79,8 @@ class Setting:
         await close_round(self.store, "demo", 1, [trajectory.rollout_id for trajectory in trajectories])
 
     @contextmanager
-    def started(self) -> Iterator[subprocess.Popen[bytes]]:
-        """The stage as a process group of its own; nothing of it is left afterwards."""
+    def started(self, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The stage, with `more` in its environment, as a process group of its own; nothing of it is left afterwards."""
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)  # lost with the pod
         environ = {
             **os.environ,
@@ -86,6 +88,7 @@ class Setting:
             "DAGGER_ROUND": "1",
             "DAGGER_SCRATCH": str(self.folder / "scratch"),
             "DAGGER_TERMINATION_LOG": str(self.last_words),
+            **more,
         }
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "dagger_operator.training"]
@@ -169,6 +172,32 @@ async def test_a_round_of_labels_becomes_a_policy_that_has_learned_them(
     prompt = tokenizer.apply_chat_template(list(state), add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = policy.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert re.fullmatch(LEARNED + r"<\|im_end\|>", tokenizer.decode(said)), "the student says such things as the teacher, and stops"
+
+
+@pytest.mark.heavy
+async def test_prometheus_scrapes_a_training(
+    policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path, prometheus: Any, documented_metrics: Any
+) -> None:
+    setting = Setting(tmp_path, steps={"type": "Constant", "value": 10_000})
+    await setting.prepare(policy_folder, trajectories)
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        address = f"127.0.0.2:{free.getsockname()[1]}"
+
+    async def everything_is_there() -> bool:
+        return not documented_metrics.differences(await asyncio.to_thread(prometheus.series, "trainer"), "Trainer")
+
+    with setting.started(POD_IP="127.0.0.2", DAGGER_METRICS_PORT=address.rpartition(":")[2]) as process:
+        prometheus.watch("trainer", address)
+        await until(everything_is_there, process, 120)
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            exposition = answer.read()
+    assert prometheus.lint(exposition) == ""
+    said = {sample.name: sample.value for family in text_string_to_metric_families(exposition.decode()) for sample in family.samples}
+    steps = said["dagger_training_steps_total"]
+    assert said["dagger_training_labels_total"] == 6 * steps and said["dagger_training_progress_ratio"] == steps / 10_000
+    assert said["dagger_training_loss"] > 0 < said["dagger_training_gradient_norm"]
+    assert said["dagger_training_tokens_total"] < said["dagger_training_unpacked_tokens_total"]
 
 
 @pytest.mark.heavy
