@@ -92,8 +92,8 @@ class Cache:
     def run(self, key: RunKey) -> Manifest | None:
         return self.get(Id(KIND, *key))
 
-    def runs(self) -> Iterator[Manifest]:
-        return (kept.object for one, kept in self._objects.items() if one.kind == KIND)
+    def of_kind(self, kind: str) -> Iterator[Manifest]:
+        return (kept.object for one, kept in self._objects.items() if one.kind == kind)
 
     def children(self, key: RunKey) -> list[Manifest]:
         """Everything that wears a run's label, in whatever namespace."""

@@ -55,12 +55,13 @@ class Client:
                 return
             page["continue"] = more
 
-    async def apply(self, manifest: Mapping[str, Any]) -> Manifest:
+    async def apply(self, manifest: Mapping[str, Any], subresource: str = "") -> Manifest:
         """Server-side apply: what we stated before and state no more is removed, and what others changed is changed back.
 
-        A uid in the manifest is a precondition: `Conflict` where another object has the name now.
+        A uid or resourceVersion in the manifest is a precondition: `Conflict` where the object is another one now.
         """
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
+        path += f"/{subresource}" if subresource else ""
         query = {"fieldManager": FIELD_MANAGER, "force": "true"}
         return await self._ask("PATCH", path, query=query, body=manifest, content="application/apply-patch+yaml")
 
@@ -70,23 +71,27 @@ class Client:
         path = await self._path(manifest["apiVersion"], manifest["kind"], namespace)
         return await self._ask("POST", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
 
-    async def replace(self, manifest: Mapping[str, Any], subresource: str = "") -> Manifest:
+    async def patch(self, manifest: Mapping[str, Any]) -> Manifest:
+        """Merges what the manifest holds into the object."""
+        path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
+        query = {"fieldManager": FIELD_MANAGER}
+        return await self._ask("PATCH", path, query=query, body=manifest, content="application/merge-patch+json")
+
+    async def replace(self, manifest: Mapping[str, Any]) -> Manifest:
         """`metadata.resourceVersion` is a precondition: `Conflict` where the object changed since."""
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
-        path += f"/{subresource}" if subresource else ""
         return await self._ask("PUT", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
 
     async def delete(
         self, api_version: str, kind: str, namespace: str, name: str, *, preconditions: Mapping[str, str], propagation: str = "Foreground"
-    ) -> None:
-        """Not to be found is fine. Raises `Conflict` where `uid` or `resourceVersion` is another."""
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
-        if preconditions:
-            body["preconditions"] = dict(preconditions)  # type: ignore[assignment]  # of an otherwise flat object
+    ) -> Manifest | None:
+        """The object, where it does not go at once. Not to be found is fine; `Conflict` where `uid` or `resourceVersion` is another."""
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation, "preconditions": dict(preconditions)}
         try:
-            await self._ask("DELETE", await self._path(api_version, kind, namespace, name), body=body)
+            answer = await self._ask("DELETE", await self._path(api_version, kind, namespace, name), body=body)
         except Missing:
-            return
+            return None
+        return answer if answer.get("kind") == kind else None
 
     async def served(self, api_version: str) -> Mapping[str, str]:
         """Plural by kind of a group and version; empty where the cluster does not have it. Kept once found."""

@@ -1,6 +1,5 @@
 """How an API server is reached: one way for kopf's watches and for our own requests."""
 
-import os
 from collections.abc import Sequence
 
 import aiohttp
@@ -23,14 +22,13 @@ async def configuration() -> Configuration:
     try:
         load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # the library's
     except ConfigException as in_cluster:
-        path = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")  # noqa: PTH111 - once, before anything waits
         try:
             await load_kube_config(  # type: ignore[no-untyped-call]  # the library's
-                config_file=path, client_configuration=settings, persist_config=False
+                client_configuration=settings, persist_config=False
             )
         except (ConfigException, OSError) as error:
             remedy = "run in a pod with a ServiceAccount, or set KUBECONFIG"
-            raise NoCluster(f"no cluster: {in_cluster}; kubeconfig {path}: {error}: {remedy}") from error
+            raise NoCluster(f"{in_cluster} {error}: {remedy}") from error
     return settings
 
 

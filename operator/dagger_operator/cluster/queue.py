@@ -53,6 +53,10 @@ class WorkQueue(Generic[K]):
     spacing: float = 0.0
     """Least seconds between two starts of one key: a burst of events costs one look at its beginning and one at its end."""
     chance: Callable[[], float] = random.random
+    on_add: Callable[[], object] = lambda: None
+    on_retry: Callable[[], object] = lambda: None
+    on_take: Callable[[float], object] = lambda seconds: None
+    """Told of what happens, for metrics; `on_take` of the seconds from due to begun."""
     _entries: dict[K, _Entry] = field(default_factory=dict)
     _heap: list[tuple[float, int, K]] = field(default_factory=list)
     _ticket: int = 0
@@ -60,6 +64,7 @@ class WorkQueue(Generic[K]):
 
     def add(self, key: K, after: float = 0.0) -> None:
         """Asks for `key` in `after` seconds, or earlier where that was asked for already."""
+        self.on_add()
         entry = self._entries.setdefault(key, _Entry())
         due = max(self.clock() + after, entry.last + self.spacing)
         if entry.due is None or due < entry.due:
@@ -79,6 +84,7 @@ class WorkQueue(Generic[K]):
                 del self._entries[key]  # nobody asked for it since it was done
             elif entry.due == due:  # else it was asked for at another time too
                 entry.due, entry.working, entry.last = None, True, now
+                self.on_take(now - due)
                 return key
         return None
 
@@ -88,6 +94,7 @@ class WorkQueue(Generic[K]):
 
     def failed(self, key: K) -> float:
         """Working on `key` failed: it is tried again after the seconds that are returned, or earlier where somebody asks."""
+        self.on_retry()
         failures = self._entries[key].failures + 1
         wait = self.backoff.seconds(failures, self.chance())
         self._finish(key, failures=failures, again_after=wait)
@@ -109,14 +116,16 @@ class WorkQueue(Generic[K]):
     @property
     def depth(self) -> int:
         """Keys that could be worked on now."""
-        now = self.clock()
-        return sum(1 for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now)
+        return len(self._waits())
 
     @property
     def oldest(self) -> float:
         """Seconds that the key that waits longest has been due; 0 where none is."""
+        return max(self._waits(), default=0.0)
+
+    def _waits(self) -> list[float]:
         now = self.clock()
-        return max((now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None), default=0.0)
+        return [now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now]
 
     async def run(self, work: Callable[[K], Awaitable[float | None]], workers: int) -> None:
         """Works until it is cancelled. `work` returns the seconds after which it wants to look again."""

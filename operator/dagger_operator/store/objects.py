@@ -66,20 +66,23 @@ class ObjectInfo:
 class Store:
     """A run's prefix of an object store."""
 
-    def __init__(self, backend: ObjectStore, url: str, *, scheme: str, folder: Path | None = None) -> None:
+    def __init__(
+        self, backend: ObjectStore, url: str, *, scheme: str, folder: Path | None = None, threads: ThreadPoolExecutor | None = None
+    ) -> None:
         self._backend, self.url, self._scheme, self._folder = backend, url, scheme, folder
-        self._threads = ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="store")
+        self._threads = threads or ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="store")
 
     @classmethod
-    def open(cls, storage: Storage, environ: Mapping[str, str] | None = None) -> Self:
-        """Opens a run's prefix. `environ` (default: the process's) holds credentials under their cloud's usual names."""
+    def open(cls, storage: Storage, environ: Mapping[str, str] | None = None, threads: ThreadPoolExecutor | None = None) -> Self:
+        """Opens a run's prefix. `environ` (default: the process's) holds credentials under their cloud's usual names; `threads`
+        (default: its own) do the work, where many stores share them."""
         try:
             to = connection(storage, os.environ if environ is None else environ)
             if to.folder is not None:
                 to.folder.mkdir(parents=True, exist_ok=True)
-                return cls(from_url(to.url), to.url, scheme=to.scheme, folder=to.folder)
+                return cls(from_url(to.url), to.url, scheme=to.scheme, folder=to.folder, threads=threads)
             backend = from_url(to.url, config=cast(Any, to.config), client_options=cast(Any, to.client), retry_config=cast(Any, to.retry))
-            return cls(backend, to.url, scheme=to.scheme)
+            return cls(backend, to.url, scheme=to.scheme, threads=threads)
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from error
 

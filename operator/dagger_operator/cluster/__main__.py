@@ -1,0 +1,36 @@
+"""`python -m dagger_operator.cluster`: the operator."""
+
+import asyncio
+import logging
+import os
+import sys
+
+import structlog
+
+from dagger_operator.cluster.app import NoCrd, operate
+from dagger_operator.cluster.connection import NoCluster
+from dagger_operator.cluster.leader import LeadershipLost
+from dagger_operator.cluster.settings import InvalidSettings, Settings
+from dagger_operator.store.stage import configure_logging
+
+
+def main() -> int:
+    """Exit code: 0 told to stop, 1 unable to go on (to be started anew), 2 settings that do not do."""
+    configure_logging()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout)  # kopf's
+    log = structlog.get_logger()
+    try:
+        settings = Settings.read(os.environ)
+    except InvalidSettings as error:
+        log.error("settings", problem=str(error))
+        return 2
+    try:
+        asyncio.run(operate(settings))
+    except (NoCluster, NoCrd, LeadershipLost) as error:
+        log.error("ends", reason=type(error).__name__, problem=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The operator put together: who leads, watches, works."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from dagger_operator.api import API_VERSION, KIND
+from dagger_operator.cluster.cache import Cache, RunKey
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.health import Health
+from dagger_operator.cluster.leader import Leader
+from dagger_operator.cluster.metrics import Metrics
+from dagger_operator.cluster.queue import WorkQueue
+from dagger_operator.cluster.readings import Readings
+from dagger_operator.cluster.reaper import Reaper
+from dagger_operator.cluster.reconcile import Reconciler
+from dagger_operator.cluster.settings import Settings
+from dagger_operator.cluster.watches import Watches
+
+log = structlog.get_logger()
+
+SPACING = 1.0
+"""Least seconds between two looks at one run."""
+CRD_PATIENCE = 60.0
+"""Seconds that a CRD that is not there yet is waited for."""
+
+
+class NoCrd(Exception):
+    """The cluster does not know DAggerRuns."""
+
+
+async def operate(settings: Settings) -> None:
+    """Until the process is told to stop, then returns.
+
+    Raises `NoCluster`, `NoCrd`, `LeadershipLost`, or what makes it unable to go on; a new life may.
+    """
+    metrics = Metrics()
+    async with Client.connect([metrics.trace()]) as client, contextlib.AsyncExitStack() as stack:
+        leader = None
+        if settings.lease != "-":
+            leader = Leader(client, settings.namespace, settings.lease, identity=f"{settings.pod}_{uuid.uuid4().hex[:8]}")
+        working = client.fenced(leader.fence) if leader else client
+
+        cache, queue = Cache(), WorkQueue[RunKey](time.monotonic, spacing=SPACING)
+        queue.on_add, queue.on_retry, queue.on_take = metrics.adds.inc, metrics.retries.inc, metrics.waited.observe
+        reconciler = Reconciler(settings, cache, working)
+        watches = Watches(settings, cache, working, wake=queue.add, gone=reconciler.applier.forget, heard=metrics.heard)
+        health = Health(watches.streams, oldest=lambda: queue.oldest, leads=lambda: leader is None or leader.holds)
+        metrics.read(Readings(cache, queue, health))
+        await stack.enter_async_context(_serving(settings.health_port, health.routes()))
+        await stack.enter_async_context(_serving(settings.metrics_port, metrics.routes()))
+
+        await _require_crd(client)
+        if leader is not None:
+            await leader.acquire()
+        tasks: list[Coroutine[Any, Any, None]] = [
+            health.watch_the_loop(),
+            metrics.count_gpus(cache),
+            queue.run(metrics.timed(reconciler.reconcile), settings.workers),
+            *([leader.keep()] if leader else []),
+            *([Reaper(settings.sandbox_namespace, cache, working).run()] if settings.sandbox_namespace else []),
+            watches.run([metrics.trace()]),
+        ]
+        try:
+            await _first(tasks)
+        finally:
+            if leader is not None:
+                await leader.release()
+
+
+async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Runs tasks until the first one ends, ends the others, and raises what it raised."""
+    running = [asyncio.create_task(one) for one in tasks]
+    try:
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    for one in done:
+        one.result()
+
+
+async def _require_crd(client: Client) -> None:
+    deadline = time.monotonic() + CRD_PATIENCE
+    while KIND not in await client.served(API_VERSION):
+        problem = f"the cluster has no {KIND} in {API_VERSION}: apply manifests/crd/daggerruns.yaml, or install the chart with crds.install"
+        if time.monotonic() > deadline:
+            raise NoCrd(problem)
+        log.warning("waiting for the CRD", problem=problem)
+        await asyncio.sleep(5)
+
+
+@contextlib.asynccontextmanager
+async def _serving(port: int, routes: Iterable[web.RouteDef]) -> AsyncIterator[None]:
+    """Answers on a port; 0 is none."""
+    if not port:
+        yield
+        return
+    application = web.Application()
+    application.add_routes(routes)
+    runner = web.AppRunner(application, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "0.0.0.0", port).start()  # noqa: S104 - the kubelet and Prometheus come from outside the pod
+        yield
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,123 @@
+"""Makes what should exist exist, and what should go go; asks the API server for nothing that would change nothing."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.cluster.cache import Cache, identity, run_key
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.errors import Missing, Refused
+from dagger_operator.cluster.ownership import controller, is_own
+from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
+
+Manifest = Mapping[str, Any]
+
+APPLIED = "dagger-operator.dev/applied"
+"""Annotation: digest of the manifest that was applied last."""
+
+log = structlog.get_logger()
+
+
+class Applier:
+    def __init__(self, client: Client, cache: Cache) -> None:
+        self._client, self._cache = client, cache
+        self._settled: dict[str, int | str] = {}
+
+    async def apply(self, run: DAggerRun, manifest: Manifest) -> Trouble | None:
+        """Why the API server did not take it; None where the object is as it should be.
+
+        `Conflict` and `Unavailable` pass: then it is to be looked at again.
+        """
+        one = identity(manifest)
+        live: Manifest | None = self._cache.get(one)
+        unseen = live is None
+        try:
+            if live is None:
+                live = await self._found(manifest)
+            if live is not None:
+                if not _may_touch(run, manifest, live):
+                    return _taken(live)
+                if live["metadata"].get("deletionTimestamp"):
+                    return None  # once it is gone there is an event, and a new one is made
+                if not unseen and self._is_settled(manifest, live):
+                    return None
+            fresh = await self._client.apply(_stamped(manifest, live))
+        except (Refused, Missing) as error:
+            log.info("refused", kind=one.kind, name=one.name, reason=error.reason, message=error.message)
+            return Trouble(error.reason or "Refused", f"{one.kind} {one.name}: {error.message}", datetime.now(UTC))
+        self._settled[fresh["metadata"]["uid"]] = _version(fresh)
+        self._cache.put(fresh)
+        if live is None:
+            log.info("created", kind=one.kind, namespace=one.namespace, name=one.name)
+        return None
+
+    async def remove(self, run: DAggerRun, ref: Ref) -> None:
+        """In the foreground: it stays until its pods are gone. Another object of the same name is left alone (`Conflict`)."""
+        preconditions = {"uid": ref.uid} if ref.uid else {}
+        answer = await self._client.delete(ref.api_version, ref.kind, run.metadata.namespace, ref.name, preconditions=preconditions)
+        log.info("removing", kind=ref.kind, namespace=run.metadata.namespace, name=ref.name)
+        if answer is not None:
+            self._cache.put(answer)
+
+    def forget(self, uid: str) -> None:
+        """An object is gone."""
+        self._settled.pop(uid, None)
+
+    async def _found(self, manifest: Manifest) -> Manifest | None:
+        """Looked at once more before something is made: the cache may be behind, and a name may be taken by what wears no label."""
+        one = identity(manifest)
+        try:
+            live = await self._client.get(manifest["apiVersion"], *one)
+        except Missing as error:
+            if error.reason == "KindNotInstalled":
+                raise
+            return None
+        if run_key(live) is not None:
+            self._cache.put(live)
+        return live
+
+    def _is_settled(self, manifest: Manifest, live: Manifest) -> bool:
+        """Whether it is as we applied it: our digest, and not changed by others since.
+
+        A generation of 1 says so without anything to remember; else what this process saw after it applied says so. After a
+        restart what was changed is applied once more, and the API server writes nothing where that changes nothing.
+        """
+        if (live["metadata"].get("annotations") or {}).get(APPLIED) != digest(manifest):
+            return False
+        return live["metadata"].get("generation") == 1 or self._settled.get(live["metadata"]["uid"]) == _version(live)
+
+
+def digest(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _stamped(manifest: Manifest, live: Manifest | None) -> Manifest:
+    metadata = dict(manifest["metadata"])
+    metadata["annotations"] = {**(metadata.get("annotations") or {}), APPLIED: digest(manifest)}
+    if live is not None:
+        metadata["uid"] = live["metadata"]["uid"]
+    return {**manifest, "metadata": metadata}
+
+
+def _version(live: Manifest) -> int | str:
+    """Changes with what an object should be; of kinds that do not count that, with everything."""
+    version: int | str = live["metadata"].get("generation") or live["metadata"]["resourceVersion"]
+    return version
+
+
+def _may_touch(run: DAggerRun, manifest: Manifest, live: Manifest) -> bool:
+    if controller(manifest) is not None:
+        return is_own(run, live)
+    return (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER and run_key(live) == run_key(manifest)
+
+
+def _taken(live: Manifest) -> Trouble:
+    metadata, owner = live["metadata"], controller(live)
+    whose = f"belongs to {owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "was made by somebody else"
+    leaving = ", and is being deleted" if metadata.get("deletionTimestamp") else ": delete it, or rename the run"
+    return Trouble("NameTaken", f"{live['kind']} {metadata['name']} in namespace {metadata.get('namespace')} {whose}{leaving}")

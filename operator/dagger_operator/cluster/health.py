@@ -1,0 +1,62 @@
+"""Whether this process gets on with its work, and whether it works at all, for the kubelet.
+
+`/livez` measures progress: a process whose watches, queue or Lease stand still is to be started anew. `/readyz` says whether it
+does its job: a standby is ready, it waits.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from dagger_operator.cluster.streams import Streams
+
+LONGEST_SILENCE = 600.0
+"""Seconds. Every watch is opened anew within 240 s; one that is not is dead."""
+LONGEST_WAIT = 300.0
+"""Seconds that a key that could be worked on may wait."""
+
+
+@dataclass
+class Health:
+    streams: Streams
+    oldest: Callable[[], float]
+    """Seconds that the oldest key of the queue has waited."""
+    leads: Callable[[], bool]
+    clock: Callable[[], float] = time.monotonic
+    lag: float = field(default=0.0)
+    """Seconds by which the event loop was late when it was last looked at. One that is held up answers no probe."""
+
+    def stuck(self) -> str | None:
+        """Why this process should be started anew."""
+        if (silence := self.streams.silence) > LONGEST_SILENCE:
+            return f"a watch gave no sign of life for {silence:.0f} s"
+        if (oldest := self.oldest()) > LONGEST_WAIT:
+            return f"a run has waited for {oldest:.0f} s to be worked on"
+        return None
+
+    def idle(self) -> str | None:
+        """Why this process does not do its job yet."""
+        if self.leads() and (waiting := self.streams.waiting):
+            return f"not watching yet: {', '.join(waiting)}"
+        return self.stuck()
+
+    async def watch_the_loop(self, every: float = 1.0) -> None:
+        """Measures how late the event loop is, for ever."""
+        while True:
+            due = self.clock() + every
+            await asyncio.sleep(every)
+            self.lag = max(0.0, self.clock() - due)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/livez", self._answer(self.stuck)), web.get("/readyz", self._answer(self.idle))]
+
+    def _answer(self, trouble: Callable[[], str | None]) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def answer(_: web.Request) -> web.Response:
+            said = trouble()
+            standby = "" if self.leads() else " (standby)"
+            return web.Response(status=503, text=said) if said else web.Response(text=f"ok{standby}")
+
+        return answer

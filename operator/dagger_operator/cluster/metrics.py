@@ -1,0 +1,125 @@
+"""The operator's Prometheus metrics, named in `docs/metrics.md`."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from dagger_operator import __version__
+from dagger_operator.cluster.cache import Cache, RunKey
+from dagger_operator.cluster.gpus import USES, held
+from dagger_operator.cluster.readings import Readings
+from dagger_operator.control import COMPONENT, StageName
+
+_QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_STAGE = (10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 48 * 3600.0)
+_GPU_SECONDS = 5.0
+"""Between two looks at who holds GPUs."""
+
+
+class Metrics:
+    def __init__(self) -> None:
+        own = self.registry = CollectorRegistry()
+        ProcessCollector(registry=own)
+        PlatformCollector(registry=own)
+        Gauge("dagger_operator_build_info", "Which operator this is.", ["version"], registry=own).labels(__version__).set(1)
+        self._reconcile = Histogram("dagger_operator_reconcile_seconds", "One look at one run.", ["outcome"], buckets=_QUICK, registry=own)
+        self._stages = Histogram(
+            "dagger_stage_seconds", "From a stage's Job to its end.", ["stage", "outcome"], buckets=_STAGE, registry=own
+        )
+        self._gpu_seconds = Counter("dagger_gpu_seconds", "GPUs times the time they were held.", ["use"], registry=own)
+        for use in USES:
+            self._gpu_seconds.labels(use)
+        self._events = Counter("dagger_operator_watch_events", "What the watches brought.", ["kind"], registry=own)
+        self._requests = Counter("rest_client_requests", "Requests to the API server.", ["method", "code"], registry=own)
+        self._answers = Histogram("rest_client_request_duration_seconds", "Until it answered.", ["verb"], buckets=_QUICK, registry=own)
+        self.adds = Counter("workqueue_adds", "How often a look was asked for.", ["name"], registry=own).labels("runs")
+        self.retries = Counter("workqueue_retries", "Looks that failed.", ["name"], registry=own).labels("runs")
+        waited = Histogram("workqueue_queue_duration_seconds", "From due to begun.", ["name"], buckets=_QUICK, registry=own)
+        self.waited = waited.labels("runs")
+
+    def read(self, readings: Readings) -> None:
+        """Registers what is read when it is asked for."""
+        self.registry.register(readings)
+
+    def timed(self, work: Callable[[RunKey], Awaitable[float | None]]) -> Callable[[RunKey], Awaitable[float | None]]:
+        async def measured(key: RunKey) -> float | None:
+            began, outcome = time.perf_counter(), "Failed"
+            try:
+                again = await work(key)
+                outcome = "Done"
+                return again
+            finally:
+                self._reconcile.labels(outcome).observe(time.perf_counter() - began)
+
+        return measured
+
+    def heard(self, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+        """Told of every event; a Job that was seen before and has ended now is a stage that did."""
+        self._events.labels(now["kind"]).inc()
+        if now["kind"] != "Job" or before is None or _end(before) is not None or (end := _end(now)) is None:
+            return
+        stage = (now["metadata"].get("labels") or {}).get(COMPONENT)
+        if stage in list(StageName):
+            seconds = (_time(end["lastTransitionTime"]) - _time(now["metadata"]["creationTimestamp"])).total_seconds()
+            self._stages.labels(stage, "Succeeded" if end["type"] == "Complete" else "Failed").observe(seconds)
+
+    async def count_gpus(self, cache: Cache) -> None:
+        """Adds up GPU-seconds, for ever."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_GPU_SECONDS)
+            now = time.monotonic()
+            for use, gpus in held(cache.of_kind("Pod")).items():
+                self._gpu_seconds.labels(use).inc(gpus * (now - last))
+            last = now
+
+    def trace(self) -> aiohttp.TraceConfig:
+        """Counts the requests of an HTTP session."""
+        trace = aiohttp.TraceConfig()
+
+        async def begun(_: aiohttp.ClientSession, context: SimpleNamespace, __: aiohttp.TraceRequestStartParams) -> None:
+            context.began = time.perf_counter()
+
+        async def answered(_: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceRequestEndParams) -> None:
+            self._requests.labels(params.method, str(params.response.status)).inc()
+            if "watch" not in params.url.query:
+                self._answers.labels(params.method).observe(time.perf_counter() - context.began)
+
+        async def failed(_: aiohttp.ClientSession, __: SimpleNamespace, params: aiohttp.TraceRequestExceptionParams) -> None:
+            self._requests.labels(params.method, "<error>").inc()
+
+        trace.on_request_start.append(begun)
+        trace.on_request_end.append(answered)
+        trace.on_request_exception.append(failed)
+        return trace
+
+    def routes(self) -> list[web.RouteDef]:
+        async def exposition(_: web.Request) -> web.Response:
+            return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+        return [web.get("/metrics", exposition)]
+
+
+def _end(job: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    conditions: list[Mapping[str, Any]] = (job.get("status") or {}).get("conditions") or []
+    return next((one for one in conditions if one["type"] in ("Complete", "Failed") and one["status"] == "True"), None)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))

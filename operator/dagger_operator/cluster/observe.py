@@ -1,0 +1,29 @@
+"""From the cache, the API server's warnings and object storage to what a plan is made of."""
+
+from datetime import UTC, datetime
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.cluster.cache import Cache, RunKey
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.ownership import own
+from dagger_operator.cluster.stores import Stores
+from dagger_operator.cluster.warnings import warnings_about
+from dagger_operator.control import Observed, Results, Trouble, children
+from dagger_operator.store.objects import DamagedObject, StoreUnavailable
+
+
+class Observer:
+    def __init__(self, cache: Cache, client: Client, stores: Stores) -> None:
+        self._cache, self._client, self._stores = cache, client, stores
+
+    async def observe(self, run: DAggerRun, refused: Trouble | None) -> Observed:
+        """Children before results: a Job that is seen to be done has its result in storage by then."""
+        objects, pods = own(run, self._cache.children(RunKey(run.metadata.namespace, run.metadata.name)))
+        now = datetime.now(UTC)
+        seen = children(objects, pods, await warnings_about(self._client, objects, pods, now))
+        problem, results = None, Results()
+        try:
+            results = await self._stores.results(run)
+        except (StoreUnavailable, DamagedObject) as error:
+            problem = str(error)
+        return Observed(now=datetime.now(UTC), children=seen, results=results, storage_problem=problem, refused=refused)

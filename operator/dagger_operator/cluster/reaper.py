@@ -1,0 +1,82 @@
+"""What no owner reference can clear: in the sandbox namespace, bindings of runs that are gone, and Leases of workers that are.
+
+Sandbox pods belong to their worker's Lease, so the garbage collector takes them with it.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+
+from dagger_operator.api import API_VERSION, KIND
+from dagger_operator.cluster.cache import Cache, RunKey, run_key
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.errors import ApiError, Conflict, Missing
+from dagger_operator.control import MANAGED_BY, MANAGER
+
+log = structlog.get_logger()
+
+EVERY = 60.0
+"""Seconds between two rounds."""
+GRACE = timedelta(minutes=2)
+"""A Lease that expired this long ago is nobody's: its worker is gone, and no sibling took it away."""
+
+Manifest = Mapping[str, Any]
+
+
+class Reaper:
+    def __init__(self, namespace: str, cache: Cache, client: Client) -> None:
+        self._namespace, self._cache, self._client = namespace, cache, client
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                await self.reap(datetime.now(UTC))
+            except ApiError as error:
+                log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error))
+
+    async def reap(self, now: datetime) -> int:
+        """How many objects were removed."""
+        bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
+        leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
+        gone = [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
+        gone += [one for one in leases if expired(one, now)]
+        return sum([await self._removed(one) for one in gone])
+
+    def _labelled(self, api_version: str, kind: str) -> Any:
+        return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGER}")
+
+    async def _is_gone(self, key: RunKey) -> bool:
+        """Asked of the API server itself: the cache may not have heard of a run yet."""
+        if self._cache.run(key) is not None:
+            return False
+        try:
+            await self._client.get(API_VERSION, KIND, *key)
+        except Missing:
+            return True
+        return False
+
+    async def _removed(self, one: Manifest) -> bool:
+        """Not where it changed since it was looked at: a worker that was slow has renewed its Lease."""
+        metadata = one["metadata"]
+        preconditions = {name: metadata[name] for name in ("uid", "resourceVersion")}
+        try:
+            await self._client.delete(
+                one["apiVersion"], one["kind"], self._namespace, metadata["name"], preconditions=preconditions, propagation="Background"
+            )
+        except Conflict:
+            return False
+        log.info("cleared", kind=one["kind"], namespace=self._namespace, name=metadata["name"])
+        return True
+
+
+def expired(lease: Manifest, now: datetime) -> bool:
+    """Whether a Lease was not renewed for its duration and `GRACE` more; one without a time is as old as it is."""
+    spec = lease.get("spec") or {}
+    said = spec.get("renewTime") or spec.get("acquireTime") or lease["metadata"]["creationTimestamp"]
+    renewed = datetime.fromisoformat(said.replace("Z", "+00:00"))
+    return now - renewed > timedelta(seconds=spec.get("leaseDurationSeconds") or 0) + GRACE

@@ -1,0 +1,146 @@
+"""One run, from what is observed to what should be: read it from top to bottom.
+
+It is told a key, never what happened. It may be killed at any line and asked again; asked twice, the second time does nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from dagger_operator.api import MANAGER, DAggerRun, InvalidRun, Metadata, Phase, RunStatus, load
+from dagger_operator.cluster.apply import Applier
+from dagger_operator.cluster.cache import Cache, RunKey
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.events import Teller
+from dagger_operator.cluster.observe import Observer
+from dagger_operator.cluster.settings import Settings
+from dagger_operator.cluster.stores import Stores
+from dagger_operator.control import Event, Plan, Trouble, plan, refused
+
+log = structlog.get_logger()
+
+RESTING = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED})
+"""Phases in which nothing is read again and again."""
+AGAIN_AFTER_REFUSAL = 10.0
+"""Seconds until what the API server refused is tried again."""
+
+Manifest = Mapping[str, Any]
+
+
+class Reconciler:
+    def __init__(self, settings: Settings, cache: Cache, client: Client) -> None:
+        self._settings, self._cache, self._client = settings, cache, client
+        self._stores = Stores(client)
+        self._observer = Observer(cache, client, self._stores)
+        self.applier = Applier(client, cache)
+        self._teller = Teller(client)
+        self._refused: dict[RunKey, Trouble] = {}
+
+    async def reconcile(self, key: RunKey) -> float | None:
+        """Seconds until it should be asked again; None: when something changes. Raises `ApiError` where it has to be tried again."""
+        stored = self._cache.run(key)
+        if stored is None:
+            self._forget(key)
+            return None
+        try:
+            run = _loaded(stored)
+        except InvalidRun as error:
+            shell = _shell(stored)
+            await self._say(stored, shell, refused(shell, error.problems, datetime.now(UTC)))
+            return None
+        if run.spec.managed_by != MANAGER:
+            self._forget(key)
+            return None
+        run = self._completed(run)
+
+        observed = await self._observer.observe(run, self._refused.get(key))
+        planned = plan(run, observed)
+        refusal = await self._carry_out(key, run, planned)
+        if refusal != observed.refused:
+            planned = plan(run, replace(observed, refused=refusal))
+        await self._say(stored, run, planned.status, planned.events)
+
+        if planned.expired:
+            await self._delete(stored)
+        if planned.status.phase in RESTING:
+            self._stores.forget(key)
+        return planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
+
+    async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan) -> Trouble | None:
+        """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
+        refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
+        for ref in planned.remove:
+            await self.applier.remove(run, ref)
+        if not refusals:
+            self._refused.pop(key, None)
+            return None
+        before = self._refused.get(key)
+        if before is None or (before.reason, before.message) != (refusals[0].reason, refusals[0].message):
+            self._refused[key] = refusals[0]
+        return self._refused[key]
+
+    async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> None:
+        """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it."""
+        if status == run.status or run.metadata.deletion_timestamp is not None:
+            return
+        metadata = {name: stored["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
+        head = {"apiVersion": stored["apiVersion"], "kind": stored["kind"], "metadata": metadata}
+        written = await self._client.apply({**head, "status": status.wire()}, "status")
+        self._cache.put(written)
+        before = run.status or RunStatus()
+        if (before.phase, before.round, before.reason) != (status.phase, status.round, status.reason):
+            log.info(
+                "run", namespace=metadata["namespace"], name=metadata["name"], phase=status.phase, round=status.round, reason=status.reason
+            )
+        for event in events:
+            await self._teller.tell(written, event)
+
+    async def _delete(self, stored: Manifest) -> None:
+        """Its time to live is over; not if somebody changed it since."""
+        metadata = stored["metadata"]
+        current = self._cache.run(RunKey(metadata["namespace"], metadata["name"])) or stored
+        preconditions = {name: current["metadata"][name] for name in ("uid", "resourceVersion")}
+        await self._client.delete(
+            stored["apiVersion"],
+            stored["kind"],
+            metadata["namespace"],
+            metadata["name"],
+            preconditions=preconditions,
+            propagation="Background",
+        )
+        log.info("deleted, its time to live is over", namespace=metadata["namespace"], name=metadata["name"])
+
+    def _completed(self, run: DAggerRun) -> DAggerRun:
+        """With our own settings where the spec leaves them open; they are never written back."""
+        own = {"namespace": self._settings.sandbox_namespace, "helper_image": self._settings.helper_image}
+        sandbox = run.spec.sandbox
+        sandbox = sandbox.model_copy(update={name: value for name, value in own.items() if getattr(sandbox, name) is None})
+        return run.model_copy(update={"spec": run.spec.model_copy(update={"sandbox": sandbox})})
+
+    def _forget(self, key: RunKey) -> None:
+        self._stores.forget(key)
+        self._refused.pop(key, None)
+
+
+def _loaded(stored: Manifest) -> DAggerRun:
+    """The run as it is stored. A status that another version wrote is none to go by; a spec that is not understood is `InvalidRun`."""
+    status = _understood(stored.get("status"))
+    return load({**stored, "status": status.wire() if status else None})
+
+
+def _understood(status: Any) -> RunStatus | None:
+    try:
+        return RunStatus.model_validate(status)
+    except ValidationError:
+        return None
+
+
+def _shell(stored: Manifest) -> DAggerRun:
+    """A run of which nothing is trusted but who it is: enough to say in its status why it is refused."""
+    known = stored["metadata"]
+    metadata = Metadata.model_construct(name=known["name"], namespace=known["namespace"], generation=known.get("generation"))
+    return DAggerRun.model_construct(metadata=metadata, spec=None, status=_understood(stored.get("status")))  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""The results of runs in object storage: one open store for each run, and no run that holds up another's."""
+
+import asyncio
+import os
+import time
+from base64 import b64decode
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from dagger_operator.api import DAggerRun, Storage
+from dagger_operator.cluster.cache import RunKey
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.errors import ApiError, Missing
+from dagger_operator.control import Results, read_results
+from dagger_operator.store.objects import Store, StoreUnavailable
+
+SECRET_SECONDS = 60.0
+"""How long a Secret's content is taken for current; after a failure it is read at once."""
+PATIENCE_SECONDS = 20.0
+"""A store that takes longer is said to be away; its answer is still waited for, so that it is asked once at a time."""
+_THREADS = 16
+
+
+@dataclass
+class _Open:
+    uid: str | None
+    storage: Storage
+    secret_version: str
+    read: float
+    store: Store
+    results: Results = field(default_factory=Results)
+    reading: asyncio.Task[Results] | None = None
+
+
+class Stores:
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._open: dict[RunKey, _Open] = {}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+
+    async def results(self, run: DAggerRun) -> Results:
+        """All results of a run so far. Raises `StoreUnavailable`, also for credentials that are not there, or `DamagedObject`."""
+        key = RunKey(run.metadata.namespace, run.metadata.name)
+        opened = await self._opened(key, run)
+        if opened.reading is None:
+            opened.reading = asyncio.create_task(read_results(opened.store, run, opened.results))
+        task = opened.reading
+        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        if not task.done():
+            raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
+        opened.reading = None
+        try:
+            opened.results = task.result()
+        except StoreUnavailable:
+            opened.read = float("-inf")  # perhaps its credentials were replaced
+            raise
+        return opened.results
+
+    def forget(self, key: RunKey) -> None:
+        """Frees what is kept for a run that is over or gone."""
+        opened = self._open.pop(key, None)
+        if opened is not None and opened.reading is not None:
+            opened.reading.cancel()
+
+    async def _opened(self, key: RunKey, run: DAggerRun) -> _Open:
+        opened, storage, now = self._open.get(key), run.spec.storage, time.monotonic()
+        same = opened is not None and (opened.uid, opened.storage) == (run.metadata.uid, storage)
+        if opened is not None and same and (storage.secret_ref is None or now - opened.read < SECRET_SECONDS):
+            return opened
+        version, environ = await self._credentials(run)
+        if opened is not None and same and opened.secret_version == version:
+            opened.read = now
+            return opened
+        self.forget(key)
+        store = Store.open(storage, environ, threads=self._pool(storage))
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, store)
+        return self._open[key]
+
+    async def _credentials(self, run: DAggerRun) -> tuple[str, Mapping[str, str]]:
+        """The Secret's version and content; without one the operator's own identity."""
+        reference = run.spec.storage.secret_ref
+        if reference is None:
+            return "", os.environ
+        where = f"Secret {reference.name} in namespace {run.metadata.namespace} (spec.storage.secretRef)"
+        try:
+            secret = await self._client.get("v1", "Secret", run.metadata.namespace, reference.name)
+        except Missing:
+            raise StoreUnavailable(f"{where} does not exist: create it with the storage's credentials, such as AWS_ACCESS_KEY_ID") from None
+        except ApiError as error:
+            raise StoreUnavailable(f"{where} cannot be read: {error.reason or error.code}: {error.message}") from None
+        environ = {name: b64decode(value).decode(errors="replace") for name, value in (secret.get("data") or {}).items()}
+        return secret["metadata"]["resourceVersion"], environ
+
+    def _pool(self, storage: Storage) -> ThreadPoolExecutor:
+        """Threads by server: one that hangs holds up its own runs only."""
+        url = urlsplit(storage.url)
+        server = storage.endpoint_url or f"{url.scheme}://{url.netloc}"
+        if server not in self._threads:
+            self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        return self._threads[server]

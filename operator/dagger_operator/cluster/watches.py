@@ -1,0 +1,121 @@
+"""kopf as the transport: lists and watches go into the cache, and the keys of runs into the queue; nothing is decided here."""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import kopf
+import structlog
+
+from dagger_operator.api import GROUP, KIND, VERSION
+from dagger_operator.cluster.cache import Cache, RunKey, identity
+from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.connection import kopf_session
+from dagger_operator.cluster.errors import ApiError, Missing
+from dagger_operator.cluster.settings import Settings
+from dagger_operator.cluster.streams import Streams
+from dagger_operator.control import MANAGED_BY, MANAGER
+
+log = structlog.get_logger()
+
+RUNS = (GROUP, VERSION, "daggerruns", KIND)
+CHILDREN = (
+    ("apps", "v1", "deployments", "Deployment"),
+    ("batch", "v1", "jobs", "Job"),
+    ("", "v1", "services", "Service"),
+    ("", "v1", "serviceaccounts", "ServiceAccount"),
+    ("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
+    ("", "v1", "pods", "Pod"),
+)
+OPTIONAL = (("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet"),)
+"""Watched where the cluster has it when the operator starts."""
+
+_RECONNECT_SECONDS = 240
+"""A watch is opened anew this often, so that each gives a sign of life even where nothing happens."""
+
+
+class Watches:
+    def __init__(
+        self,
+        settings: Settings,
+        cache: Cache,
+        client: Client,
+        *,
+        wake: Callable[[RunKey], None],
+        gone: Callable[[str], None],
+        heard: Callable[[Mapping[str, Any] | None, Mapping[str, Any]], None],
+    ) -> None:
+        """`wake` is told the run that something concerns, `gone` the uid of a deleted object, `heard` what was known and what is."""
+        self._settings, self._cache, self._client = settings, cache, client
+        self._wake, self._gone, self._heard = wake, gone, heard
+        self.streams = Streams(self._listed)
+        self._sweeps: set[asyncio.Task[None]] = set()
+
+    async def run(self, traces: Collection[Any] = ()) -> None:
+        """Watches until the process is told to stop (SIGTERM, SIGINT), then returns. What cannot be watched is an exception."""
+        kinds = [RUNS, *CHILDREN]
+        kinds += [one for one in OPTIONAL if one[3] in await self._client.served(f"{one[0]}/{one[1]}")]
+        self.streams.expect({plural for _, _, plural, _ in kinds}, self._settings.namespaces)
+
+        registry = kopf.OperatorRegistry()
+        for group, version, plural, kind in kinds:
+            kopf.on.event(group, version, plural, registry=registry)(self._handler(f"{group}/{version}" if group else version, kind))
+
+        @kopf.on.login(registry=registry)  # type: ignore[untyped-decorator, unused-ignore]  # kopf leaves the handler's type open
+        async def login(**_: Any) -> kopf.AiohttpSession:
+            return await kopf_session([self.streams.trace, *traces])
+
+        namespaces = self._settings.namespaces
+        await kopf.operator(registry=registry, settings=_settings(), clusterwide=not namespaces, namespaces=namespaces)
+
+    def _handler(self, api_version: str, kind: str) -> Callable[..., Any]:
+        async def heard(event: kopf.RawEvent, **_: Any) -> None:
+            # Items of a list carry neither, events do.
+            manifest: dict[str, Any] = {**event["object"], "apiVersion": api_version, "kind": kind}
+            self._heard(self._cache.get(identity(manifest)), manifest)
+            gone = event["type"] == "DELETED"
+            if gone:
+                self._gone(manifest["metadata"]["uid"])
+            key = self._cache.remove(manifest) if gone else self._cache.put(manifest)
+            if key is not None:
+                self._wake(key)
+
+        return heard
+
+    def _listed(self, plural: str, namespace: str | None, since: float) -> None:
+        """A list that was read anew leaves out what went while nobody watched, and no event will tell."""
+        kind = next(kind for _, _, known, kind in (RUNS, *CHILDREN, *OPTIONAL) if known == plural)
+        for manifest in self._cache.unheard(kind, namespace, since):
+            task = asyncio.create_task(self._verify(manifest))
+            self._sweeps.add(task)
+            task.add_done_callback(self._sweeps.discard)
+
+    async def _verify(self, manifest: dict[str, Any]) -> None:
+        metadata = manifest["metadata"]
+        try:
+            found = await self._client.get(manifest["apiVersion"], manifest["kind"], metadata["namespace"], metadata["name"])
+        except Missing:
+            key = self._cache.remove(manifest)
+        except ApiError:
+            return  # the next look at its run finds out, or the next list
+        else:
+            key = self._cache.put(found)
+        if key is not None:
+            self._wake(key)
+
+
+def _settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.networking.request_timeout = 30
+    settings.watching.chunk_size = 500
+    settings.watching.server_timeout = _RECONNECT_SECONDS
+    ours = f"{MANAGED_BY}={MANAGER}"
+    for group, version, plural, _ in (*CHILDREN, *OPTIONAL):
+        # A sandbox belongs to its worker; nobody here looks at it.
+        settings.watching.label_selectors[group, version, plural] = (
+            f"{ours},app.kubernetes.io/component!=sandbox" if plural == "pods" else ours
+        )
+    return settings

@@ -1,0 +1,149 @@
+"""Operators that are killed, doubled, frozen, and an API server that goes away: every run still ends well, and nothing is made twice."""
+
+import asyncio
+import contextlib
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+Json = dict[str, Any]
+
+
+def made_once(lab: Any) -> bool:
+    """No Job was ever made a second time: a training Job that is holds GPUs twice."""
+    doubled = [name for name, times in Counter(lab.jobs.values()).items() if times > 1]
+    stages = Counter(tuple(name.split("-")[1:3]) for name in lab.jobs.values())
+    assert not doubled, f"made again under the same name: {doubled}"
+    assert max(stages.values()) == 1, f"made again under another: {stages}"
+    return True
+
+
+async def test_killed_at_any_point_again_and_again(lab: Any, make_operator: Callable[..., Any]) -> None:
+    operator, chance = make_operator(lease="-"), random.Random(5)
+    await lab.create()
+    finished = asyncio.create_task(lab.until_phase("Succeeded", seconds=300))
+    lives = 0
+    while not finished.done():
+        operator.start()
+        lives += 1
+        # A process needs a second or two until it works; from then on any moment is as good as another.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(finished), chance.uniform(2.0, 6.0))
+        operator.kill()
+    await finished
+    assert lives > 2
+    assert made_once(lab)
+
+
+async def test_two_at_once_without_a_lease(lab: Any, make_operator: Callable[..., Any]) -> None:
+    for operator in (make_operator(lease="-"), make_operator(lease="-")):
+        operator.start()
+    await lab.create()
+    await lab.until_phase("Succeeded")
+    assert made_once(lab)
+
+
+async def test_a_standby_takes_over_and_a_leader_that_was_frozen_ends(lab: Any, make_operator: Callable[..., Any]) -> None:
+    first, second = make_operator(), make_operator()
+    first.start()
+
+    async def leads(one: Any) -> bool:
+        return "dagger_operator_leading 1.0" in one.metrics()
+
+    await lab.until(lambda: leads(first))
+    second.start()
+    await lab.until(lambda: ready(second))
+    assert second.ask("/readyz") == (200, "ok (standby)")
+    first.process.send_signal(signal.SIGSTOP)
+    await lab.create_short()
+    await lab.until(lambda: leads(second))
+    first.process.send_signal(signal.SIGCONT)
+    await lab.until(lambda: ended(first))
+    assert first.process.returncode == 1
+    await lab.until_phase("Succeeded")
+    assert made_once(lab)
+
+    first.start()
+    await lab.until(lambda: ready(first))
+    assert second.stop() == 0
+    await lab.until(lambda: leads(first), seconds=12)
+
+
+async def ready(operator: Any) -> bool:
+    return bool(operator.ask("/readyz")[0] == 200)
+
+
+async def ended(operator: Any) -> bool:
+    return operator.process.poll() is not None
+
+
+async def test_somebody_who_edits_the_run_all_the_time_does_not_stop_it(lab: Any, make_operator: Callable[..., Any]) -> None:
+    make_operator(lease="-").start()
+    await lab.create_short()
+
+    async def edit() -> None:
+        for number in range(10_000):
+            head = {"apiVersion": "dagger-operator.dev/v1alpha1", "kind": "DAggerRun"}
+            metadata = {"name": "demo", "namespace": lab.namespace, "annotations": {"example.com/number": str(number)}}
+            await lab.client.patch({**head, "metadata": metadata})
+            await asyncio.sleep(0.05)
+
+    editing = asyncio.create_task(edit())
+    await lab.until_phase("Succeeded")
+    editing.cancel()
+    assert made_once(lab)
+
+
+async def test_the_api_server_goes_away_and_comes_back(lab: Any, make_operator: Callable[..., Any], control_plane: Any) -> None:
+    operator = make_operator()
+    operator.start()
+    lab.paused = {"rollout"}
+    await lab.create()
+    await lab.until_job("rollout")
+    server = api_server(control_plane.kubeconfig.parent)
+    server.kill()
+
+    async def answers() -> bool:
+        return await _answers(lab)
+
+    await lab.until(answers)
+    lab.paused = set()
+    await lab.until_phase("Succeeded")
+    assert operator.process.poll() is None, "it needed no new life"
+    assert made_once(lab)
+
+
+async def _answers(lab: Any) -> bool:
+    try:
+        await lab.run()
+    except Exception:
+        return False
+    return True
+
+
+def api_server(folder: Path) -> psutil.Process:
+    """The test's own one: its certificates lie in the test's folder."""
+    return next(
+        one
+        for one in psutil.process_iter(["name", "cmdline"])
+        if one.info["name"] == "kube-apiserver" and any(str(folder) in part for part in one.info["cmdline"])
+    )
+
+
+async def test_it_starts_quickly_and_holds_little_memory(lab: Any, make_operator: Callable[..., Any]) -> None:
+    operator = make_operator(lease="-")
+    began = asyncio.get_running_loop().time()
+    operator.start()
+    await lab.until(lambda: ready(operator))
+    seconds = asyncio.get_running_loop().time() - began
+    resident = psutil.Process(operator.process.pid).memory_info().rss / 2**20
+    print(f"ready after {seconds:.1f} s, {resident:.0f} MiB")
+    assert resident < 120

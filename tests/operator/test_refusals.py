@@ -1,0 +1,86 @@
+"""What the API server refuses, and what a stranger left in the way: the run says so and waits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+Json = dict[str, Any]
+
+
+def quota(namespace: str, **hard: str) -> Json:
+    hard = {name.replace("_", "."): value for name, value in hard.items()}
+    return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": namespace}, "spec": {"hard": hard}}
+
+
+@pytest.mark.parametrize("hard", [{"count/jobs.batch": "0"}, {"pods": "0"}], ids=["no Jobs", "no pods"])
+async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, make_operator: Callable[..., Any], hard: dict[str, str]) -> None:
+    await lab.client.create(quota(lab.namespace, **hard))
+
+    async def counted() -> bool:
+        return "used" in ((await lab.client.get("v1", "ResourceQuota", lab.namespace, "none")).get("status") or {})
+
+    await lab.until(counted)
+    make_operator().start()
+    await lab.create_short()
+    run = await lab.until_reason("QuotaExceeded")
+    (progressing,) = (one for one in run["status"]["conditions"] if one["type"] == "Progressing")
+    assert progressing["status"] == "False"
+    assert "exceeded quota: none" in progressing["message"]
+    await lab.client.delete("v1", "ResourceQuota", lab.namespace, "none", preconditions={})
+    await lab.until_phase("Succeeded")
+
+
+async def test_a_strangers_object_of_the_same_name_is_not_touched(lab: Any, make_operator: Callable[..., Any]) -> None:
+    container = {"name": "web", "image": "web"}
+    labels = {"app": "web"}
+    theirs = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "demo-student", "namespace": lab.namespace},
+        "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}}},
+    }
+    made = await lab.client.create(theirs)
+    make_operator().start()
+    await lab.create()
+    await lab.until_reason("NameTaken")
+    seen = await lab.client.get("apps/v1", "Deployment", lab.namespace, "demo-student")
+    assert seen["metadata"]["generation"] == made["metadata"]["generation"]
+    assert "labels" not in seen["metadata"]
+    await lab.client.delete("apps/v1", "Deployment", lab.namespace, "demo-student", preconditions={})
+    await lab.until_phase("Succeeded")
+
+
+async def test_a_pod_and_a_job_that_wear_the_labels_confuse_nobody(lab: Any, make_operator: Callable[..., Any]) -> None:
+    labels = {
+        "app.kubernetes.io/managed-by": "dagger-operator",
+        "dagger-operator.dev/run": "demo",
+        "dagger-operator.dev/component": "rollout",
+        "dagger-operator.dev/round": "1",
+        "dagger-operator.dev/attempt": "00000000",
+    }
+    lab.paused = {"rollout"}
+    pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}
+    await lab.client.create(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "worn", "namespace": lab.namespace, "labels": labels}, "spec": pod}
+    )
+    job = {"template": {"metadata": {"labels": labels}, "spec": pod}}
+    await lab.client.create(
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": "demo-worn", "namespace": lab.namespace, "labels": labels},
+            "spec": job,
+        }
+    )
+    make_operator().start()
+    await lab.create_short()
+
+    async def ours() -> bool:
+        return any(name.startswith("demo-r001-rollout-") for name in lab.jobs.values())
+
+    await lab.until(ours)
+    left = {one["metadata"]["name"] for one in await lab.objects("batch/v1", "Job")}
+    assert "demo-worn" in left, "what is not ours is not removed"
