@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, child, children
+from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, Trouble, child, children
 
 Json = dict[str, Any]
 LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
@@ -168,3 +168,85 @@ def test_pods_belong_to_their_object_by_labels_and_orphans_are_seen() -> None:
         ("Job", "demo-r002-rollout-abcd1234", 1),
         ("Pod", "of-round-1", 1),
     ]
+
+
+MADE = "2026-01-01T00:00:00Z"
+
+
+def test_what_the_api_server_says_about_a_child_without_pods_is_why_it_waits() -> None:
+    quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, tzinfo=UTC))
+    warnings = {("Job", "demo-r002-rollout-abcd1234"): quota, ("Deployment", "demo-student"): quota}
+    server, worker = children([job(), deployment()], [], warnings)
+    assert (worker.state, worker.trouble, worker.waiting_since) == (ChildState.WAITING, quota, quota.since)
+    assert (server.state, server.trouble) == (ChildState.WAITING, quota)
+    pulling = pod("demo-x", "Pending", containers=[waiting("ImagePullBackOff")])
+    (better,) = children([job()], [pulling], warnings)
+    assert better.trouble is not None
+    assert better.trouble.reason == "ImagePullBackOff"
+    (ended,) = children([job(conditions=[{"type": "Complete", "status": "True"}])], [], warnings)
+    assert (ended.state, ended.trouble) == (ChildState.SUCCEEDED, None)
+
+
+def test_what_waits_to_run_says_since_when_unless_it_is_in_a_queue() -> None:
+    made = datetime(2026, 1, 1, tzinfo=UTC)
+    assert child(job(), [pod(phase="Pending")]).waiting_since == made
+    initialising = pod(phase="Pending", initContainerStatuses=[{"name": "weights", "state": {"running": {}}}])
+    assert child(deployment(), [initialising]).waiting_since is None, "its weights are on their way"
+    gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated"}
+    assert child(job(), [pod(phase="Pending", conditions=[gated])]).waiting_since is None
+    assert child(job(startTime=MADE), []).waiting_since == made
+    assert child(job(spec={"suspend": True}, startTime=MADE), []).waiting_since is None
+
+
+def test_workers_do_not_wait_for_each_other_and_ranks_do() -> None:
+    pods = [pod("a"), pod("b", "Pending")]
+    assert child(job(), pods).waiting_since is None
+    training = job()
+    training["metadata"] |= {"labels": LABELS | {COMPONENT: "training"}}
+    for one in pods:
+        one["metadata"]["labels"] = LABELS | {COMPONENT: "training"}
+    assert child(training, pods).waiting_since == datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_a_job_tells_how_each_of_its_pods_failed() -> None:
+    away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
+    drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+    pods = [
+        pod("b", "Failed", containers=[ended(137, reason="OOMKilled", at="2026-01-01T00:00:09Z")], conditions=[drained]),
+        pod("a", "Failed", containers=[ended(75, away, at="2026-01-01T00:00:05Z")]),
+        pod("c", "Failed", reason="Evicted", message="low on disk"),
+        pod("d"),
+        pod("e", "Succeeded", containers=[ended(0)]),
+    ]
+    seen = child(job(), pods).failures
+    assert {(one.reason, one.exit_code, one.disrupted) for one in seen} == {
+        ("StorageUnavailable", 75, False),
+        ("OOMKilled", 137, True),
+        ("Evicted", None, False),
+    }
+    assert [one.reason for one in seen if one.exit_code] == ["StorageUnavailable", "OOMKilled"], "oldest first"
+
+
+def test_a_job_that_the_plan_gave_up_has_failed_whatever_its_pods_do() -> None:
+    given_up = job(spec={"suspend": True})
+    given_up["metadata"] = {**given_up["metadata"], "annotations": {FAILED: STAGE_SAID}}
+    seen = child(given_up, [pod()])
+    assert (seen.state, seen.pods, seen.holds) == (ChildState.FAILED, 1, True)
+    assert seen.trouble is not None
+    assert seen.trouble.reason == "LabelCoverageTooLow"
+
+
+def test_a_pod_of_another_job_is_not_taken_for_one_of_this_by_its_labels() -> None:
+    stranger = pod("by-hand", "Failed", containers=[ended(3, STAGE_SAID)])
+    stranger["metadata"]["ownerReferences"] = [{"kind": "Job", "uid": "another"}]
+    own = pod("own")
+    own["metadata"]["ownerReferences"] = [{"kind": "Job", "uid": "j"}]
+    (seen,) = children([job()], [stranger, own])
+    assert (seen.pods, seen.failures) == (1, ())
+
+
+def test_a_group_of_nodes_is_observed_as_a_server_is() -> None:
+    group = deployment(**{name: count for name, count in READY.items() if name != "observedGeneration"})
+    group |= {"kind": "LeaderWorkerSet"}
+    assert child(group).state is ChildState.READY
+    assert child(group | {"spec": {"replicas": 0}}).state is ChildState.SUSPENDED

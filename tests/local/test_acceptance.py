@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import DAggerRun, InvalidRun, load
-from dagger_operator.local.acceptance import accept, annotated
+from dagger_operator.local.acceptance import accept, annotated, as_used_here
 from dagger_operator.local.folder import RunFolder, RunInUse, UnknownRun
 
 
@@ -72,3 +72,13 @@ def test_an_unknown_run_is_named_beside_those_that_there_are(tmp_path: Path) -> 
     RunFolder(tmp_path, "there").save(accept(_run(), None, tmp_path))
     with pytest.raises(UnknownRun, match="runs there: there"):
         RunFolder(tmp_path, "absent").require()
+
+
+def test_what_only_a_cluster_can_use_is_left_out_and_not_forgotten() -> None:
+    serving = {"model": "t", "serving": {"gpus": 8, "nodes": 2}}
+    stored = _run(kueue={"queueName": "gpus"}, sandbox={"namespace": "sandboxes"}, teacher=serving)
+    used = as_used_here(stored)
+    assert (used.spec.kueue, used.spec.sandbox.namespace) == (None, None)
+    assert used.spec.teacher.serving is not None
+    assert used.spec.teacher.serving.nodes == 1
+    assert stored.spec.kueue is not None

@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 
+from dagger_operator.control import child
 from dagger_operator.local.processes import MARK
 
 POLICY = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [3]}}]}
@@ -26,6 +27,18 @@ async def test_a_failed_pod_is_made_again_until_it_succeeds(lab: Any, tmp_path: 
     await lab.until(lambda: lab.end("work"))
     assert lab.end("work") == ("Complete", "CompletionsReached")
     assert lab.status("work")["failed"] == 1
+
+
+async def test_pods_that_failed_are_shown_until_their_job_goes_and_what_is_ignored_counts_on_no_budget(lab: Any, tmp_path: Path) -> None:
+    code = f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'tries')!r}); n = len(p.read_text()) if p.exists() else 0; "
+    code += "p.write_text('x' * (n + 1)); sys.exit(75 if n < 2 else 0)"
+    ignored = {"rules": [{"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}}]}
+    lab.machine.apply([lab.job("work", code, backoffLimit=0, podFailurePolicy=ignored)])
+    await lab.until(lambda: lab.end("work"))
+    assert lab.end("work") == ("Complete", "CompletionsReached")
+    ((_, pods),) = lab.machine.observed()
+    assert [one["status"]["phase"] for one in pods] == ["Failed", "Failed", "Succeeded"]
+    assert len(child({"kind": "Job", "metadata": {"name": "work"}, "spec": {}}, pods).failures) == 2
 
 
 async def test_a_job_whose_budget_is_spent_fails_and_keeps_the_last_words(lab: Any) -> None:

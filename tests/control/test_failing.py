@@ -1,0 +1,177 @@
+"""Budgets, deadlines and rules: when a run fails, what it says, and what it keeps."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Phase
+from dagger_operator.control import FAILED, ChildState, Observed, Plan, PodFailure, Results, Trouble, child, plan
+from dagger_operator.control.jobs import build_job
+from dagger_operator.control.rounds import StageName, Step
+
+Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
+Story = Any
+AWAY = PodFailure("StorageUnavailable", "connection refused", exit_code=75)
+EVICTED = PodFailure("Evicted", "node drained", disrupted=True)
+BROKEN = PodFailure("Unexpected", "KeyError: x", exit_code=1)
+OUT_OF_MEMORY = PodFailure("OOMKilled", "exit code 137", exit_code=137)
+ROLLOUT = Step(1, StageName.ROLLOUT)
+
+
+def into_rollouts(story: Story) -> None:
+    story.done("prepare", "preflight")
+    story.carry_out(story.plan())
+    story.serve()
+    story.carry_out(story.plan())
+
+
+def rules(run: Any, step: Step = ROLLOUT) -> Any:
+    return build_job(run, step, Results())["spec"]["podFailurePolicy"]["rules"]
+
+
+def test_what_infrastructure_ends_has_a_budget_of_its_own_and_then_fails_the_run(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(failurePolicy={"infrastructureRetries": 2})
+    into_rollouts(tale)
+    tale.see("rollout", failures=(AWAY, EVICTED))
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.see("rollout", failures=(BROKEN,) * 18)
+    assert tale.plan().status.phase is Phase.ROLLOUT, "own faults are counted apart"
+    tale.see("rollout", failures=(AWAY, EVICTED, AWAY))
+    failed = tale.plan()
+    assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "StorageUnavailable")
+    assert "3 pods failed, failurePolicy.infrastructureRetries allows 2" in tale.condition("Failed").message
+    given_up = wanted(failed)["Job", "rollout"]
+    assert (given_up["spec"]["suspend"], given_up["spec"]["activeDeadlineSeconds"]) == (True, 1)
+    # Its pods are collected, and a controller that knows nothing else comes to the same end.
+    tale.children["Job", given_up["metadata"]["name"]] = child(given_up)
+    tale.run = tale.run.model_copy(update={"status": None})
+    assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "StorageUnavailable")
+
+
+def test_the_job_controller_is_told_which_failures_count(story: Callable[..., Story]) -> None:
+    actions = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules(story().run)]
+    assert actions == [("FailJob", [3]), ("Ignore", [75]), ("Ignore", None)]
+
+
+def test_the_first_rule_that_matches_decides(story: Callable[..., Story]) -> None:
+    given = [
+        {"stages": ["Training"], "exitCodes": [137], "action": "FailRun"},
+        {"exitCodes": [9, 137], "action": "RetryWithoutCounting"},
+        {"exitCodes": [3], "action": "Retry"},
+    ]
+    tale = story(failurePolicy={"rules": given})
+    assert [(rule["action"], rule["onExitCodes"]["values"]) for rule in rules(tale.run)[:2]] == [("Ignore", [9, 137]), ("Count", [3])]
+    assert rules(tale.run, Step(1, StageName.TRAINING))[0] == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "stage", "operator": "In", "values": [137]},
+    }
+
+
+def test_a_rule_by_reason_is_decided_by_the_plan(story: Callable[..., Story]) -> None:
+    tale = story(failurePolicy={"infrastructureRetries": 4, "rules": [{"reasons": ["OOMKilled"], "action": "FailRun"}]})
+    into_rollouts(tale)
+    spec = build_job(tale.run, ROLLOUT, Results())["spec"]
+    assert "podFailurePolicy" not in spec, "what comes after the rule is the plan's to decide as well"
+    assert spec["backoffLimit"] == 6 * 3 + 4
+    tale.see("rollout", failures=(BROKEN,) * 18)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.see("rollout", failures=(BROKEN,) * 19)
+    assert "the stage's own retries allows 18" in tale.plan(told=False).status.conditions[-1].message
+    tale.see("rollout", failures=(OUT_OF_MEMORY,))
+    assert tale.plan().status.reason == "OOMKilled"
+
+
+def test_a_run_fails_when_its_time_is_over_and_goes_on_when_it_is_given_more(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(activeDeadlineSeconds=3600)
+    into_rollouts(tale)
+    tale.later(minutes=59)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.later(minutes=2)
+    late = tale.plan()
+    assert (late.status.phase, late.status.reason) == (Phase.FAILED, "ActiveDeadlineExceeded")
+    assert "raise activeDeadlineSeconds" in tale.condition("Failed").message
+    assert wanted(late)["Job", "rollout"]["spec"]["suspend"] is True
+    assert tale.plan().status == late.status
+    tale.edit(activeDeadlineSeconds=7200)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+
+
+@pytest.mark.parametrize("who", ["rollout", "student"])
+def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story: Callable[..., Story], wanted: Wanted, who: str) -> None:
+    tale = story(preRunningDeadlineSeconds=600)
+    into_rollouts(tale)
+    pulling = Trouble("ImagePullBackOff", "pod x: manifest unknown", tale.now)
+    tale.see(who, state=ChildState.WAITING, trouble=pulling, waiting_since=tale.now)
+    tale.later(minutes=9)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.later(minutes=2)
+    failed = tale.plan()
+    assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "ImagePullBackOff")
+    kind = "Job" if who == "rollout" else "Deployment"
+    noted = wanted(failed)[kind, who]
+    assert "manifest unknown" in noted["metadata"]["annotations"][FAILED]
+    tale.children[kind, noted["metadata"]["name"]] = child(noted)
+    assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "ImagePullBackOff"), "it waits no more, and did fail"
+
+
+def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(preRunningDeadlineSeconds=600)
+    tale.done("prepare")
+    refused = Trouble("QuotaExceeded", "Deployment demo-student: exceeded quota: gpus", tale.now)
+    waiting = tale.plan(refused=refused)
+    assert (waiting.status.phase, waiting.status.reason) == (Phase.PREFLIGHT, "QuotaExceeded")
+    assert tale.condition("Progressing").status == "False"
+    assert ("Deployment", "student") in wanted(waiting)
+    tale.later(minutes=11)
+    failed = tale.plan(refused=refused)
+    assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "QuotaExceeded")
+    assert ("Deployment", "student") in wanted(failed), "once it is taken the run goes on"
+    assert tale.plan().status.phase is Phase.PREFLIGHT
+
+
+@pytest.mark.parametrize(("keep", "replicas"), [("Logs", 0), ("Everything", 2), ("Nothing", None)])
+def test_what_is_kept_of_a_run_that_failed(story: Callable[..., Story], wanted: Wanted, keep: str, replicas: int | None) -> None:
+    tale = story(failurePolicy={"keep": keep})
+    into_rollouts(tale)
+    job = tale.see("rollout", state=ChildState.FAILED, pods=0, trouble=Trouble("Broken", "mend it"))
+    failed = tale.plan()
+    server = wanted(failed).get(("Deployment", "student"))
+    assert (server["spec"]["replicas"] if server else None) == replicas
+    gone = {ref.name for ref in failed.remove}
+    assert gone == ({"demo-student", "demo-serving"} if keep == "Nothing" else set())
+    tale.carry_out(failed)
+    assert ("Job", job.name) in tale.children, "the failed Job is what remembers the failure"
+    assert tale.plan().status == failed.status
+
+
+def test_in_a_queue_a_job_waits_for_its_turn_and_suspension_takes_it_out(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(kueue={"queueName": "gpus"}, preRunningDeadlineSeconds=60)
+    into_rollouts(tale)
+    job = tale.see("rollout", state=ChildState.SUSPENDED, pods=0)
+    tale.later(hours=5)
+    waiting = tale.plan()
+    assert (waiting.status.phase, waiting.status.reason) == (Phase.ROLLOUT, "WaitingInQueue")
+    assert "suspend" not in wanted(waiting)["Job", "rollout"]["spec"]
+    tale.edit(suspend=True)
+    held = tale.plan()
+    assert job.ref in held.remove
+    assert ("Job", "rollout") not in wanted(held)
+
+
+def test_a_budget_that_is_spent_in_a_queue_ends_the_job_without_suspending_it(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(kueue={"queueName": "gpus"}, failurePolicy={"infrastructureRetries": 0})
+    into_rollouts(tale)
+    tale.see("rollout", failures=(AWAY,))
+    spec = wanted(tale.plan())["Job", "rollout"]["spec"]
+    assert ("suspend" in spec, spec["activeDeadlineSeconds"]) == (False, 1)
+
+
+def test_a_failed_run_looks_the_same_whenever_it_is_asked(story: Callable[..., Story]) -> None:
+    tale = story(activeDeadlineSeconds=60)
+    into_rollouts(tale)
+    tale.later(minutes=5)
+    first = tale.plan()
+    observed = Observed(tale.now + timedelta(days=3), tuple(tale.children.values()), Results(dict(tale.results)))
+    assert plan(tale.run, observed).status == first.status

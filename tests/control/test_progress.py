@@ -1,0 +1,82 @@
+"""Progress is shown with an end in sight, and costs few writes."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.control import Results, StageName, Step, read_progress
+from dagger_operator.store.objects import Store
+from dagger_operator.store.progress import report
+from dagger_operator.store.results import PreflightResult, PrepareResult, StageProgress
+
+Story = Any
+
+
+def at(done: int, seconds: float, total: int = 200) -> StageProgress:
+    return StageProgress(done=done, total=total, unit="rollouts", seconds=seconds)
+
+
+def into_rollouts(story: Story) -> None:
+    story.done("prepare", "preflight")
+    story.carry_out(story.plan())
+    story.serve()
+    story.carry_out(story.plan())
+
+
+def test_a_stage_shows_how_far_it_is_and_when_it_ends(story: Callable[..., Story]) -> None:
+    tale = story()
+    into_rollouts(tale)
+    step = Step(1, StageName.ROLLOUT)
+    shown = tale.plan(progress={step: {0: at(50, 100.0), 1: at(48, 100.0)}}).status.progress
+    assert (shown.stage, shown.done, shown.total, shown.percent) == ("rollout", 50, 200, 25)
+    assert shown.estimated_completion_time == tale.now + timedelta(seconds=300)
+    tale.later(seconds=1)
+    assert tale.plan(progress={step: {0: at(51, 101.0)}}).status.progress == shown, "less than a percent is not worth a write"
+    assert tale.plan(progress={step: {0: at(52, 102.0)}}).status.progress.percent == 26
+    assert tale.plan(progress={}).status.progress is None
+
+
+def test_the_end_of_a_run_is_foreseen_once_every_stage_was_seen(story: Callable[..., Story]) -> None:
+    tale = story(rounds=3)
+    into_rollouts(tale)
+    assert tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(50, 100.0)}}).status.estimated_completion_time is None
+    tale.done("rollout", "training", "publish", "evaluation", round_number=1)
+    status = tale.plan(progress={Step(2, StageName.ROLLOUT): {0: at(100, 60.0)}}).status
+    # 60 s of this stage; then training and publish, and rollout, training, publish and evaluation of round 3: 9, 1, 1 and 1 s.
+    assert status.estimated_completion_time == tale.now + timedelta(seconds=60 + 2 + 9 + 2 + 1)
+
+
+def test_gpu_hours_are_those_of_finished_stages_and_of_the_one_at_work(story: Callable[..., Story]) -> None:
+    tale = story(gpuSharing="TimeShared", training={"gpusPerNode": 8, "nodes": 2})
+    into_rollouts(tale)
+    assert tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(50, 3600.0)}}).status.gpu_hours == "2.0"
+    tale.done("rollout", "training", round_number=1)  # 9 s of 2 GPUs, 1 s of 16: rounded
+    assert tale.plan().status.gpu_hours == "0.0"
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(reports=st.lists(st.tuples(st.integers(0, 500), st.floats(0, 1e6)), max_size=30), total=st.integers(0, 500))
+def test_whatever_workers_report_no_decision_rests_on_it(story: Callable[..., Story], reports: list[tuple[int, float]], total: int) -> None:
+    tale = story()
+    into_rollouts(tale)
+    plain = tale.plan(told=False)
+    for done, seconds in reports:
+        seen = tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(done, seconds, total)}})
+        assert (seen.objects, seen.remove, seen.status.conditions) == (plain.objects, plain.remove, plain.status.conditions)
+        assert seen.status.progress is None or 0 <= seen.status.progress.percent <= 100
+
+
+async def test_progress_of_every_step_at_work_is_read(make_run: Callable[..., DAggerRun], tmp_path: Any) -> None:
+    run = make_run(storage={"url": f"file://{tmp_path}"})
+    store = Store.open(run.spec.storage, {})
+    results = Results(
+        {(0, "prepare"): PrepareResult(policy="p", teacher="t"), (0, "preflight"): PreflightResult(student="p", teacher="t", checks={})}
+    )
+    assert await read_progress(store, run, results) == {}
+    await report(store, 1, "rollout", 1, at(3, 1.0))
+    await report(store, 1, "evaluation", 0, at(3, 1.0))
+    assert await read_progress(store, run, results) == {Step(1, StageName.ROLLOUT): {1: at(3, 1.0)}}
