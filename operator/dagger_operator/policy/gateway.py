@@ -41,8 +41,8 @@ class Gateway:
             ...  # a scaffold talks to session.base_url with session.token
             recording = await session.finish()
 
-    `teacher` is None in evaluation. `host` is the address to listen on; `advertise` the address that base URLs name, where
-    scaffolds run elsewhere.
+    `teacher` is None in evaluation. `host` and `port` are the address to listen on, 0 being any port; `advertise` is the host that base
+    URLs name, where scaffolds run elsewhere.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Gateway:
         labels: Labels,
         *,
         host: str = "127.0.0.1",
+        port: int = 0,
         advertise: str | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
@@ -60,7 +61,7 @@ class Gateway:
         self._student, self._greedy = Client(student, self._metrics), Client(student.greedy(), self._metrics)
         self._teacher = Client(teacher, self._metrics) if teacher else None
         self._labeller = Labeller(self._teacher, labels.concurrency, self._metrics) if self._teacher else None
-        self._host, self._advertise, self._port = host, advertise or host, 0
+        self._host, self._advertise, self._port = host, advertise or host, port
         self._sessions: dict[str, RolloutSession] = {}
         self._stack = AsyncExitStack()
 
@@ -74,7 +75,7 @@ class Gateway:
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, self._host, 0, backlog=4096).start()
+        await web.TCPSite(runner, self._host, self._port, backlog=4096).start()
         self._port = runner.addresses[0][1]
         return self
 
@@ -82,6 +83,11 @@ class Gateway:
         for session in list(self._sessions.values()):
             await session.abort()
         await self._stack.aclose()
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as host:port."""
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     def open(self, request: SessionRequest) -> RolloutSession:
         """Opens a rollout. Raises `ValueError` where this gateway cannot do what it asks."""

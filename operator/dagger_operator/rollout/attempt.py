@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 
 import structlog
-from yarl import URL
 
 from dagger_operator.api import DAggerRun, Mixing, ScaffoldType
 from dagger_operator.policy.gateway import Gateway
@@ -109,7 +108,7 @@ class Attempts:
             self.provider,
             name=self._name(assignment, tries),
             timeout=spec.sandbox.create_timeout_seconds,
-            network_to=URL(session.base_url).authority if spec.scaffold.type is ScaffoldType.COMMAND else None,
+            network_to=self.gateway.address if spec.scaffold.type is ScaffoldType.COMMAND else None,
         )
         sandbox = MeteredSandbox(workspace.sandbox, self.metrics.command_seconds)
         try:

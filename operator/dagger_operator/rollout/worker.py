@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import aiohttp
 from prometheus_client import CollectorRegistry
 
-from dagger_operator.api import Mixing, SandboxBackend, ScaffoldType
+from dagger_operator.api import Mixing, ScaffoldType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.upstream import upstreams
 from dagger_operator.rollout.actions import ActionReader
@@ -17,12 +17,12 @@ from dagger_operator.rollout.command_scaffold import CommandScaffold
 from dagger_operator.rollout.metrics import WorkerMetrics
 from dagger_operator.rollout.mini_scaffold import MiniScaffold
 from dagger_operator.rollout.pool import Pool, Share
+from dagger_operator.rollout.sandboxes import gateway_place, sandboxes
 from dagger_operator.rollout.scaffold import ScaffoldProgram
 from dagger_operator.rollout.student import await_student
-from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.layout import Kind
-from dagger_operator.store.stage import Stage, StageFailure
+from dagger_operator.store.stage import Stage
 from dagger_operator.tasks.deal import Assignment
 
 
@@ -63,15 +63,12 @@ async def _attempts(
     stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics, registry: CollectorRegistry
 ) -> AsyncIterator[Attempts]:
     spec = stage.run.spec
-    if spec.sandbox.backend is SandboxBackend.POD:
-        raise StageFailure("SandboxUnsupported", "spec.sandbox.backend Pod is not available yet: write Process or leave it out")
     student, teacher = await upstreams(stage, greedy=job.mixing is None)
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         await await_student(stage, http, patience=spec.student.served.startup_deadline_seconds if spec.student.served else 0)
-        provider = await stack.enter_async_context(ProcessSandboxes(spec.sandbox.limits, stage.scratch / "sandboxes"))
-        # On the loopback address: process sandboxes reach it there through their relay, and nothing else needs to.
-        gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=registry))
+        provider = await stack.enter_async_context(sandboxes(stage))
+        gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=registry, **gateway_place(stage)))
         yield Attempts(
             run=stage.run,
             round=stage.round,

@@ -1,0 +1,81 @@
+"""Where a worker's commands run: pods where there is a namespace for them, else processes; and how a sandbox reaches the gateway."""
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import TypedDict
+
+from dagger_operator.api import SandboxBackend, ScaffoldType
+from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
+from dagger_operator.sandbox.process import ProcessSandboxes
+from dagger_operator.store.stage import Stage, StageFailure
+
+GATEWAY_PORT = 8090
+"""Open to sandbox pods of command scaffolds; the chart's network policies name it."""
+_SPARE_SECONDS = 600
+
+
+class GatewayPlace(TypedDict, total=False):
+    """Arguments of `Gateway` that say where it listens."""
+
+    host: str
+    port: int
+    advertise: str
+
+
+def in_pods(stage: Stage) -> bool:
+    """As the spec says; where it leaves that open, pods if the runtime offers a namespace for them."""
+    backend = stage.run.spec.sandbox.backend
+    return backend is SandboxBackend.POD or (backend is None and bool(stage.environ.get("DAGGER_SANDBOX_NAMESPACE")))
+
+
+@asynccontextmanager
+async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
+    """Raises `StageFailure` where there can be none."""
+    if not in_pods(stage):
+        async with ProcessSandboxes(stage.run.spec.sandbox.limits, stage.scratch / "sandboxes") as processes:
+            yield processes
+        return
+    # Only here: the Kubernetes client takes a second to import.
+    from dagger_operator.sandbox.pod_manifest import Setting
+    from dagger_operator.sandbox.pods import PodSandboxes
+
+    spec, environ = stage.run.spec, stage.environ
+    namespace = environ.get("DAGGER_SANDBOX_NAMESPACE") or spec.sandbox.namespace
+    helper_image = environ.get("DAGGER_HELPER_IMAGE") or spec.sandbox.helper_image
+    if not namespace or not helper_image:
+        missing = "namespace" if not namespace else "helperImage"
+        raise StageFailure("NoSandboxes", f"spec.sandbox.{missing} is not set, and the operator has none either: Pod sandboxes need it")
+    setting = Setting(
+        run=stage.run.metadata.name,
+        run_namespace=environ.get("DAGGER_RUN_NAMESPACE") or stage.run.metadata.namespace or "default",
+        worker=stage.worker,
+        # The same after a restart of the container: the Lease of the life before is recognised and goes.
+        life=sha256((environ.get("DAGGER_POD") or secrets.token_hex()).encode()).hexdigest()[:8],
+        helper_image=helper_image,
+        limits=spec.sandbox.limits,
+        lifetime_seconds=spec.sandbox.create_timeout_seconds
+        + max(spec.rollouts.timeout_seconds, spec.sandbox.grade_timeout_seconds)
+        + _SPARE_SECONDS,
+        image=spec.sandbox.image,
+        pod=spec.sandbox.pod,
+    )
+    pods = PodSandboxes(setting, namespace, most_alive=2 * spec.rollouts.concurrency)
+    try:
+        await pods.__aenter__()
+    except SandboxError as error:
+        raise StageFailure(error.reason, error.message, permanent=False) from error
+    try:
+        yield pods
+    finally:
+        await pods.__aexit__(None, None, None)
+
+
+def gateway_place(stage: Stage) -> GatewayPlace:
+    """On the loopback address, but for command scaffolds in pods: they reach it there by their helper, which forwards to this pod."""
+    if stage.run.spec.scaffold.type is not ScaffoldType.COMMAND or not in_pods(stage):
+        return {}
+    if not (address := stage.environ.get("POD_IP")):
+        raise StageFailure("NoPodAddress", "POD_IP is not set: command scaffolds in pods reach the gateway at the worker's address")
+    return {"host": address, "port": GATEWAY_PORT, "advertise": "127.0.0.1"}
