@@ -150,7 +150,9 @@ class Kubernetes:
     def with_crd(self) -> "Kubernetes":
         crd = ROOT / "manifests" / "crd" / "daggerruns.yaml"
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", crd)
-        self.kubectl("wait", "--for=condition=Established", "-f", crd)
+        # `kubectl wait` fails on one that has no conditions yet.
+        while self.kubectl("get", "-f", crd, "-o", 'jsonpath={.status.conditions[?(@.type=="Established")].status}') != "True":
+            time.sleep(0.1)
         return self
 
 
