@@ -169,7 +169,7 @@ class Lab:
         ours = "app.kubernetes.io/managed-by=dagger-operator"
         return [one async for one in self.client.list(api_version, kind, self.namespace, labelSelector=ours)]
 
-    async def until(self, what: Callable[[], Awaitable[Any]], seconds: float = 120) -> Any:
+    async def until(self, what: Callable[[], Awaitable[Any]], seconds: float = 60) -> Any:
         """Waits until something is true, and returns it."""
         deadline = time.monotonic() + seconds
         while True:
@@ -179,7 +179,7 @@ class Lab:
             assert time.monotonic() < deadline, f"still not: {json.dumps(await self._seen(), indent=1)[-4000:]}"
             await asyncio.sleep(0.2)
 
-    async def until_phase(self, phase: str, name: str = "demo", seconds: float = 180) -> Json:
+    async def until_phase(self, phase: str, name: str = "demo", seconds: float = 90) -> Json:
         async def reached() -> Json | None:
             run = await self.run(name)
             return run if (run.get("status") or {}).get("phase") == phase else None

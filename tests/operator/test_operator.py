@@ -11,7 +11,7 @@ import pytest
 from dagger_operator.cluster.cache import Cache
 from dagger_operator.cluster.reaper import GRACE, Reaper
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 Json = dict[str, Any]
 

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 from dagger_operator.api import KIND
 from dagger_operator.control import RUN
+from dagger_operator.control.names import RUN_NAMESPACE
 
 Manifest = dict[str, Any]
-
-RUN_NAMESPACE = "dagger-operator.dev/run-namespace"
-"""Label of what a run has in another namespace than its own."""
 
 _TOMBSTONES = 4096
 """Deletions that are remembered, so that a late answer does not bring an object back."""

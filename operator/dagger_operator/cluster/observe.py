@@ -8,7 +8,7 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import own
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.cluster.warnings import warnings_about
-from dagger_operator.control import Observed, Results, Trouble, children
+from dagger_operator.control import Observed, Trouble, children
 from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 
 
@@ -21,9 +21,8 @@ class Observer:
         objects, pods = own(run, self._cache.children(RunKey(run.metadata.namespace, run.metadata.name)))
         now = datetime.now(UTC)
         seen = children(objects, pods, await warnings_about(self._client, objects, pods, now))
-        problem, results = None, Results()
         try:
-            results = await self._stores.results(run)
+            results, progress = await self._stores.read(run)
         except (StoreUnavailable, DamagedObject) as error:
-            problem = str(error)
-        return Observed(now=datetime.now(UTC), children=seen, results=results, storage_problem=problem, refused=refused)
+            return Observed(datetime.now(UTC), seen, storage_problem=str(error), refused=refused)
+        return Observed(datetime.now(UTC), seen, results, refused=refused, progress=progress)

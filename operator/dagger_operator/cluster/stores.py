@@ -13,7 +13,8 @@ from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.errors import ApiError, Missing
-from dagger_operator.control import Results, read_results
+from dagger_operator.control import Results, read_progress, read_results
+from dagger_operator.control.progress import Progress
 from dagger_operator.store.objects import Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
@@ -31,7 +32,7 @@ class _Open:
     read: float
     store: Store
     results: Results = field(default_factory=Results)
-    reading: asyncio.Task[Results] | None = None
+    reading: asyncio.Task[tuple[Results, Progress]] | None = None
 
 
 class Stores:
@@ -40,23 +41,26 @@ class Stores:
         self._open: dict[RunKey, _Open] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
 
-    async def results(self, run: DAggerRun) -> Results:
-        """All results of a run so far. Raises `StoreUnavailable`, also for credentials that are not there, or `DamagedObject`."""
+    async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
+        """All results of a run so far, and how far its stages are.
+
+        Raises `StoreUnavailable`, also for credentials that are not there, or `DamagedObject`.
+        """
         key = RunKey(run.metadata.namespace, run.metadata.name)
         opened = await self._opened(key, run)
         if opened.reading is None:
-            opened.reading = asyncio.create_task(read_results(opened.store, run, opened.results))
+            opened.reading = asyncio.create_task(_read(opened.store, run, opened.results))
         task = opened.reading
         await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
         if not task.done():
             raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
         opened.reading = None
         try:
-            opened.results = task.result()
+            opened.results, progress = task.result()
         except StoreUnavailable:
             opened.read = float("-inf")  # perhaps its credentials were replaced
             raise
-        return opened.results
+        return opened.results, progress
 
     def forget(self, key: RunKey) -> None:
         """Frees what is kept for a run that is over or gone."""
@@ -100,3 +104,8 @@ class Stores:
         if server not in self._threads:
             self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
         return self._threads[server]
+
+
+async def _read(store: Store, run: DAggerRun, known: Results) -> tuple[Results, Progress]:
+    results = await read_results(store, run, known)
+    return results, await read_progress(store, run, results)
