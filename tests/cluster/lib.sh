@@ -5,7 +5,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 N=${DAGGER_CLUSTER:-0}
-NAME=dagger-$N # network interface on the host, and cgroup
+NAME=dagger-test-$N # network interface on the host, and cgroup
 CACHE=${DAGGER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dagger-operator}
 STATE=$CACHE/cluster/$N
 HOST=172.30.$N.1 # this machine, as pods and the node see it
