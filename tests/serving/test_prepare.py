@@ -14,6 +14,7 @@ from dagger_operator.serving.shared import Shared
 from dagger_operator.serving.weights import put_weights
 from dagger_operator.store import layout
 from dagger_operator.store.policies import point_to, pointed, policy_manifest, save_policy
+from dagger_operator.store.progress import read_progress
 from dagger_operator.store.results import PrepareResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
@@ -33,6 +34,9 @@ async def test_the_first_student_is_stored_and_pointed_at(stage: Make, model: Pa
     manifest = await policy_manifest(store, result.policy)
     assert sorted(manifest.files) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
     assert manifest.base_model == str(model)
+    progress = (await read_progress(store, 0, "prepare"))[0]
+    size = sum(file.size for file in manifest.files.values())
+    assert (progress.done, progress.total, progress.unit) == (size, size, "bytes")
 
 
 async def test_prepare_run_again_changes_nothing(stage: Make) -> None:

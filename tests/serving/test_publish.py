@@ -9,6 +9,7 @@ from aiohttp import web
 
 from dagger_operator.serving.publish import publish
 from dagger_operator.store.policies import pointed
+from dagger_operator.store.progress import read_progress
 from dagger_operator.store.results import PublishResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
@@ -52,6 +53,8 @@ async def test_it_waits_for_every_replica(stage: Callable[..., Stage], document:
     assert result is not None and (result.policy, result.replicas) == (POLICY, 2)
     pointer = await pointed(stage().store)
     assert pointer is not None and (pointer.policy, pointer.round) == (POLICY, 1)
+    progress = (await read_progress(stage().store, 1, "publish"))[0]
+    assert (progress.done, progress.total, progress.unit) == (2, 2, "replicas")
 
 
 async def test_done_once_it_asks_nobody(stage: Callable[..., Stage]) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
-from dagger_operator.store.progress import read_progress, report
+from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
+from dagger_operator.store.progress import Reporter, read_progress, report
 from dagger_operator.store.results import PublishResult, StageProgress, read_result, save_result
 
 
@@ -39,3 +39,20 @@ async def test_progress_that_cannot_be_read_stops_nobody(store: Store) -> None:
     await report(store, 1, "rollout", 0, StageProgress(done=1, total=9, unit="rollouts"))
     await store.put(layout.progress(1, "rollout", 1), b"\0")
     assert set(await read_progress(store, 1, "rollout")) == {0}
+
+
+async def test_a_reporter_writes_the_first_and_the_last_and_little_between(store: Store) -> None:
+    reporter = Reporter(store, 1, "training", "steps")
+    told = [await reporter.tell(step, 1000, counters={"loss": 1.0}, seconds=step / 10) for step in range(1001)]
+    assert told[0] and told[-1] and sum(told) < 10
+    expected = StageProgress(done=1000, total=1000, unit="steps", counters={"loss": 1.0}, seconds=100)
+    assert await read_progress(store, 1, "training") == {0: expected}
+
+
+async def test_a_store_that_is_away_costs_the_report_and_not_the_stage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(key: str, data: bytes) -> None:
+        raise StoreUnavailable("writing", key, "connection refused")
+
+    monkeypatch.setattr(store, "put", away)
+    await Reporter(store, 1, "training", "steps").tell(1, 9)
+    assert await read_progress(store, 1, "training") == {}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
+from dagger_operator.store.progress import Tell, silent
+
 _LOOK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
 
@@ -52,13 +54,16 @@ async def wait_for(
     *,
     seconds: float,
     done: Callable[[AgentStatus], bool],
+    tell: Tell = silent,
     look_seconds: float = _LOOK_SECONDS,
 ) -> tuple[bool, tuple[AgentStatus, ...]]:
-    """Looks until so many replicas are all `done`, or the time is over: whether they are, and what they said last."""
+    """Looks until so many replicas are all `done`, or the time is over: whether they are, and what they said last. `tell` hears how
+    many are."""
     deadline = time.monotonic() + seconds
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_SECONDS)) as session:
         while True:
             found = tuple(await asyncio.gather(*(_look(session, url) for url in await addresses(urls))))
+            await tell(min(replicas, sum(map(done, found))), replicas)
             if len(found) >= replicas and all(map(done, found)):
                 return True, found
             if time.monotonic() >= deadline:

@@ -6,7 +6,9 @@ import json
 import re
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -14,6 +16,7 @@ from urllib.parse import unquote
 
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import file_digest
+from dagger_operator.store.progress import REPORT_SECONDS, Tell, silent
 from dagger_operator.store.stage import StageFailure
 
 Field = Literal["student.model", "teacher.model"]
@@ -62,8 +65,9 @@ def source(model: str, store: Store, field: Field) -> Source:
     raise StageFailure("ModelNotFound", f"{field} {model!r} is no folder, and no Hugging Face id such as 'Qwen/Qwen3-4B-Instruct-2507'")
 
 
-async def fetch(origin: Source, store: Store, into: Path, field: Field) -> Path:
-    """The folder that holds the model: the origin's own, or `into`. A second call goes on where the first stopped."""
+async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Tell = silent) -> Path:
+    """The folder that holds the model: the origin's own, or `into`. A second call goes on where the first stopped. `tell` hears of the
+    bytes that come."""
     match origin:
         case Folder(path):
             return path
@@ -71,13 +75,21 @@ async def fetch(origin: Source, store: Store, into: Path, field: Field) -> Path:
             found = await store.list(key)
             if not found:
                 raise StageFailure("ModelNotFound", f"{field}: there is nothing below {key}/ in {store.url}")
+            come, total = 0, sum(info.size for info in found)
             for info in found:
+                await tell(come, total)
                 target = into / info.key.removeprefix(key).lstrip("/")
                 if not target.exists() or target.stat().st_size != info.size:
                     await store.download(info.key, target)
+                come += info.size
             return into
         case Hub():
-            return await asyncio.to_thread(_download, origin, into, field)
+            total = await asyncio.to_thread(_size, origin, field)
+            download = asyncio.create_task(asyncio.to_thread(_download, origin, into, field))
+            while not download.done():
+                await tell(min(total, await asyncio.to_thread(_bytes_below, into)), total)
+                await asyncio.wait({download}, timeout=REPORT_SECONDS)
+            return await download
 
 
 async def commit(origin: Hub, field: Field) -> str:
@@ -114,6 +126,28 @@ def _download(origin: Hub, into: Path, field: Field) -> Path:
         return Path(snapshot_download(origin.id, revision=origin.revision, local_dir=into, allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         _refuse(origin, field, error)
+
+
+def _size(origin: Hub, field: Field) -> int:
+    """Bytes of the files that are wanted of a model."""
+    _needs_hub(origin, field)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        files = HfApi().model_info(origin.id, revision=origin.revision, files_metadata=True, timeout=60).siblings or []
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        _refuse(origin, field, error)
+    return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _WANTED))
+
+
+def _bytes_below(folder: Path) -> int:
+    """What has come, files under way included (the hub's client keeps them in a hidden folder)."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:

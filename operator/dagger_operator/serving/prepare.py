@@ -13,6 +13,7 @@ from dagger_operator.serving.weights import teacher_version
 from dagger_operator.store.check import require_honest
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.policies import point_to, save_policy
+from dagger_operator.store.progress import Reporter
 from dagger_operator.store.results import PrepareResult, read_result, save_result
 from dagger_operator.store.stage import Stage, main
 
@@ -59,7 +60,8 @@ async def _student(stage: Stage) -> str:
     if isinstance(origin, Hub):
         origin = Hub(origin.id, await commit(origin, "student.model"))
         base_model = f"{origin.id}@{origin.revision}"
-    folder = await fetch(origin, stage.store, stage.scratch / "student", "student.model")
+    progress = _Progress(stage)
+    folder = await fetch(origin, stage.store, stage.scratch / "student", "student.model", progress.comes)
     check_model(folder, "student.model", student.served.max_model_len if student.served else None)
     manifest = await save_policy(
         stage.store,
@@ -70,9 +72,25 @@ async def _student(stage: Stage) -> str:
         data_digest=None,
         settings={},
         software={"dagger-operator": installed("dagger-operator")},
+        tell=progress.goes,
     )
     await point_to(stage.store, manifest.version, 0)
     return manifest.version
+
+
+class _Progress:
+    """Bytes of a model that has to come here, where it is elsewhere, and then to go to the store."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._reporter = Reporter(stage.store, 0, "prepare", "bytes")
+        self._came = 0
+
+    async def comes(self, done: int, total: int) -> None:
+        self._came = total
+        await self._reporter.tell(done, 2 * total)
+
+    async def goes(self, done: int, total: int) -> None:
+        await self._reporter.tell(self._came + done, self._came + total)
 
 
 def _selected(folder: Path, into: Path) -> Path:

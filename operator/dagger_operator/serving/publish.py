@@ -7,6 +7,7 @@ import structlog
 
 from dagger_operator.serving.agents import said, wait_for
 from dagger_operator.store.policies import point_to
+from dagger_operator.store.progress import Reporter
 from dagger_operator.store.results import PublishResult, read_result, save_result
 from dagger_operator.store.stage import Stage, StageFailure, main
 
@@ -27,7 +28,8 @@ async def publish(stage: Stage) -> None:
         raise StageFailure("IncompleteEnvironment", f"{missing} is not set: stages are started by `daggerctl run` or the operator")
     policy = (await point_to(stage.store, stage.policy, stage.round)).policy
     deadline = serving.startup_deadline_seconds
-    done, found = await wait_for(urls, serving.replicas, seconds=deadline, done=lambda status: status.serves(policy))
+    tell = Reporter(stage.store, stage.round, "publish", "replicas").tell
+    done, found = await wait_for(urls, serving.replicas, seconds=deadline, done=lambda status: status.serves(policy), tell=tell)
     if not done:
         raise StageFailure(
             "PolicyNotServed",

@@ -16,7 +16,7 @@ METRICS_PORT = "DAGGER_METRICS_PORT"
 
 def fresh_registry() -> CollectorRegistry:
     """An empty registry, whose counters are not followed by a series each that says when they were created."""
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client does not type it
     return CollectorRegistry()
 
 

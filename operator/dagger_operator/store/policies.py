@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.progress import Tell, silent
 from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
@@ -68,8 +69,10 @@ async def save_policy(
     data_digest: str | None,
     settings: Mapping[str, Any],
     software: Mapping[str, str],
+    tell: Tell = silent,
 ) -> PolicyManifest:
-    """Stores a folder as a policy version. The same folder, round, parent and data give the same version, which is written once."""
+    """Stores a folder as a policy version. The same folder, round, parent and data give the same version, which is written once.
+    `tell` hears of the bytes."""
     files = await asyncio.to_thread(_digest_files, folder)
     if not files:
         raise StageFailure("NoCheckpoint", f"{folder} holds no files: a policy is a Hugging Face folder with config and safetensors")
@@ -91,10 +94,14 @@ async def save_policy(
     )
     prefix = layout.policy(version)
     there = {info.key: info.size for info in await store.list(prefix)}
+    stored, total = 0, sum(file.size for file in files.values())
     for name, file in files.items():
+        await tell(stored, total)
         # The version is made of the files' digests and objects appear whole: one of this size is this file.
         if there.get(prefix + name) != file.size:
             await store.upload(prefix + name, folder / name)
+        stored += file.size
+    await tell(total, total)
     if not await store.create(layout.policy_manifest(version), manifest.model_dump_json(indent=1).encode()):
         return await policy_manifest(store, version)
     return manifest

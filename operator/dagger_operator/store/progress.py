@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Protocol
 
 import structlog
 from pydantic import ValidationError
@@ -20,6 +21,16 @@ async def report(store: Store, round_number: int, stage: str, index: int, progre
         await store.put(layout.progress(round_number, stage, index), progress.model_dump_json().encode())
     except StoreUnavailable as error:
         structlog.get_logger().warning("progress not reported", problem=str(error))
+
+
+class Tell(Protocol):
+    """Hears how far something is, as often as its maker likes."""
+
+    async def __call__(self, done: int, total: int, /) -> object: ...
+
+
+async def silent(done: int, total: int, /) -> None:
+    """A `Tell` for when nobody listens."""
 
 
 class Reporter:
