@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagger_operator.api import BatchUnit, Schedule, ScheduleType, Training
-from dagger_operator.training.batches import Curriculum, spread
+from dagger_operator.training.batches import Curriculum, padding, spread
 from dagger_operator.training.packing import Pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.schedule import learning_rate
@@ -94,14 +94,16 @@ def test_ranks_share_every_pack_once_in_the_same_number_of_passes(sizes: list[tu
     passes = spread(packs, ranks, bound, targets_at_once=50)
     assert all(len(one.packs) == ranks for one in passes)
     assert sorted(index for one in passes for indices in one.packs for index in indices) == list(range(len(packs)))
-    loads = [0] * ranks
+    loads, area = [0] * ranks, 0
     for one in passes:
         for rank, indices in enumerate(one.packs):
             padded = len(indices) * max((len(packs[index]) for index in indices), default=0)
             assert padded <= bound or len(indices) == 1
             assert sum(len(packs[index].targets) for index in indices) <= 50 * one.pieces
+            area += padded
             loads[rank] += sum(len(packs[index]) for index in indices)
     assert max(loads) - min(loads) <= max(length for length, _ in sizes)
+    assert padding(passes, packs) == area - sum(map(len, packs))
 
 
 @pytest.mark.parametrize("name", ["Constant", "Linear", "Cosine"])

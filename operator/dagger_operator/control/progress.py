@@ -14,7 +14,7 @@ from dagger_operator.store.results import EvaluationResult, PublishResult, Rollo
 Progress = Mapping[Step, Mapping[int, StageProgress]]
 """What workers report, by step and by worker's index."""
 
-_REPORTING = frozenset({StageName.ROLLOUT, StageName.TRAINING, StageName.EVALUATION})
+_REPORTING = frozenset(StageName) - {StageName.PREFLIGHT}
 
 
 async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progress:
@@ -96,6 +96,8 @@ def _gpus(run: DAggerRun, step: Step) -> int:
     student, teacher = run.spec.student.served, run.spec.teacher.serving
     serving = (student.gpus * student.replicas if student else 0) + (teacher.gpus * teacher.nodes * teacher.replicas if teacher else 0)
     match step.stage:
+        case StageName.PREPARE:
+            return 0
         case StageName.TRAINING:
             held = 0 if run.spec.gpu_sharing is GpuSharing.TIME_SHARED else serving
             return held + run.spec.training.nodes * run.spec.training.gpus_per_node
