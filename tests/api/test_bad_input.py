@@ -117,7 +117,7 @@ def test_an_edit_that_would_make_finished_rounds_lie_is_refused(document: Json, 
     refused = refused_edits(old, load(document).spec)
     assert any(message.startswith(f"spec.{immutable.name} is immutable") and "make a new run" in message for message in refused)
     # The API server refuses by the same table: the rule compares the same path.
-    assert all(f"{side}.{immutable.field}" in immutable.rule().rule for side in ("self", "oldSelf"))
+    assert all(f"{side}.{immutable.name}" in immutable.rule().rule for side in ("self", "oldSelf"))
 
 
 def test_what_a_run_may_be_told_while_it_runs(document: Json) -> None:

@@ -77,9 +77,12 @@ class ApiModel(BaseModel):
 
 
 def _json(default: Any) -> Any:
-    """A default as the API server should fill it in: `{}` where the fields' own defaults say the rest."""
+    """A default as the API server should fill it in: `{}` where the fields' own defaults say the rest.
+
+    Not so where there are rules: an API server holds a default against them as it stands, before it fills in what is below it.
+    """
     if not isinstance(default, ApiModel):
         return to_jsonable_python(default)
-    if all(not field.is_required() for field in type(default).model_fields.values()) and default == type(default)():
+    if not default.cel and all(not field.is_required() for field in type(default).model_fields.values()) and default == type(default)():
         return {}
     return default.wire()

@@ -54,8 +54,17 @@ class Immutable:
         return f"{self.name} is immutable, {self.why}: make a new run with a new name"
 
     def rule(self) -> Rule:
-        absent = ".orValue('')" if "?" in self.field else ""
-        return Rule(f"self.{self.field}{absent} == oldSelf.{self.field}{absent}", self.message)
+        same = f"self.{self.name} == oldSelf.{self.name}"
+        if "?" in self.field:
+            # Not by `orValue`: the API server cannot bound what that costs.
+            here, before = self._given("self"), self._given("oldSelf")
+            same = f"({here}) == ({before}) && (!({here}) || {same})"
+        return Rule(same, self.message)
+
+    def _given(self, whose: str) -> str:
+        parts = self.field.split(".")
+        optional = (".".join(parts[: end + 1]).replace("?", "") for end, part in enumerate(parts) if part.startswith("?"))
+        return " && ".join(f"has({whose}.{path})" for path in optional)
 
     def of(self, spec: "RunSpec") -> Any:
         found: Any = spec.wire()
