@@ -1,12 +1,12 @@
 """Whatever happens in whatever order, a run comes to its end, by the right steps, each done once.
 
-A small cluster behaves as Kubernetes does where it matters: Jobs are immutable and Indexed, pods come and go at any moment, deletion takes
-time, and what a controller sees may be a moment old.
+The controller may be late, forgetful and interrupted; pods, nodes, objects and storage come and go; people edit, suspend and delete.
 """
 
 import copy
 import json
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,197 +15,10 @@ from hypothesis import Phase as Phases
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from dagger_operator.api import DAggerRun, EvaluationSummary, Phase, RolloutSummary, TrainingSummary, load
-from dagger_operator.control import ATTEMPT, COMPONENT, RETRY, ROUND, Child, Observed, Plan, Results, StageName, Step, children, plan
-from dagger_operator.store.records import Record
-from dagger_operator.store.results import EvaluationResult, PreflightResult, PrepareResult, PublishResult, RolloutResult, TrainingResult
+from dagger_operator.api import DAggerRun, Phase, load
+from dagger_operator.control import COMPONENT, RETRY, ROUND, Child, Observed, Plan, Results, StageName, Step, children, plan
 
 Json = dict[str, Any]
-SERVERS = ("student", "teacher")
-
-
-def result_of(step: Step, acting: str | None, tries: int) -> Record:
-    """What a stage leaves; `tries` makes the result of every execution another one, so that a second would be seen."""
-    match step.stage:
-        case StageName.PREPARE:
-            return PrepareResult(policy="r000-base", teacher="teacher-1")
-        case StageName.PREFLIGHT:
-            return PreflightResult(student="r000-base", teacher="teacher-1", checks={})
-        case StageName.ROLLOUT:
-            shares: Any = {"label_coverage": 1.0, "teacher_turn_share": 0.5, "teacher_token_share": 0.5}
-            summary = RolloutSummary(rollouts=tries, turns=1, labels=1, data_digest="d", seconds=1.0, **shares)
-            return RolloutResult(summary=summary, manifest_digest="d", excluded={})
-        case StageName.TRAINING:
-            version = f"r{step.round:03d}-{tries:012d}"
-            return TrainingResult(
-                summary=TrainingSummary(steps=1, labels=1, tokens=1, checkpoint=version, seconds=1.0), policy=version, losses=()
-            )
-        case StageName.PUBLISH:
-            return PublishResult(policy=acting or "", replicas=1, seconds=1.0)
-        case StageName.EVALUATION:
-            summary_ = EvaluationSummary(
-                policy=acting or "", tasks=2, resolved=1, resolved_rate=0.5, interval=[0.1, 0.9], false_submits=0, seconds=1.0
-            )
-            return EvaluationResult(summary=summary_, resolved_tasks=(), unresolved_tasks=())
-
-
-class Cluster:
-    """Objects and pods in Kubernetes' form, and the results that stages left."""
-
-    def __init__(self) -> None:
-        self.objects: dict[tuple[str, str], Json] = {}
-        self.pods: dict[str, Json] = {}
-        self.results: dict[tuple[int, str], Record] = {}
-        self.done: dict[str, set[int]] = {}
-        self.failures: dict[str, int] = {}
-        self.clock = datetime(2026, 1, 1, tzinfo=UTC)
-        self.serial = 0
-
-    # What a controller does
-
-    def apply(self, manifest: Json) -> None:
-        manifest = json.loads(json.dumps(manifest))
-        key = (manifest["kind"], manifest["metadata"]["name"])
-        assert len(key[1]) <= 58
-        old = self.objects.get(key)
-        if old is None:
-            self.serial += 1
-            manifest["metadata"] |= {"uid": f"uid-{self.serial}", "generation": 1}
-            if key[0] == "Job":
-                step = (int(manifest["metadata"]["labels"][ROUND]), manifest["metadata"]["labels"][COMPONENT])
-                assert step not in self.results, f"{key[1]} is made although its stage is done"
-            self.objects[key] = manifest
-            return
-        if key[0] == "Job":
-            fixed = [{**one["spec"], "suspend": None, "activeDeadlineSeconds": None} for one in (old, manifest)]
-            assert fixed[0] == fixed[1], "a Job's spec is immutable"
-        changed = old["spec"] != manifest["spec"]
-        manifest["metadata"] |= {"uid": old["metadata"]["uid"], "generation": old["metadata"]["generation"] + changed}
-        if "deletionTimestamp" in old["metadata"]:
-            manifest["metadata"]["deletionTimestamp"] = old["metadata"]["deletionTimestamp"]
-        self.objects[key] = {**manifest, **({"status": old["status"]} if "status" in old else {})}
-
-    def delete(self, kind: str, name: str, uid: str = "", *, foreground: bool = True) -> None:
-        manifest = self.objects.get((kind, name))
-        if manifest is None or (uid and manifest["metadata"]["uid"] != uid):
-            return
-        if foreground:
-            manifest["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        else:
-            del self.objects[kind, name]
-        for pod in self.of(manifest):
-            self.terminate(pod)
-
-    # What the cluster's own controllers do, one step at a time
-
-    def of(self, manifest: Json) -> list[Json]:
-        return [pod for pod in self.pods.values() if pod["owner"] == manifest["metadata"]["uid"]]
-
-    def terminate(self, pod: Json) -> None:
-        pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-
-    def reconcile(self) -> None:
-        for key, manifest in list(self.objects.items()):
-            if "deletionTimestamp" in manifest["metadata"]:
-                for pod in self.of(manifest):
-                    self.terminate(pod)
-                if not self.of(manifest):
-                    del self.objects[key]
-            elif key[0] == "Job":
-                self.reconcile_job(manifest)
-            elif key[0] == "Deployment":
-                self.reconcile_deployment(manifest)
-
-    def reconcile_job(self, job: Json) -> None:
-        status, spec, uid = job.setdefault("status", {}), job["spec"], job["metadata"]["uid"]
-        running = [pod for pod in self.of(job) if alive(pod)]
-        if status.get("conditions"):
-            for pod in running:
-                self.terminate(pod)
-            return
-        over = [pod for pod in self.of(job) if pod["status"].get("code") == 3]
-        done = self.done.setdefault(uid, set())
-        if over or self.failures.get(uid, 0) > spec["backoffLimit"]:
-            reason = "PodFailurePolicy" if over else "BackoffLimitExceeded"
-            status["conditions"] = [{"type": "Failed", "status": "True", "reason": reason, "lastTransitionTime": self.time()}]
-        elif len(done) == spec["completions"]:
-            status["conditions"] = [{"type": "Complete", "status": "True", "lastTransitionTime": self.time()}]
-        elif spec.get("suspend"):
-            for pod in running:
-                self.terminate(pod)
-        else:
-            for index in range(spec["completions"]):
-                if index not in done and not any(pod["index"] == index for pod in running):
-                    self.create(job, index)
-
-    def reconcile_deployment(self, deployment: Json) -> None:
-        template, replicas = deployment["spec"]["template"], deployment["spec"]["replicas"]
-        attempt = template["metadata"]["labels"][ATTEMPT]
-        mine = self.of(deployment)
-        current = [pod for pod in mine if pod["metadata"]["labels"][ATTEMPT] == attempt]
-        for pod in mine:
-            if pod not in current or current.index(pod) >= replicas:
-                self.terminate(pod)
-        if len(current) == len(mine):  # Recreate: nothing new before the old is gone
-            for index in range(len(current), replicas):
-                self.create(deployment, index)
-        mine = self.of(deployment)
-        deployment["status"] = {
-            "observedGeneration": deployment["metadata"]["generation"],
-            "replicas": len(mine),
-            "updatedReplicas": len([pod for pod in mine if pod["metadata"]["labels"][ATTEMPT] == attempt]),
-            "readyReplicas": len([pod for pod in mine if pod["status"].get("ready")]),
-        }
-
-    def create(self, owner: Json, index: int) -> None:
-        self.serial += 1
-        template = owner["spec"]["template"]
-        env = {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
-        limits = [one.get("resources", {}).get("limits", {}) for one in template["spec"]["containers"]]
-        pod = {
-            "kind": "Pod",
-            "metadata": {"name": f"{owner['metadata']['name']}-{index}-{self.serial}", "labels": template["metadata"]["labels"]},
-            "status": {"phase": "Pending"},
-            "owner": owner["metadata"]["uid"],
-            "job": owner["kind"] == "Job",
-            "index": index,
-            "env": env,
-            "gpus": sum(int(one.get("nvidia.com/gpu", 0)) for one in limits),
-        }
-        self.pods[pod["metadata"]["name"]] = pod
-
-    def time(self) -> str:
-        return self.clock.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-    # What happens to pods
-
-    def start(self, pod: Json) -> None:
-        pod["status"] = {"phase": "Running", "containerStatuses": [{"name": "stage", "state": {"running": {}}}], "ready": not pod["job"]}
-
-    def succeed(self, pod: Json, tries: int) -> None:
-        """A stage does its work, unless another worker did it before, and ends."""
-        step = Step(int(pod["metadata"]["labels"][ROUND]), StageName(pod["metadata"]["labels"][COMPONENT]))
-        self.results.setdefault((step.round, step.stage), result_of(step, pod["env"].get("DAGGER_POLICY"), tries))
-        self.done.setdefault(pod["owner"], set()).add(pod["index"])
-        self.end(pod, 0, "")
-
-    def fail(self, pod: Json, code: int) -> None:
-        if code != 75:  # `Ignore` in the Job's podFailurePolicy
-            self.failures[pod["owner"]] = self.failures.get(pod["owner"], 0) + 1
-        self.end(pod, code, json.dumps({"reason": "Broken", "message": f"exit {code}: mend it"}))
-
-    def end(self, pod: Json, code: int, message: str) -> None:
-        ended = {"exitCode": code, "message": message, "finishedAt": self.time()}
-        pod["status"] = {
-            "phase": "Failed" if code else "Succeeded",
-            "code": code,
-            "containerStatuses": [{"name": "stage", "state": {"terminated": ended}}],
-        }
-
-    def vanish(self, pod: Json) -> None:
-        """Gone: the end of a termination, or its node died."""
-        self.pods.pop(pod["metadata"]["name"], None)
-
 
 SPEC: Json = {
     "rounds": 2,
@@ -217,12 +30,12 @@ SPEC: Json = {
 }
 
 
-def alive(pod: Json) -> bool:
-    return pod["status"]["phase"] in ("Pending", "Running")
-
-
 class AnyOrder(RuleBasedStateMachine):
     """One run in one cluster, seen by a controller that may be late, forgetful and interrupted."""
+
+    def __init__(self, simulated: Callable[[], Any]) -> None:
+        super().__init__()
+        self.cluster = simulated()
 
     @initialize(
         sharing=st.sampled_from(["Dedicated", "TimeShared"]),
@@ -246,7 +59,6 @@ class AnyOrder(RuleBasedStateMachine):
         if teacher == "endpoint":
             spec["teacher"] = {"model": "t", "endpoint": endpoint}
         self.run: DAggerRun = load({"metadata": {"name": "run", "uid": "u", "generation": 1}, "spec": spec})
-        self.cluster = Cluster()
         self.previous = self.look()
         self.tries = 0
 
@@ -380,6 +192,10 @@ class AnyOrder(RuleBasedStateMachine):
     def edit_what_a_stage_can_see(self, workers: int) -> None:
         self.edit(rollouts=self.run.spec.rollouts.wire() | {"workers": workers})
 
+    @rule(overlap=st.sampled_from(["NextRound", "None"]))
+    def edit_what_may_overlap(self, overlap: str) -> None:
+        self.edit(evaluation=self.run.spec.evaluation.wire() | {"overlap": overlap})
+
     @rule(limit=st.integers(1, 3))
     def edit_what_the_student_server_can_see(self, limit: int) -> None:
         if self.run.spec.student.endpoint is None:
@@ -404,6 +220,8 @@ class AnyOrder(RuleBasedStateMachine):
         if step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
             made_by = step.round - 1 if step.stage is StageName.ROLLOUT else step.round
             assert pod["env"]["DAGGER_POLICY"] == Results(self.cluster.results).student_after(made_by)
+        if step.stage is StageName.EVALUATION:
+            assert (step.round + 1, "publish") not in self.cluster.results, "another student is served by then"
         self.tries += 1
         self.cluster.succeed(pod, self.tries)
 
@@ -414,14 +232,16 @@ class AnyOrder(RuleBasedStateMachine):
         holding = {
             "training" if pod["metadata"]["labels"][COMPONENT] == "training" else "serving"
             for pod in self.cluster.pods.values()
-            if pod["gpus"] and alive(pod)
+            if pod["gpus"] and self.cluster.alive(pod)
         }
         assert len(holding) <= 1
 
     @invariant()
     def no_worker_name_is_taken_twice(self) -> None:
         if hasattr(self, "run"):
-            labels = [(pod["metadata"]["labels"], pod["index"]) for pod in self.cluster.pods.values() if pod["job"] and alive(pod)]
+            labels = [
+                (pod["metadata"]["labels"], pod["index"]) for pod in self.cluster.pods.values() if pod["job"] and self.cluster.alive(pod)
+            ]
             names = [(one[COMPONENT], one[ROUND], index) for one, index in labels]
             assert len(names) == len(set(names))
 
@@ -438,7 +258,7 @@ class AnyOrder(RuleBasedStateMachine):
             for pod in leaving:
                 self.cluster.vanish(pod)
         if moments >= 5 and self.run.spec.suspend:
-            assert not [pod for pod in self.cluster.pods.values() if alive(pod)], "a suspended run holds nothing"
+            assert not [pod for pod in self.cluster.pods.values() if self.cluster.alive(pod)], "a suspended run holds nothing"
 
     def all_pods_get_on(self) -> None:
         owners, worked = {one["metadata"]["uid"] for one in self.cluster.objects.values()}, set()
@@ -448,7 +268,7 @@ class AnyOrder(RuleBasedStateMachine):
             elif pod["status"]["phase"] == "Running" and pod["job"] and pod["owner"] not in worked:
                 worked.add(pod["owner"])  # one worker at a time: the others wind up later
                 self.execute(pod)
-            elif not alive(pod) and pod["owner"] not in owners:
+            elif not self.cluster.alive(pod) and pod["owner"] not in owners:
                 self.cluster.vanish(pod)
 
     def teardown(self) -> None:
@@ -494,7 +314,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(last.remove) == len([one for one in self.cluster.objects.values() if "deletionTimestamp" not in one["metadata"]])
 
 
-def explore(runs: int) -> None:
+def explore(simulated: Any, runs: int) -> None:
     given = settings(
         max_examples=runs,
         stateful_step_count=40,
@@ -503,13 +323,13 @@ def explore(runs: int) -> None:
         phases=(Phases.reuse, Phases.generate),  # making a long history shorter takes minutes
         print_blob=True,
     )
-    run_state_machine_as_test(AnyOrder, settings=given)
+    run_state_machine_as_test(lambda: AnyOrder(simulated), settings=given)
 
 
-def test_a_run_comes_to_its_end_whatever_happens_in_whatever_order() -> None:
-    explore(20)
+def test_a_run_comes_to_its_end_whatever_happens_in_whatever_order(simulated: Any) -> None:
+    explore(simulated, 20)
 
 
 @pytest.mark.heavy
-def test_a_run_comes_to_its_end_in_hundreds_of_orders() -> None:
-    explore(300)
+def test_a_run_comes_to_its_end_in_hundreds_of_orders(simulated: Any) -> None:
+    explore(simulated, 300)
