@@ -13,7 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +150,9 @@ class Kubernetes:
     def with_crd(self) -> "Kubernetes":
         crd = ROOT / "manifests" / "crd" / "daggerruns.yaml"
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", crd)
-        # `kubectl wait` fails on one that has no conditions yet.
-        while self.kubectl("get", "-f", crd, "-o", 'jsonpath={.status.conditions[?(@.type=="Established")].status}') != "True":
-            time.sleep(0.1)
+        # `kubectl wait` for a condition fails on one that has no conditions yet.
+        self.kubectl("wait", "--for=jsonpath={.status.acceptedNames.kind}=DAggerRun", "-f", crd, "--timeout=60s")
+        _patiently(lambda: self.kubectl("get", "daggerruns", "--all-namespaces"))
         return self
 
 
@@ -192,12 +192,34 @@ def cluster() -> Iterator[Kubernetes]:
             subprocess.run([scripts / "down"], check=True)
 
 
+@pytest.fixture(scope="session")
+def images(cluster: Kubernetes) -> dict[str, str]:
+    """The project's images by target (`operator`, `worker`, ...): built, and on the node; on a cluster of the user's own they have to be there."""
+    if not os.environ.get("DAGGER_TEST_KUBECONFIG"):
+        subprocess.run([ROOT / "scripts" / "images", "load"], stdout=subprocess.PIPE, check=True)
+    targets = re.findall(r"^FROM .* AS ([a-z-]+)\n(?:.*\n)*?CMD ", (ROOT / "images" / "Dockerfile").read_text(), re.MULTILINE)
+    return {target: f"dagger-operator/{target}:{version('dagger-operator')}" for target in targets}
+
+
 @pytest.fixture
 def namespace(request: pytest.FixtureRequest) -> Iterator[str]:
     """A fresh namespace on the cluster that the test uses, deleted after it."""
     used: Kubernetes = request.getfixturevalue("cluster" if "cluster" in request.fixturenames else "control_plane")
     with used.fresh_namespace() as name:
         yield name
+
+
+def _patiently(attempt: Callable[[], object], seconds: float = 60) -> None:
+    """Until it raises nothing."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            attempt()
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _built(tool: str, *programs: str) -> Path:
@@ -223,7 +245,7 @@ class Documented:
     def differences(self, series: Iterable[dict[str, str]], *sections: str) -> list[str]:
         """What is wrong with samples (labels, the name as `__name__`) of who exposes these sections; nothing where all is well."""
         known = {name: row for section in sections for name, row in self.tables[section].items()}
-        found, wrong = set[str](), set[str]()
+        found, wrong = dict[str, set[str]](), set[str]()
         for labels in series:
             sample = labels["__name__"]
             if re.match(r"(process|python|scrape|vllm:)|up$", sample):
@@ -232,14 +254,13 @@ class Documented:
             if name not in known or (name == sample) == (known[name][0] == "histogram"):
                 wrong.add(f"{sample} is not documented")
                 continue
-            found.add(name)
             kind, closed = known[name]
             if (kind == "counter") != name.endswith("_total"):
                 wrong.add(f"{name} is no {kind} by its name")
             own = {key: value for key, value in labels.items() if key not in ("__name__", "job", "instance", "le")}
-            if own.keys() != closed.keys():
-                wrong.add(f"{name} has the labels {sorted(own)}, documented are {sorted(closed)}")
+            found.setdefault(name, set()).update(own)  # not all in each: to Prometheus a label that is empty is none
             wrong |= {f"{name}: {key} is {value}" for key, value in own.items() if value not in (closed.get(key) or (value,))}
+        wrong |= {f"{name} has the labels {sorted(own)}" for name, own in found.items() if own != known[name][1].keys()}
         return sorted(wrong) + [f"{name} has no samples" for name in sorted(known.keys() - found)]
 
 
