@@ -2,9 +2,10 @@
 SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check fast heavy tools experiment generate lock clean cluster-up cluster-down
+.PHONY: help setup quickstart test check fast heavy tools experiment generate lock clean images cluster-up cluster-down
 
 help: ## What there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -34,6 +35,14 @@ tools: setup ## Go programs that tests need, built once for this machine
 
 experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
+
+images: ## All container images, from images/Dockerfile: an OCI layout, or with DOCKER=docker in Docker (images/README.md)
+ifdef DOCKER
+	for target in operator worker trainer quickstart vllm-cpu; do \
+	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) --build-arg VERSION=$(VERSION) . || exit; done
+else
+	@scripts/images build
+endif
 
 cluster-up: ## A real single-node Kubernetes on this machine, for tests (tests/cluster/README.md)
 	@tests/cluster/up

@@ -24,6 +24,7 @@ from hypothesis import settings
 from kubernetes.aio.client import ApiClient
 from kubernetes.aio.config import new_client_from_config
 
+from dagger_operator import __version__
 from dagger_operator.api import Storage
 from dagger_operator.store.objects import Store
 
@@ -194,11 +195,11 @@ def cluster() -> Iterator[Kubernetes]:
 
 @pytest.fixture(scope="session")
 def images(cluster: Kubernetes) -> dict[str, str]:
-    """The project's images by target (`operator`, `worker`, ...): built, and on the node; on a cluster of the user's own they have to be there."""
+    """The project's images by target (`operator`, ...): built, and on the node; on a cluster of the user's own they have to be there."""
     if not os.environ.get("DAGGER_TEST_KUBECONFIG"):
         subprocess.run([ROOT / "scripts" / "images", "load"], stdout=subprocess.PIPE, check=True)
-    targets = re.findall(r"^FROM .* AS ([a-z-]+)\n(?:.*\n)*?CMD ", (ROOT / "images" / "Dockerfile").read_text(), re.MULTILINE)
-    return {target: f"dagger-operator/{target}:{version('dagger-operator')}" for target in targets}
+    targets = ("operator", "worker", "trainer", "quickstart", "vllm-cpu")
+    return {target: f"dagger-operator/{target}:{__version__}" for target in targets}
 
 
 @pytest.fixture

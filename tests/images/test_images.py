@@ -1,0 +1,148 @@
+"""Each image does what it is for as uid 10001 with a read-only root, and holds what it should and no more."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Serving
+from dagger_operator.control.pods import SCRATCH, SHARED, USER_ID, container, value
+from dagger_operator.control.vllm import vllm_arguments, vllm_environment
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+
+PURPOSE: dict[str, tuple[list[str], set[str], str]] = {
+    "operator": (
+        ["dagger_operator.cluster", "dagger_operator.cli", "dagger_operator.control", "kopf", "kubernetes.aio"],
+        {"torch", "vllm", "transformers", "deepspeed", "minisweagent", "swebench"},
+        "control",
+    ),
+    "worker": (
+        [
+            *(f"dagger_operator.serving.{stage}" for stage in ("prepare", "preflight", "publish", "weights", "agent")),
+            *("dagger_operator.rollout.round", "dagger_operator.evaluation.stage", "dagger_operator.tasks.swebench"),
+            *("huggingface_hub", "minisweagent.agents.default", "swebench.harness.grading"),
+        ],
+        {"torch", "vllm", "transformers", "deepspeed"},
+        "worker",
+    ),
+    "trainer": (
+        ["dagger_operator.training.rank", "deepspeed", "transformers.models.qwen3.modeling_qwen3"],
+        {"vllm", "swebench"},
+        "trainer",
+    ),
+    "quickstart": (["dagger_operator.training.rank", "tokenizers"], {"vllm", "swebench"}, "trainer"),
+    "vllm-cpu": (
+        ["dagger_operator.serving.tied_head", "vllm.entrypoints.openai.api_server"],
+        {"deepspeed", "swebench"},
+        "serve-cpu",
+    ),
+}
+"""By image: modules that have to import, modules that must not be there, and the lock that it is installed from."""
+
+PROBE = """
+import importlib, importlib.util, json, os, shutil, sys, tempfile
+wanted, refused = json.loads(sys.argv[1])
+for module in wanted:
+    importlib.import_module(module)
+def writable(folder):
+    try:
+        open(os.path.join(folder, ".probe"), "w").close()
+    except OSError:
+        return False
+    return True
+facts = {
+    "user": os.getuid(),
+    "python": shutil.which("python"),
+    "present": [module for module in refused if importlib.util.find_spec(module)],
+    "tools": [tool for tool in ("pip", "uv", "gcc", "cc", "g++", "go", "make") if shutil.which(tool)],
+    "caches": [path for path in ("/root/.cache", "/var/lib/apt/lists", "/tmp/uv-cache") if os.path.isdir(path) and os.listdir(path)],
+    "root_writable": writable("/opt/venv"),
+    "home_writable": writable(os.path.expanduser("~")) and writable(tempfile.gettempdir()),
+    "sbom": json.load(open("/opt/dagger/sbom.cdx.json")),
+}
+print()
+print(json.dumps(facts))
+"""
+
+
+@pytest.mark.parametrize("target", PURPOSE)
+def test_image_is_for_its_stages_alone(pods: Any, images: dict[str, str], target: str) -> None:
+    modules, refused, lock = PURPOSE[target]
+    said = pods.run(images[target], "python", "-c", PROBE, json.dumps([modules, sorted(refused)]), seconds=600)
+    facts = json.loads(said.splitlines()[-1])
+    sbom = {(one["name"], one["version"]) for one in facts.pop("sbom")["components"]}
+    assert facts == {
+        "user": USER_ID,
+        "python": "/opt/venv/bin/python",
+        "present": [],
+        "tools": [],
+        "caches": [],
+        "root_writable": False,
+        "home_writable": True,
+    }
+    assert _locked(lock) | _locked("control") <= sbom, "the SBOM lists what the locks name"
+
+
+@pytest.mark.parametrize("target", PURPOSE)
+def test_image_says_what_it_is(images: dict[str, str], image_config: Callable[[str], dict[str, Any]], target: str) -> None:
+    config = image_config(images[target])
+    labels = {key.removeprefix("org.opencontainers.image."): text for key, text in config["Labels"].items()}
+    assert config["User"] == f"{USER_ID}:{USER_ID}"
+    assert labels["title"] == ("dagger-operator" if target == "operator" else f"dagger-operator-{target}")
+    assert labels["version"] == images[target].split(":")[1]
+    assert labels["licenses"] == "Apache-2.0"
+    assert re.fullmatch(r"[0-9a-f]{40}(-modified)?|unknown", labels["revision"])
+
+
+def test_worker_brings_the_helper_that_an_init_container_installs(pods: Any, images: dict[str, str]) -> None:
+    script = f"/opt/dagger/sandboxd install {SCRATCH} && ls {SCRATCH} && git --version && bwrap --version"
+    assert pods.run(images["worker"], "sh", "-c", script).split()[:3] == ["sandboxd", "git", "version"]
+
+
+def test_vllm_serves_a_tiny_model_on_the_cpu(pods: Any, images: dict[str, str]) -> None:
+    """With the command line and environment that `control` writes, asked over its Unix socket as the policy agent does."""
+    serving = Serving(gpus=0, max_model_len=2048, image=images["vllm-cpu"])
+    mounts = [("shared", SHARED), ("scratch", SCRATCH), ("shm", "/dev/shm")]
+    make = ["python", "/opt/quickstart/student.py", "--seed", "1", "--out", f"{SHARED}/current"]
+    vllm = ["python", "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(serving)]
+    pod = pods.start(
+        [
+            container("vllm", images["vllm-cpu"], vllm, [value("DAGGER_SHARED", SHARED), *vllm_environment(serving)], mounts=mounts),
+            container("ask", images["worker"], ["python", "-c", ASK], [], mounts=mounts),
+        ],
+        initContainers=[container("student", images["quickstart"], make, [], mounts=mounts)],
+    )
+    answer = json.loads(pods.output(pod, "ask", seconds=480).splitlines()[-1])
+    assert answer["model"] == "policy"
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+ASK = """
+import asyncio, json
+import aiohttp
+
+async def main():
+    body = {"model": "policy", "messages": [{"role": "user", "content": "python3 test.py"}], "max_tokens": 4, "temperature": 0}
+    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector("/shared/vllm.sock")) as session:
+        while True:
+            try:
+                async with session.post("http://vllm/v1/chat/completions", json=body) as answer:
+                    answer.raise_for_status()
+                    return print(json.dumps(await answer.json()))
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(1)
+
+asyncio.run(main())
+"""
+
+
+def _locked(lock: str) -> set[tuple[str, str]]:
+    """Names and versions in a lock, but for what is for other systems."""
+    rows = re.findall(r"^([a-z0-9-]+)==(\S+) (.*)$", (ROOT / "locks" / f"{lock}.txt").read_text(), re.MULTILINE)
+    return {(name, version) for name, version, rest in rows if ";" not in rest}
