@@ -1,5 +1,6 @@
 """The operator against a real API server: what a run goes through from YAML to its end."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,8 @@ import pytest
 
 from dagger_operator.cluster.cache import Cache
 from dagger_operator.cluster.reaper import GRACE, Reaper
+from dagger_operator.cluster.settings import Settings
+from dagger_operator.cluster.watches import Watches
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
@@ -21,9 +24,12 @@ def condition(run: Json, kind: str) -> Json:
     return found
 
 
-async def test_a_run_goes_through_its_rounds_and_says_how_it_went(lab: Any, make_operator: Callable[..., Any]) -> None:
+async def test_a_run_goes_through_its_rounds_and_says_how_it_went(
+    lab: Any, make_operator: Callable[..., Any], prometheus: Any, documented_metrics: Any
+) -> None:
     operator = make_operator()
     operator.start()
+    prometheus.watch("operator", f"127.0.0.1:{operator.metrics_port}")
     await lab.create(rounds=2)
     run = await lab.until_phase("Succeeded")
 
@@ -47,6 +53,13 @@ async def test_a_run_goes_through_its_rounds_and_says_how_it_went(lab: Any, make
     assert f'dagger_run_info{{phase="Succeeded",reason="RoundsDone",run="demo",run_namespace="{lab.namespace}"}} 1.0' in exposition
     assert 'dagger_stage_seconds_count{outcome="Succeeded",stage="rollout"} 2.0' in exposition
     assert operator.ask("/readyz") == (200, "ok")
+    assert prometheus.lint(exposition.encode()) == ""
+
+    async def scraped() -> bool:
+        return await asyncio.to_thread(prometheus.value, 'dagger_runs{phase="Succeeded"}') == 1
+
+    await lab.until(scraped)
+    assert documented_metrics.differences(prometheus.series("operator"), "Operator") == []
 
     await lab.delete()
 
@@ -220,12 +233,36 @@ async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
         renewed = (now - age).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         await make("coordination.k8s.io/v1", "Lease", name, "alive", spec={"renewTime": renewed, "leaseDurationSeconds": 30})
 
-    reaper = Reaper(lab.namespace, Cache(), lab.client)
+    cache, woken = Cache(), []
+    reaper = Reaper(lab.namespace, cache, lab.client, woken.append)
     assert await reaper.reap(now) == 2
     assert await reaper.reap(now) == 0
+    for binding in await lab.objects("rbac.authorization.k8s.io/v1", "RoleBinding"):
+        cache.put(binding)
+        lost = {**binding, "metadata": binding["metadata"] | {"name": f"{lab.namespace}.lost.worker", "uid": "another"}}
+        lost["metadata"]["labels"] = {**mine, "dagger-operator.dev/run": "lost"}
+        cache.put(lost)
+    await reaper.reap(now)
+    assert woken == [(lab.namespace, "lost")], "what went is made again"
     left = [
         one["metadata"]["name"]
         for kind in (("rbac.authorization.k8s.io/v1", "RoleBinding"), ("coordination.k8s.io/v1", "Lease"))
         for one in await lab.objects(*kind)
     ]
     assert left == [f"{lab.namespace}.alive.worker", "fresh"]
+
+
+async def test_what_went_while_nobody_watched_is_found_out_by_a_fresh_list(lab: Any) -> None:
+    woken: list[Any] = []
+    cache = Cache()
+    watches = Watches(Settings(), cache, lab.client, wake=woken.append, gone=lambda _: None, heard=lambda *_: None)
+    run = await lab.create_short("there")
+    for name, uid in (("there", run["metadata"]["uid"]), ("gone", "gone")):
+        cache.put({**run, "metadata": run["metadata"] | {"name": name, "uid": uid}})
+    watches._listed("daggerruns", None, since=float("inf"))
+
+    async def found_out() -> bool:
+        return woken == [(lab.namespace, "gone")]
+
+    await lab.until(found_out)
+    assert [one["metadata"]["name"] for one in cache.of_kind("DAggerRun")] == ["there"]

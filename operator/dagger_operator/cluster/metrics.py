@@ -11,7 +11,6 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
-    CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
@@ -25,6 +24,7 @@ from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.gpus import USES, held
 from dagger_operator.cluster.readings import Readings
 from dagger_operator.control import COMPONENT, StageName
+from dagger_operator.store.exposition import fresh_registry
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _STAGE = (10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 48 * 3600.0)
@@ -34,7 +34,7 @@ _GPU_SECONDS = 5.0
 
 class Metrics:
     def __init__(self) -> None:
-        own = self.registry = CollectorRegistry()
+        own = self.registry = fresh_registry()
         ProcessCollector(registry=own)
         PlatformCollector(registry=own)
         Gauge("dagger_operator_build_info", "Which operator this is.", ["version"], registry=own).labels(__version__).set(1)
