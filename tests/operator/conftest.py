@@ -22,7 +22,7 @@ from kubernetes.aio.config import load_kube_config
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary, load
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.connection import session
-from dagger_operator.cluster.errors import Missing, Refused
+from dagger_operator.cluster.errors import ApiError, Missing
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.records import Record
@@ -109,6 +109,16 @@ def make_operator(control_plane: Any, namespace: str, tmp_path: Path) -> Iterato
     yield make
     for one in made:
         one.kill()
+
+
+@pytest.fixture(scope="module")
+def operator(control_plane: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """One replica for the tests of a module, without a Lease and for all namespaces."""
+    folder = tmp_path_factory.mktemp("operator")
+    one = Operator(control_plane.kubeconfig, folder / "log", {"DAGGER_OPERATOR_LEASE": "-"})
+    one.start()
+    yield one
+    one.kill()
 
 
 @pytest.fixture
@@ -212,7 +222,7 @@ class Lab:
     async def play(self) -> None:
         """Plays kubelet for ever: servers become Ready, stages leave their result and succeed."""
         while True:
-            with contextlib.suppress(Missing, Refused):
+            with contextlib.suppress(ApiError):
                 for job in await self.objects("batch/v1", "Job"):
                     self.jobs[job["metadata"]["uid"]] = job["metadata"]["name"]
                 for pod in await self.objects("v1", "Pod"):

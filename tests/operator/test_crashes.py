@@ -102,6 +102,22 @@ async def test_somebody_who_edits_the_run_all_the_time_does_not_stop_it(lab: Any
     assert made_once(lab)
 
 
+async def test_a_run_can_be_deleted_while_no_operator_lives(lab: Any, make_operator: Callable[..., Any]) -> None:
+    operator = make_operator()
+    operator.start()
+    lab.paused = {"rollout"}
+    await lab.create()
+    await lab.until_job("rollout")
+    operator.kill()
+    await lab.delete()
+
+    async def gone() -> bool:
+        kinds = [("batch/v1", "Job"), ("apps/v1", "Deployment"), ("v1", "Service"), ("v1", "Pod")]
+        return not [one for kind in kinds for one in await lab.objects(*kind)]
+
+    await lab.until(gone)
+
+
 async def test_the_api_server_goes_away_and_comes_back(lab: Any, make_operator: Callable[..., Any], control_plane: Any) -> None:
     operator = make_operator()
     operator.start()

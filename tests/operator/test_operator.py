@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,8 @@ def condition(run: Json, kind: str) -> Json:
 
 
 async def test_a_run_goes_through_its_rounds_and_says_how_it_went(
-    lab: Any, make_operator: Callable[..., Any], prometheus: Any, documented_metrics: Any
+    lab: Any, operator: Any, prometheus: Any, documented_metrics: Any
 ) -> None:
-    operator = make_operator()
-    operator.start()
     prometheus.watch("operator", f"127.0.0.1:{operator.metrics_port}")
     await lab.create(rounds=2)
     run = await lab.until_phase("Succeeded")
@@ -49,10 +46,10 @@ async def test_a_run_goes_through_its_rounds_and_says_how_it_went(
 
     await lab.until(released)
     exposition = operator.metrics()
-    assert 'dagger_runs{phase="Succeeded"} 1.0' in exposition
     assert f'dagger_run_info{{phase="Succeeded",reason="RoundsDone",run="demo",run_namespace="{lab.namespace}"}} 1.0' in exposition
-    assert 'dagger_stage_seconds_count{outcome="Succeeded",stage="rollout"} 2.0' in exposition
-    assert operator.ask("/readyz") == (200, "ok")
+    assert _sum(exposition, 'dagger_runs{phase="Succeeded"}') >= 1
+    assert _sum(exposition, 'dagger_stage_seconds_count{outcome="Succeeded",stage="rollout"}') >= 2
+    assert operator.ask("/livez") == operator.ask("/readyz") == (200, "ok")
     assert prometheus.lint(exposition.encode()) == ""
 
     async def scraped() -> bool:
@@ -64,15 +61,12 @@ async def test_a_run_goes_through_its_rounds_and_says_how_it_went(
     await lab.delete()
 
     async def gone() -> bool:
-        return not await lab.objects("batch/v1", "Job") and "dagger_run_info{" not in operator.metrics()
+        return not await lab.objects("batch/v1", "Job") and lab.namespace not in operator.metrics()
 
     await lab.until(gone)
-    assert operator.stop() == 0
 
 
-async def test_what_is_as_it_should_be_is_not_written_again(lab: Any, make_operator: Callable[..., Any]) -> None:
-    operator = make_operator()
-    operator.start()
+async def test_what_is_as_it_should_be_is_not_written_again(lab: Any, operator: Any) -> None:
     lab.paused = {"rollout"}
     await lab.create()
     await lab.until_job("rollout")
@@ -113,8 +107,7 @@ def _sum(exposition: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in exposition.splitlines() if line.startswith(name))
 
 
-async def test_suspended_and_resumed(lab: Any, make_operator: Callable[..., Any]) -> None:
-    make_operator().start()
+async def test_suspended_and_resumed(lab: Any, operator: Any) -> None:
     lab.paused = {"rollout"}
     await lab.create()
     job = await lab.until_job("rollout")
@@ -129,8 +122,7 @@ async def test_suspended_and_resumed(lab: Any, make_operator: Callable[..., Any]
     assert len([name for name in lab.jobs.values() if "-rollout-" in name]) == 1, "the same Job went on"
 
 
-async def test_an_edit_in_flight_makes_one_new_attempt(lab: Any, make_operator: Callable[..., Any]) -> None:
-    make_operator().start()
+async def test_an_edit_in_flight_makes_one_new_attempt(lab: Any, operator: Any) -> None:
     lab.paused = {"rollout"}
     await lab.create_short()
     first = await lab.until_job("rollout")
@@ -145,8 +137,7 @@ async def test_an_edit_in_flight_makes_one_new_attempt(lab: Any, make_operator: 
     assert len([name for name in lab.jobs.values() if "-rollout-" in name]) == 2
 
 
-async def test_a_failed_job_deleted_by_hand_is_a_retry(lab: Any, make_operator: Callable[..., Any]) -> None:
-    make_operator().start()
+async def test_a_failed_job_deleted_by_hand_is_a_retry(lab: Any, operator: Any) -> None:
     lab.failing = {"rollout"}
     await lab.create_short()
     run = await lab.until_phase("Failed")
@@ -158,10 +149,7 @@ async def test_a_failed_job_deleted_by_hand_is_a_retry(lab: Any, make_operator: 
     await lab.until_phase("Succeeded")
 
 
-async def test_a_run_that_another_manages_is_left_alone_and_one_that_does_not_do_says_why(
-    lab: Any, make_operator: Callable[..., Any]
-) -> None:
-    make_operator().start()
+async def test_a_run_that_another_manages_is_left_alone_and_one_that_does_not_do_says_why(lab: Any, operator: Any) -> None:
     await lab.create_short("theirs", managedBy="example.com/queue")
     arguments = ["x" * 2000] * 60
     await lab.create_short("large", scaffold={"type": "Command", "command": arguments})
@@ -171,8 +159,7 @@ async def test_a_run_that_another_manages_is_left_alone_and_one_that_does_not_do
     assert await lab.objects("batch/v1", "Job") == []
 
 
-async def test_a_run_is_deleted_when_its_time_is_over(lab: Any, make_operator: Callable[..., Any]) -> None:
-    make_operator().start()
+async def test_a_run_is_deleted_when_its_time_is_over(lab: Any, operator: Any) -> None:
     await lab.create_short(ttlSecondsAfterFinished=1)
 
     async def gone() -> bool:
@@ -181,24 +168,7 @@ async def test_a_run_is_deleted_when_its_time_is_over(lab: Any, make_operator: C
     await lab.until(gone)
 
 
-async def test_a_run_can_be_deleted_while_no_operator_lives(lab: Any, make_operator: Callable[..., Any]) -> None:
-    operator = make_operator()
-    operator.start()
-    lab.paused = {"rollout"}
-    await lab.create()
-    await lab.until_job("rollout")
-    operator.kill()
-    await lab.delete()
-
-    async def gone() -> bool:
-        kinds = [("batch/v1", "Job"), ("apps/v1", "Deployment"), ("v1", "Service"), ("v1", "Pod")]
-        return not [one for kind in kinds for one in await lab.objects(*kind)]
-
-    await lab.until(gone)
-
-
-async def test_storage_that_is_away_is_waited_for(lab: Any, make_operator: Callable[..., Any]) -> None:
-    make_operator().start()
+async def test_storage_that_is_away_is_waited_for(lab: Any, operator: Any) -> None:
     lab.paused = {"rollout"}
     await lab.create_short(storage={"url": f"file://{lab.folder}/demo", "secretRef": {"name": "keys"}})
     run = await lab.until_reason("StorageUnavailable")

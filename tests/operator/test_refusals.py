@@ -1,6 +1,5 @@
 """What the API server refuses, and what a stranger left in the way: the run says so and waits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,14 +15,13 @@ def quota(namespace: str, **hard: str) -> Json:
 
 
 @pytest.mark.parametrize("hard", [{"count/jobs.batch": "0"}, {"pods": "0"}], ids=["no Jobs", "no pods"])
-async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, make_operator: Callable[..., Any], hard: dict[str, str]) -> None:
+async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, operator: Any, hard: dict[str, str]) -> None:
     await lab.client.create(quota(lab.namespace, **hard))
 
     async def counted() -> bool:
         return "used" in ((await lab.client.get("v1", "ResourceQuota", lab.namespace, "none")).get("status") or {})
 
     await lab.until(counted)
-    make_operator().start()
     await lab.create_short()
     run = await lab.until_reason("QuotaExceeded")
     (progressing,) = (one for one in run["status"]["conditions"] if one["type"] == "Progressing")
@@ -33,7 +31,7 @@ async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, make_op
     await lab.until_phase("Succeeded")
 
 
-async def test_a_strangers_object_of_the_same_name_is_not_touched(lab: Any, make_operator: Callable[..., Any]) -> None:
+async def test_a_strangers_object_of_the_same_name_is_not_touched(lab: Any, operator: Any) -> None:
     container = {"name": "web", "image": "web"}
     labels = {"app": "web"}
     theirs = {
@@ -43,7 +41,6 @@ async def test_a_strangers_object_of_the_same_name_is_not_touched(lab: Any, make
         "spec": {"selector": {"matchLabels": labels}, "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}}},
     }
     made = await lab.client.create(theirs)
-    make_operator().start()
     await lab.create()
     await lab.until_reason("NameTaken")
     seen = await lab.client.get("apps/v1", "Deployment", lab.namespace, "demo-student")
@@ -53,7 +50,7 @@ async def test_a_strangers_object_of_the_same_name_is_not_touched(lab: Any, make
     await lab.until_phase("Succeeded")
 
 
-async def test_a_pod_and_a_job_that_wear_the_labels_confuse_nobody(lab: Any, make_operator: Callable[..., Any]) -> None:
+async def test_a_pod_and_a_job_that_wear_the_labels_confuse_nobody(lab: Any, operator: Any) -> None:
     labels = {
         "app.kubernetes.io/managed-by": "dagger-operator",
         "dagger-operator.dev/run": "demo",
@@ -75,7 +72,6 @@ async def test_a_pod_and_a_job_that_wear_the_labels_confuse_nobody(lab: Any, mak
             "spec": job,
         }
     )
-    make_operator().start()
     await lab.create_short()
 
     async def ours() -> bool:

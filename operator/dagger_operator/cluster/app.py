@@ -64,7 +64,7 @@ async def operate(settings: Settings) -> None:
             metrics.count_gpus(cache),
             queue.run(metrics.timed(reconciler.reconcile), settings.workers),
             *([leader.keep()] if leader else []),
-            *([Reaper(settings.sandbox_namespace, cache, working).run()] if settings.sandbox_namespace else []),
+            *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
             watches.run([metrics.trace()]),
         ]
         try:

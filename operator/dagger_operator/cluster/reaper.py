@@ -4,7 +4,7 @@ Sandbox pods belong to their worker's Lease, so the garbage collector takes them
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,8 +27,8 @@ Manifest = Mapping[str, Any]
 
 
 class Reaper:
-    def __init__(self, namespace: str, cache: Cache, client: Client) -> None:
-        self._namespace, self._cache, self._client = namespace, cache, client
+    def __init__(self, namespace: str, cache: Cache, client: Client, wake: Callable[[RunKey], None]) -> None:
+        self._namespace, self._cache, self._client, self._wake = namespace, cache, client, wake
 
     async def run(self) -> None:
         """For ever."""
@@ -43,12 +43,20 @@ class Reaper:
         """How many objects were removed."""
         bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
+        self._notice(bindings)
         gone = [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
         gone += [one for one in leases if expired(one, now)]
         return sum([await self._removed(one) for one in gone])
 
     def _labelled(self, api_version: str, kind: str) -> Any:
         return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGER}")
+
+    def _notice(self, bindings: list[Manifest]) -> None:
+        """Nobody watches bindings: here it shows that one went which we made, and its run makes it again."""
+        there = {one["metadata"]["uid"] for one in bindings}
+        for known in [one for one in self._cache.of_kind("RoleBinding") if one["metadata"]["uid"] not in there]:
+            if known["metadata"]["namespace"] == self._namespace and (key := self._cache.remove(known)) is not None:
+                self._wake(key)
 
     async def _is_gone(self, key: RunKey) -> bool:
         """Asked of the API server itself: the cache may not have heard of a run yet."""

@@ -78,10 +78,11 @@ class Reconciler:
         if not refusals:
             self._refused.pop(key, None)
             return None
-        before = self._refused.get(key)
-        if before is None or (before.reason, before.message) != (refusals[0].reason, refusals[0].message):
-            self._refused[key] = refusals[0]
-        return self._refused[key]
+        now, before = refusals[0], self._refused.get(key)
+        if before is not None and before.reason == now.reason:
+            now = replace(now, since=before.since)
+        self._refused[key] = now
+        return now
 
     async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> None:
         """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it."""

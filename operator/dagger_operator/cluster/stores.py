@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import time
 from base64 import b64decode
 from collections.abc import Mapping
@@ -22,6 +23,10 @@ SECRET_SECONDS = 60.0
 PATIENCE_SECONDS = 20.0
 """A store that takes longer is said to be away; its answer is still waited for, so that it is asked once at a time."""
 _THREADS = 16
+_OF_THIS_PROCESS = re.compile(
+    r"(_FILE|_PATH|_URI|_CLI|_CA_BUNDLE|_APPLICATION_CREDENTIALS|_STS|(METADATA|IDENTITY|MSI)_ENDPOINT)$|^GOOGLE_SERVICE_ACCOUNT$"
+)
+"""Variables that name files of a process or who identifies it: in a run's Secret they would hand out the operator's own identity."""
 
 
 @dataclass
@@ -29,7 +34,8 @@ class _Open:
     uid: str | None
     storage: Storage
     secret_version: str
-    read: float
+    checked: float
+    """When the Secret was read last."""
     store: Store
     results: Results = field(default_factory=Results)
     reading: asyncio.Task[tuple[Results, Progress]] | None = None
@@ -48,19 +54,20 @@ class Stores:
         """
         key = RunKey(run.metadata.namespace, run.metadata.name)
         opened = await self._opened(key, run)
-        if opened.reading is None:
-            opened.reading = asyncio.create_task(_read(opened.store, run, opened.results))
-        task = opened.reading
-        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
-        if not task.done():
-            raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
-        opened.reading = None
-        try:
-            opened.results, progress = task.result()
-        except StoreUnavailable:
-            opened.read = float("-inf")  # perhaps its credentials were replaced
-            raise
-        return opened.results, progress
+        while True:
+            begun_before = opened.reading is not None
+            task = opened.reading = opened.reading or asyncio.create_task(_read(opened.store, run, opened.results))
+            await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+            if not task.done():
+                raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
+            opened.reading = None
+            try:
+                opened.results, progress = task.result()
+            except StoreUnavailable:
+                opened.checked = float("-inf")  # perhaps its credentials were replaced
+                raise
+            if not begun_before:  # else it may be older than the children that were observed
+                return opened.results, progress
 
     def forget(self, key: RunKey) -> None:
         """Frees what is kept for a run that is over or gone."""
@@ -71,11 +78,11 @@ class Stores:
     async def _opened(self, key: RunKey, run: DAggerRun) -> _Open:
         opened, storage, now = self._open.get(key), run.spec.storage, time.monotonic()
         same = opened is not None and (opened.uid, opened.storage) == (run.metadata.uid, storage)
-        if opened is not None and same and (storage.secret_ref is None or now - opened.read < SECRET_SECONDS):
+        if opened is not None and same and (storage.secret_ref is None or now - opened.checked < SECRET_SECONDS):
             return opened
         version, environ = await self._credentials(run)
         if opened is not None and same and opened.secret_version == version:
-            opened.read = now
+            opened.checked = now
             return opened
         self.forget(key)
         store = Store.open(storage, environ, threads=self._pool(storage))
@@ -94,7 +101,8 @@ class Stores:
             raise StoreUnavailable(f"{where} does not exist: create it with the storage's credentials, such as AWS_ACCESS_KEY_ID") from None
         except ApiError as error:
             raise StoreUnavailable(f"{where} cannot be read: {error.reason or error.code}: {error.message}") from None
-        environ = {name: b64decode(value).decode(errors="replace") for name, value in (secret.get("data") or {}).items()}
+        values = {name: b64decode(value).decode(errors="replace") for name, value in (secret.get("data") or {}).items()}
+        environ = {name: value for name, value in values.items() if not _OF_THIS_PROCESS.search(name.upper())}
         return secret["metadata"]["resourceVersion"], environ
 
     def _pool(self, storage: Storage) -> ThreadPoolExecutor:

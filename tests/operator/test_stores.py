@@ -1,0 +1,102 @@
+"""Reading results: whose credentials are used, and a store that hangs."""
+
+import asyncio
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import DAggerRun, load
+from dagger_operator.cluster import stores
+from dagger_operator.cluster.errors import Missing
+from dagger_operator.cluster.stores import Stores
+from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.results import PrepareResult, save_result
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., DAggerRun]:
+    def make(name: str = "demo", **storage: Any) -> DAggerRun:
+        spec = {
+            "student": {"model": "m"},
+            "teacher": {"model": "t", "endpoint": {"url": "https://t/v1"}},
+            "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
+            "storage": {"url": f"file://{tmp_path}/{name}", **storage},
+        }
+        return load({"metadata": {"name": name, "namespace": "lab", "uid": name}, "spec": spec})
+
+    return make
+
+
+class Secrets:
+    """Answers for the API server: Secrets by name, with their version."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[str, dict[str, str]]] = {}
+
+    async def get(self, api_version: str, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        if name not in self.held:
+            raise Missing("GET", 404, "NotFound", name)
+        version, data = self.held[name]
+        return {
+            "metadata": {"resourceVersion": version},
+            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
+        }
+
+
+async def test_a_secret_hands_out_nothing_of_the_operators_own(make_run: Callable[..., DAggerRun]) -> None:
+    secrets = Secrets()
+    mine = {"AWS_ACCESS_KEY_ID": "a", "AWS_ENDPOINT_URL": "https://s3.example", "GOOGLE_SERVICE_ACCOUNT_KEY": "{}"}
+    theirs = [
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_ENDPOINT_URL_STS",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_FEDERATED_TOKEN_FILE",
+        "azure_msi_endpoint",
+    ]
+    secrets.held["keys"] = ("1", {**mine, **dict.fromkeys(theirs, "/var/run/secrets/token")})
+    _, environ = await Stores(secrets)._credentials(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]
+    assert environ == mine
+
+
+async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:
+    secrets, run = Secrets(), make_run(secretRef={"name": "keys"})
+    read = Stores(secrets)  # type: ignore[arg-type]
+    with pytest.raises(StoreUnavailable, match=r"Secret keys in namespace lab .* does not exist: create it"):
+        await read.read(run)
+    secrets.held["keys"] = ("1", {})
+    results, _ = await read.read(run)
+    assert results.records == {}
+
+
+async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_taken_for_a_fresh_one(
+    make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hangs = make_run(), asyncio.Event()
+    read, reads = Stores(Secrets()), 0  # type: ignore[arg-type]
+    real = stores._read
+
+    async def slow(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        answer = await real(*arguments)
+        await hangs.wait()
+        return answer
+
+    monkeypatch.setattr(stores, "_read", slow)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.05)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await read.read(run)
+    assert reads == 1, "it is asked once at a time"
+    store = Store.open(run.spec.storage, {})
+    await take_prefix(store, run)
+    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    hangs.set()
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 30.0)
+    results, _ = await read.read(run)
+    assert results.has(0, "prepare"), "the late answer was from before the result"
+    assert reads == 2
