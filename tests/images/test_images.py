@@ -10,7 +10,7 @@ import pytest
 
 from dagger_operator.api import Serving
 from dagger_operator.control.pods import SCRATCH, SHARED, USER_ID, container, value
-from dagger_operator.control.vllm import vllm_arguments, vllm_environment
+from dagger_operator.control.vllm import SERVER, vllm_arguments, vllm_environment
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
@@ -110,10 +110,15 @@ def test_vllm_serves_a_tiny_model_on_the_cpu(pods: Any, images: dict[str, str]) 
     serving = Serving(gpus=0, max_model_len=2048, image=images["vllm-cpu"])
     mounts = [("shared", SHARED), ("scratch", SCRATCH), ("shm", "/dev/shm")]
     make = ["python", "/opt/quickstart/student.py", "--seed", "1", "--out", f"{SHARED}/current"]
-    vllm = ["python", "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(serving)]
     pod = pods.start(
         [
-            container("vllm", images["vllm-cpu"], vllm, [value("DAGGER_SHARED", SHARED), *vllm_environment(serving)], mounts=mounts),
+            container(
+                "vllm",
+                images["vllm-cpu"],
+                [*SERVER, *vllm_arguments(serving)],
+                [value("DAGGER_SHARED", SHARED), *vllm_environment(serving)],
+                mounts=mounts,
+            ),
             container("ask", images["worker"], ["python", "-c", ASK], [], mounts=mounts),
         ],
         initContainers=[container("student", images["quickstart"], make, [], mounts=mounts)],

@@ -9,8 +9,9 @@ CPU_BATCHED_TOKENS = 8192
 """Most tokens of one engine step on the CPU, where prompts are not cut."""
 
 
-SERVER = ("python", "-m", "vllm.entrypoints.openai.api_server")
-FOLLOWER = ("python", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
+SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
+"""vLLM's own image has a `python3`; not each version has a `python`."""
+FOLLOWER = ("python3", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
 """What the further nodes of a replica run: workers of the first one's engine."""
 MASTER_PORT = 29501
 

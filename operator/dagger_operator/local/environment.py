@@ -90,14 +90,14 @@ def container_environment(container: Mapping[str, Any], pod: PodContext) -> dict
 
 
 def command_line(container: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
-    """The argument vector, `$(VAR)` expanded; `python` is this interpreter."""
+    """The argument vector, `$(VAR)` expanded; `python` and `python3` are this interpreter."""
     words = [expand(word, environment) for word in (*container.get("command", ()), *container.get("args", ()))]
     if not words:
         raise CannotStart(
             "CreateContainerError",
             f"container {container['name']!r} has no command: one machine without containers cannot use an image's own",
         )
-    if words[0] == "python":
+    if words[0] in ("python", "python3"):
         words[0] = sys.executable
     return words
 
