@@ -1,0 +1,179 @@
+"""What the chart's admission policies refuse and what they let through, on a real API server."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from dagger_operator.api import SandboxLimits
+from dagger_operator.sandbox.interface import SandboxRequest
+from dagger_operator.sandbox.pod_manifest import Setting, pod
+
+pytestmark = pytest.mark.heavy
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def workers(release: Any) -> dict[str, str]:
+    """Two runs' workers, bound as the operator binds them."""
+    for name in "mine", "other":
+        bind = ["create", "rolebinding", f"{release.runs}.{name}.worker", "--role=dagger-sandbox-worker"]
+        release.kubectl(*bind, f"--serviceaccount={release.runs}:{name}-worker", f"--namespace={release.sandboxes}")
+    return {name: f"system:serviceaccount:{release.runs}:{name}-worker" for name in ("mine", "other")}
+
+
+def sandbox(release: Any, run: str = "mine", name: str = "one") -> Json:
+    """The pod that a worker makes."""
+    setting = Setting(run, release.runs, "rollout-0", "1a2b3c4d", "dagger-operator/worker:0.1.0", SandboxLimits(), 3600)
+    lease = {"metadata": {"name": f"{run}-rollout-0-1a2b3c4d", "uid": "d3b3f1c8-0000-4000-8000-000000000000"}}
+    made = pod(setting, SandboxRequest(name, image="docker.io/library/debian:bookworm"), digest="0" * 64, owner=lease)
+    made["metadata"]["namespace"] = release.sandboxes
+    return made
+
+
+def lease(release: Any, run: str) -> Json:
+    labels = sandbox(release, run)["metadata"]["labels"]
+    metadata = {"name": f"{run}-lease", "namespace": release.sandboxes, "labels": labels}
+    return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": {"holderIdentity": run}}
+
+
+def test_a_sandbox_as_the_worker_makes_it_is_let_through(release: Any, workers: dict[str, str]) -> None:
+    made = release.create(sandbox(release), user=workers["mine"])
+    assert made.returncode == 0, made.stderr
+
+
+def edit(path: str, value: Any) -> Callable[[Json], None]:
+    """Sets a field of the pod, or takes it away where the value is None."""
+
+    def apply(manifest: Json) -> None:
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        node: Any = manifest
+        for part in parents:
+            node = node[part]
+        if value is None:
+            del node[last]
+        elif isinstance(node.get(last), list):
+            node[last] = [*node[last], *value]
+        else:
+            node[last] = value
+
+    return apply
+
+
+MAIN = "spec.containers.0"
+ESCAPES = [
+    (edit("spec.hostNetwork", True), "leave out hostNetwork, hostPID and hostIPC"),
+    (edit("spec.hostPID", True), "leave out hostNetwork, hostPID and hostIPC"),
+    (edit("spec.volumes", [{"name": "root", "hostPath": {"path": "/"}}]), "volumes of type emptyDir only"),
+    (edit("spec.volumes", [{"name": "keys", "secret": {"secretName": "storage"}}]), "volumes of type emptyDir only"),
+    (
+        edit("spec.volumes", [{"name": "id", "projected": {"sources": [{"serviceAccountToken": {"path": "t"}}]}}]),
+        "volumes of type emptyDir only",
+    ),
+    (edit(f"{MAIN}.envFrom", [{"secretRef": {"name": "storage"}}]), "reads no Secret or ConfigMap"),
+    (edit(f"{MAIN}.env", [{"name": "K", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]), "reads no Secret or ConfigMap"),
+    (edit("spec.automountServiceAccountToken", True), "set automountServiceAccountToken to false"),
+    (edit("spec.automountServiceAccountToken", None), "set automountServiceAccountToken to false"),
+    (edit("spec.serviceAccountName", "builder"), "leave out serviceAccountName"),
+    (edit(f"{MAIN}.securityContext", {"privileged": True}), "are not privileged"),
+    (edit(f"{MAIN}.securityContext.capabilities", {"drop": ["ALL"], "add": ["NET_BIND_SERVICE"]}), "capabilities: {drop: [ALL]}"),
+    (edit("spec.initContainers.0.securityContext", None), "allowPrivilegeEscalation: false"),
+    (edit("spec.securityContext", {}), "seccompProfile.type RuntimeDefault"),
+    (edit(f"{MAIN}.ports", [{"containerPort": 80, "hostPort": 80}]), "leave out hostPort"),
+    (edit(f"{MAIN}.resources.limits.memory", None), "resources.limits of cpu, memory and ephemeral-storage"),
+    (edit("spec.activeDeadlineSeconds", None), "set activeDeadlineSeconds"),
+    (edit("metadata.ownerReferences", None), "owned by its worker's Lease"),
+]
+
+
+@pytest.mark.parametrize("escape, says", ESCAPES, ids=[f"{number}-{says[:32]}" for number, (_, says) in enumerate(ESCAPES)])
+def test_a_sandbox_that_is_not_confined_is_refused_with_the_remedy(
+    release: Any, workers: dict[str, str], escape: Callable[[Json], None], says: str
+) -> None:
+    manifest = copy.deepcopy(sandbox(release))
+    escape(manifest)
+    if manifest["spec"].get("serviceAccountName"):
+        release.kubectl("create", "serviceaccount", "builder", f"--namespace={release.sandboxes}")
+    refused = release.create(manifest)
+    assert refused.returncode, "let through"
+    assert says in refused.stderr, refused.stderr
+
+
+def test_a_worker_makes_and_removes_what_is_its_runs_own(release: Any, workers: dict[str, str]) -> None:
+    assert release.create(lease(release, "mine"), user=workers["mine"], keep=True).returncode == 0
+    for run, user in ("other", workers["mine"]), ("mine", workers["other"]):
+        for manifest in sandbox(release, run), lease(release, run):
+            refused = release.create(manifest, user=user)
+            assert refused.returncode and "only what belongs to its own run" in refused.stderr
+    unlabelled = lease(release, "mine")
+    unlabelled["metadata"] |= {"name": "bare", "labels": {}}
+    assert "only what belongs to its own run" in release.create(unlabelled, user=workers["mine"]).stderr
+
+    mine = ["lease/mine-lease", f"--namespace={release.sandboxes}"]
+    stolen = release.kubectl("delete", *mine, "--as", workers["other"])
+    assert stolen.returncode and "only what belongs to its own run" in stolen.stderr
+    relabelled = lease(release, "other")
+    relabelled["metadata"]["name"] = "mine-lease"
+    taken = release.kubectl("replace", "-f", "-", "--as", workers["other"], input=yaml.safe_dump(relabelled))
+    assert taken.returncode and "only what belongs to its own run" in taken.stderr
+    assert release.kubectl("delete", *mine, "--as", workers["mine"]).returncode == 0
+
+
+def test_labels_of_runs_are_for_controllers(release: Any) -> None:
+    worn = {"name": "worn", "namespace": release.runs, "labels": {"app.kubernetes.io/managed-by": "dagger-operator"}}
+    service: Json = {"apiVersion": "v1", "kind": "Service", "metadata": worn, "spec": {"ports": [{"port": 80}]}}
+    refused = release.create(service)
+    assert refused.returncode and "leave that label out" in refused.stderr
+    by_the_operator = release.create(service, user=release.operator)
+    assert by_the_operator.returncode == 0, by_the_operator.stderr
+    service["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "me"}
+    assert release.create(service).returncode == 0
+
+
+def run(release: Any, **spec: Any) -> Json:
+    source = {"type": "JSONL", "uri": "s3://bucket/tasks.jsonl"}
+    whole = {
+        "student": {"model": "Qwen/Qwen3-4B-Instruct-2507"},
+        "teacher": {"model": "teacher", "endpoint": {"url": "https://teacher.example/v1"}},
+        "tasks": {"source": source, "heldOut": {"source": {**source, "split": "heldout"}}},
+        "storage": {"url": "s3://bucket/run"},
+    }
+    metadata = {"name": "asked", "namespace": release.runs}
+    return {"apiVersion": "dagger-operator.dev/v1alpha1", "kind": "DAggerRun", "metadata": metadata, "spec": {**whole, **spec}}
+
+
+def test_a_sandbox_namespace_that_is_not_prepared_is_refused(release: Any) -> None:
+    assert release.create(run(release, sandbox={"namespace": release.sandboxes})).returncode == 0
+    refused = release.create(run(release, sandbox={"namespace": "kube-system"}))
+    assert refused.returncode and "write that, or leave it out" in refused.stderr and release.sandboxes in refused.stderr
+
+
+LOCAL = [
+    ({"storage": {"url": "file:///data"}}, "every pod has folders of its own"),
+    ({"storage": {"url": "s3://b/p", "endpointUrl": "http://127.0.0.1:7070"}}, "spec.storage.endpointUrl is a loopback address"),
+    ({"teacher": {"model": "t", "endpoint": {"url": "http://localhost:8971/v1"}}}, "an endpoint's url is a loopback address"),
+    ({"student": {"model": "./student"}}, "a relative path, which no pod has"),
+    ({"sandbox": {"backend": "Process"}}, "beside their credentials"),
+]
+
+
+@pytest.mark.parametrize("spec, says", LOCAL, ids=[says[:32] for _, says in LOCAL])
+def test_what_works_on_one_machine_only_is_warned_of_and_not_refused(release: Any, spec: Json, says: str) -> None:
+    told = release.create(run(release, **spec))
+    assert told.returncode == 0 and says in told.stderr, told.stderr
+
+
+def test_what_works_on_a_cluster_is_not_warned_of(release: Any) -> None:
+    told = release.create(run(release))
+    assert told.returncode == 0 and "Warning" not in told.stderr, told.stderr
+
+
+def test_every_expression_passes_the_type_checker(release: Any) -> None:
+    for name in "sandbox-pods", "sandbox-owners", "reserved-labels", "runs", "runs-advice":
+        policy = f"validatingadmissionpolicy/dagger-operator-{name}"
+        waited = release.kubectl("wait", policy, "--for=jsonpath={.status.observedGeneration}", "--timeout=60s")
+        assert waited.returncode == 0, waited.stderr
+        assert "expressionWarnings" not in release.kubectl("get", policy, "-o", "json").stdout
