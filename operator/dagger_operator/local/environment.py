@@ -23,8 +23,8 @@ INHERITED_PREFIXES = (
 IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
 """The user's own credentials for object storage: what a workload identity is on a cluster."""
 
-UNUSED = frozenset({"HOME", "DAGGER_METRICS_PORT"})
-"""Variables that are the pod's alone: here there is a home, and pods share their ports."""
+UNUSED = frozenset({"HOME"})
+"""Variables that are the pod's alone: here there is a home."""
 OWN_FOLDERS = frozenset({"/tmp"})  # noqa: S108 - named, not used
 """Mounts that stand for a folder which this machine has itself."""
 
