@@ -36,10 +36,14 @@ EVERYTHING: Json = {
         "limitRange": [{"type": "Container", "max": {"cpu": "8"}}],
         "priorityClass": {"create": True},
     },
-    "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}, "podMonitor": {"enabled": True}},
+    "metrics": {
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "podMonitor": {"enabled": True},
+        "rules": {"enabled": True},
+    },
     "s3": {"enabled": True},
 }
-MONITORING = ("monitoring.coreos.com/v1/ServiceMonitor", "monitoring.coreos.com/v1/PodMonitor")
+MONITORING = tuple(f"monitoring.coreos.com/v1/{kind}" for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule"))
 
 
 def named(objects: list[Json], kind: str, name: str) -> Json:
@@ -173,7 +177,10 @@ def test_the_crd_stays_unless_told_otherwise(render: Render) -> None:
 def test_optional_objects_are_made_when_asked_for(render: Render) -> None:
     base, full = render(), render(EVERYTHING, apis=MONITORING)
     added = {one["kind"] for one in full} - {one["kind"] for one in base}
-    monitors, bounds = {"ServiceMonitor", "PodMonitor"}, {"PodDisruptionBudget", "ResourceQuota", "LimitRange", "PriorityClass"}
+    monitors, bounds = (
+        {"ServiceMonitor", "PodMonitor", "PrometheusRule"},
+        {"PodDisruptionBudget", "ResourceQuota", "LimitRange", "PriorityClass"},
+    )
     assert added == monitors | bounds | {"PersistentVolumeClaim", "Secret"}
     pod = named(full, "Deployment", "dagger-operator")["spec"]["template"]
     assert pod["metadata"]["labels"]["tier"] == "control" and pod["metadata"]["annotations"] == {"note": "yes"}
@@ -187,6 +194,8 @@ def test_optional_objects_are_made_when_asked_for(render: Render) -> None:
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     (runs,) = all_of(full, "PodMonitor")
     assert runs["spec"]["namespaceSelector"] == {"any": True}
+    (rules,) = all_of(full, "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
 
 
 def test_services_select_the_pods_that_they_are_for(render: Render) -> None:
@@ -243,6 +252,7 @@ REFUSED = [
     ({"s3": {"enabled": True, "image": {"tag": "v1.7.0"}}}, "write v1.8.0 or newer"),
     ({"s3": {"existingSecret": "mine", "copySecretTo": ["a"]}}, "leave it out beside s3.existingSecret"),
     ({"metrics": {"serviceMonitor": {"enabled": True}}}, "install the Prometheus Operator first"),
+    ({"metrics": {"rules": {"enabled": True}}}, "metrics.rules.enabled needs the API monitoring.coreos.com/v1 PrometheusRule"),
     ({"metrics": {"podMonitor": {"enabled": True}}}, "metrics.podMonitor.enabled needs the API monitoring.coreos.com/v1 PodMonitor"),
 ]
 
