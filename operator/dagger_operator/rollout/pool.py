@@ -62,6 +62,7 @@ class Pool:
         self._failures_in_a_row = 0
         self._counts: Counter[str] = Counter()
         self._started = time.monotonic()
+        self._before: int | None = None
 
     async def run(self) -> None:
         """Ends when every rollout is finished. Raises `StoreUnavailable`; cancelled, it gives its claims back."""
@@ -174,5 +175,7 @@ class Pool:
         except StoreUnavailable as error:
             log.warning("progress not known", problem=str(error))
             return
-        state = StageProgress(done=done, total=len(share.assignments), unit="rollouts", counters=counters, seconds=seconds)
+        self._before = done if self._before is None else self._before
+        total = len(share.assignments)
+        state = StageProgress(done=done, total=total, unit="rollouts", counters=counters, seconds=seconds, before=self._before)
         await progress.report(share.store, share.round, share.kind.value, share.index, state)

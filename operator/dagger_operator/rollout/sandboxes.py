@@ -47,12 +47,13 @@ async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
     if not namespace or not helper_image:
         missing = "namespace" if not namespace else "helperImage"
         raise StageFailure("NoSandboxes", f"spec.sandbox.{missing} is not set, and the operator has none either: Pod sandboxes need it")
+    run_namespace = environ.get("DAGGER_RUN_NAMESPACE") or stage.run.metadata.namespace or "default"
     setting = Setting(
         run=stage.run.metadata.name,
-        run_namespace=environ.get("DAGGER_RUN_NAMESPACE") or stage.run.metadata.namespace or "default",
+        run_namespace=run_namespace,
         worker=stage.worker,
         # The same after a restart of the container: the Lease of the life before is recognised and goes.
-        life=sha256((environ.get("DAGGER_POD") or secrets.token_hex()).encode()).hexdigest()[:8],
+        life=sha256(f"{run_namespace}/{environ.get('DAGGER_POD') or secrets.token_hex()}".encode()).hexdigest()[:8],
         helper_image=helper_image,
         limits=spec.sandbox.limits,
         lifetime_seconds=spec.sandbox.create_timeout_seconds

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from io import BytesIO
 from typing import Protocol
 
 import aiohttp
@@ -51,7 +52,7 @@ class Network:
     async def ask(self, method: str, path: str, body: bytes, timeout: float) -> Answer:
         limit = aiohttp.ClientTimeout(total=timeout, connect=_CONNECT_SECONDS)
         try:
-            async with self._http.request(method, self._base + path, data=body, headers=self._headers, timeout=limit) as answer:
+            async with self._http.request(method, self._base + path, data=BytesIO(body), headers=self._headers, timeout=limit) as answer:
                 return answer.status, await answer.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Severed(f"{self._base}: {error or type(error).__name__}") from error

@@ -5,6 +5,7 @@ KubeError        the server answered, and not with what was asked for
 """
 
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -56,7 +57,10 @@ class Kube:
             load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # the library's
         except ConfigException as in_cluster:
             try:
-                await load_kube_config(client_configuration=settings, persist_config=False)  # type: ignore[no-untyped-call]  # the library's
+                # Named, because the library reads the variable when it is imported.
+                await load_kube_config(  # type: ignore[no-untyped-call]  # the library's
+                    os.environ.get("KUBECONFIG"), client_configuration=settings, persist_config=False
+                )
             except (ConfigException, OSError) as error:
                 remedy = "run in a pod with a ServiceAccount, or set KUBECONFIG"
                 raise KubeError(0, "NoCluster", f"{in_cluster} {error}: {remedy}") from error

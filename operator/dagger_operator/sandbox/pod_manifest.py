@@ -29,7 +29,7 @@ class Setting:
     run_namespace: str
     worker: str
     life: str
-    """Tells this life of the worker from its others; a few digits."""
+    """8 digits that are those of this worker's pod alone."""
     helper_image: str
     """Image with `/opt/dagger/sandboxd`."""
     limits: SandboxLimits
@@ -55,26 +55,22 @@ class Setting:
 
     @property
     def lease_name(self) -> str:
-        return short(f"{self.run}-{self.worker}", f"{self.run_namespace}/{self.run}/{self.worker}", self.life)
+        return _name(f"{self.run}-{self.worker}", self.life)
 
 
 def _selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
-def short(words: str, whole: str, suffix: str = "") -> str:
-    """A name of at most 63 characters: the words as far as they fit, with digits of a hash of `whole` where something of them is lost."""
-    end = f"-{suffix}" if suffix else ""
-    plain = re.sub("[^a-z0-9]+", "-", words.lower()).strip("-")
-    if plain == words and len(plain + end) <= 63:
-        return plain + end
-    end = f"-{sha256(whole.encode()).hexdigest()[:10]}{end}"
-    return plain[: 63 - len(end)].strip("-") + end
+def _name(words: str, digits: str) -> str:
+    """At most 63 characters: as many of the words as fit, then the digits that tell it apart."""
+    plain = re.sub("[^a-z0-9]+", "-", words.lower())[: 62 - len(digits)].strip("-")
+    return f"{plain or 'sandbox'}-{digits}"
 
 
 def pod_name(setting: Setting, request: SandboxRequest) -> str:
-    """Always with digits of a hash: runs of several namespaces share the one of the sandboxes."""
-    return short(request.name, "", sha256(f"{setting.run_namespace}/{request.name}".encode()).hexdigest()[:10])
+    """The same for the same request; runs of several namespaces share the one of the sandboxes."""
+    return _name(request.name, sha256(f"{setting.run_namespace}/{request.name}".encode()).hexdigest()[:10])
 
 
 def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) -> Json:

@@ -1,0 +1,155 @@
+"""What a sandbox pod looks like, and what its status is taken for: no cluster needed."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagger_operator.api import SandboxLimits, SandboxPod
+from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.pod_manifest import Setting, pod, pod_name
+from dagger_operator.sandbox.pod_state import Stand, state_of
+from dagger_operator.sandbox.worker_lease import expired, lease_of
+
+OWNER = {"metadata": {"name": "lease", "uid": "u"}}
+
+
+def setting(**more: Any) -> Setting:
+    usual = {"run": "r", "run_namespace": "team", "worker": "rollout-0", "life": "0a1b2c3d", "helper_image": "worker:1"}
+    return Setting(**{**usual, "limits": SandboxLimits(), "lifetime_seconds": 900, "image": "task:1", **more})
+
+
+def spec_of(request: SandboxRequest, **more: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = pod(setting(**more), request, digest="d", owner=OWNER)["spec"]
+    return spec
+
+
+def test_a_sandbox_pod_is_confined() -> None:
+    spec = spec_of(SandboxRequest("one"))
+    assert spec["automountServiceAccountToken"] is False and spec["enableServiceLinks"] is False
+    assert spec["restartPolicy"] == "Never" and spec["activeDeadlineSeconds"] == 900
+    assert spec["dnsPolicy"] == "None" and spec["dnsConfig"] == {"nameservers": ["127.0.0.1"]}
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert all("emptyDir" in volume for volume in spec["volumes"])
+    for container in (*spec["initContainers"], *spec["containers"]):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
+        for amounts in ("requests", "limits"):
+            assert set(container["resources"][amounts]) == {"cpu", "memory", "ephemeral-storage"}
+    (mount,) = spec["containers"][0]["volumeMounts"]
+    assert mount["readOnly"] is True
+
+
+def test_the_token_itself_is_nowhere_in_the_pod_and_its_lease_owns_it() -> None:
+    made = pod(setting(), SandboxRequest("one", env={"SECRET": "of the command"}), digest="its-hash", owner=OWNER)
+    assert made["spec"]["containers"][0]["env"] == [{"name": "DAGGER_TOKEN_SHA256", "value": "its-hash"}]
+    assert "of the command" not in str(made)
+    assert made["metadata"]["ownerReferences"] == [{"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "name": "lease", "uid": "u"}]
+
+
+def test_only_a_pod_with_a_way_to_the_gateway_wears_the_label_that_opens_it() -> None:
+    closed = pod(setting(), SandboxRequest("one"), digest="d", owner=OWNER)
+    opened = pod(setting(), SandboxRequest("one", network_to="10.0.0.1:8090"), digest="d", owner=OWNER)
+    assert "dagger-operator.dev/network" not in closed["metadata"]["labels"]
+    assert opened["metadata"]["labels"]["dagger-operator.dev/network"] == "gateway"
+    assert "-forward=10.0.0.1:8090" in opened["spec"]["containers"][0]["command"]
+
+
+def test_what_the_run_says_of_its_pods_is_there_and_cannot_loosen_them() -> None:
+    wishes = SandboxPod.model_validate(
+        {
+            "nodeSelector": {"pool": "sandboxes"},
+            "tolerations": [{"key": "sandbox", "operator": "Exists"}],
+            "priorityClassName": "low",
+            "runtimeClassName": "gvisor",
+            "hostUsers": False,
+            "runAsUser": 1000,
+            "imagePullSecrets": [{"name": "mirror"}],
+        }
+    )
+    spec = spec_of(SandboxRequest("one", image="other:2"), pod=wishes)
+    assert spec["nodeSelector"] == {"pool": "sandboxes"} and spec["tolerations"] == [{"key": "sandbox", "operator": "Exists"}]
+    assert (spec["priorityClassName"], spec["runtimeClassName"], spec["hostUsers"]) == ("low", "gvisor", False)
+    assert spec["imagePullSecrets"] == [{"name": "mirror"}]
+    assert spec["securityContext"]["runAsUser"] == 1000 and spec["securityContext"]["runAsNonRoot"] is True
+    assert "runAsUser" not in spec and spec["containers"][0]["image"] == "other:2"
+
+
+def test_a_task_without_an_image_is_told_what_to_set() -> None:
+    with pytest.raises(SandboxError, match=r"NoImage.*spec\.sandbox\.image"):
+        spec_of(SandboxRequest("one"), image=None)
+
+
+@given(name=st.text(max_size=300), other=st.text(max_size=300), namespace=st.sampled_from(["a", "b"]))
+def test_names_fit_are_the_same_again_and_differ_for_what_differs(name: str, other: str, namespace: str) -> None:
+    one = pod_name(setting(), SandboxRequest(name))
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", one) and len(one) <= 63
+    assert one == pod_name(setting(life="ffffffff", worker="rollout-9"), SandboxRequest(name))
+    different = pod_name(setting(run_namespace=namespace), SandboxRequest(other))
+    assert different != one  # at least in its namespace
+    lease = lease_of(setting(run="x" * 60, worker="evaluation-1023"), datetime.now(UTC))["metadata"]["name"]
+    assert len(lease) <= 63 and lease.endswith("-0a1b2c3d")
+
+
+def seen(status: dict[str, Any], **metadata: Any) -> tuple[Stand, str]:
+    state = state_of({"metadata": {"name": "p", **metadata}, "status": status})
+    return state.stand, state.reason
+
+
+def container(name: str, **state: Any) -> dict[str, Any]:
+    return {"name": name, "state": state}
+
+
+RUNNING = [container("sandbox", running={})]
+UNSCHEDULABLE = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}]
+PREEMPTED = [{"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler", "message": "for another"}]
+
+
+@pytest.mark.parametrize(
+    ("status", "stand", "reason"),
+    [
+        ({}, Stand.COMING, ""),
+        ({"phase": "Pending", "conditions": UNSCHEDULABLE}, Stand.COMING, "Unschedulable"),
+        ({"initContainerStatuses": [container("helper", waiting={"reason": "PodInitializing"})]}, Stand.COMING, ""),
+        ({"initContainerStatuses": [container("helper", waiting={"reason": "ErrImagePull"})]}, Stand.STUCK, "ErrImagePull"),
+        ({"containerStatuses": [container("sandbox", waiting={"reason": "ImagePullBackOff"})]}, Stand.STUCK, "ImagePullBackOff"),
+        ({"containerStatuses": [container("sandbox", waiting={"reason": "InvalidImageName"})]}, Stand.ENDED, "InvalidImageName"),
+        ({"phase": "Running", "containerStatuses": RUNNING}, Stand.COMING, ""),
+        ({"phase": "Running", "containerStatuses": RUNNING, "podIP": "10.1.1.1"}, Stand.READY, ""),
+        ({"phase": "Failed", "reason": "Evicted", "message": "disk"}, Stand.ENDED, "Evicted"),
+        ({"phase": "Failed", "reason": "DeadlineExceeded"}, Stand.ENDED, "DeadlineExceeded"),
+        ({"phase": "Failed", "conditions": PREEMPTED}, Stand.ENDED, "PreemptionByScheduler"),
+        (
+            {"phase": "Failed", "containerStatuses": [container("sandbox", terminated={"reason": "OOMKilled", "exitCode": 137})]},
+            Stand.ENDED,
+            "OOMKilled",
+        ),
+        (
+            {"phase": "Failed", "initContainerStatuses": [container("helper", terminated={"reason": "StartError", "exitCode": 128})]},
+            Stand.ENDED,
+            "StartError",
+        ),
+    ],
+)
+def test_a_pods_status_is_told_in_its_own_words(status: dict[str, Any], stand: Stand, reason: str) -> None:
+    assert seen(status) == (stand, reason)
+
+
+def test_a_pod_that_is_being_deleted_is_over_though_it_still_runs() -> None:
+    status = {"phase": "Running", "containerStatuses": RUNNING, "podIP": "10.1.1.1"}
+    assert seen(status, deletionTimestamp="2026-01-01T00:00:00Z") == (Stand.ENDED, "PodDeleted")
+
+
+@given(age=st.floats(-1000, 1000), duration=st.integers(1, 300))
+def test_a_lease_expires_once_it_was_not_renewed_for_its_duration(age: float, duration: int) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    lease = lease_of(setting(), now - timedelta(seconds=age), duration)
+    assert expired(lease, now) == (age > duration)
+
+
+@pytest.mark.parametrize("spec", [None, {}, {"renewTime": "yesterday", "leaseDurationSeconds": 1}, {"renewTime": None}])
+def test_a_lease_that_says_nothing_counts_as_expired(spec: Any) -> None:
+    assert expired({"spec": spec}, datetime.now(UTC))
