@@ -52,7 +52,7 @@ control_plane() {
     --service-account-signing-key-file="$pki/accounts.key" --kubelet-preferred-address-types=InternalIP \
     --kubelet-client-certificate="$pki/apiserver-to-kubelet.crt" --kubelet-client-key="$pki/apiserver-to-kubelet.key" \
     --kubelet-certificate-authority="$pki/ca.crt"
-  patiently 90 kubectl --kubeconfig="$pki/admin.conf" get --raw /readyz
+  patiently 90 kubectl --kubeconfig="$pki/admin.conf" get --raw /readyz || fail "the API server does not answer: see its log in $LOG"
   keep controllers kube-controller-manager --kubeconfig="$pki/controllers.conf" --leader-elect=false --bind-address="$address" \
     --use-service-account-credentials --service-account-private-key-file="$pki/accounts.key" --root-ca-file="$pki/ca.crt" "$@"
 }

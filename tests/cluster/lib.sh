@@ -17,11 +17,8 @@ IMAGE=localhost/busybox:1 # the pods' pause container, and a shell for tests
 
 fail() { printf '%s: %s\n' "$(basename "$0")" "$1" >&2; exit 1; }
 
-# The first process of the running cluster, as this machine counts; nothing if it does not run.
-first_process() {
-  local pid
-  pid=$(cat "$STATE/pid" 2>/dev/null) && tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -qF "$HERE/node $N " && echo "$pid"
-}
+# The first process of the running cluster, as this machine counts; nothing if it does not run. Its parent is known by its command line.
+first_process() { pgrep -P "$(pgrep -f "^unshare .*/tests/cluster/node $N -\$" || echo none)" 2>/dev/null; }
 
 kubectl() { "$(tools kubectl)/kubectl" --kubeconfig="$STATE/kubeconfig" "$@"; }
 
