@@ -40,6 +40,14 @@ def test_a_stage_shows_how_far_it_is_and_when_it_ends(story: Callable[..., Story
     assert tale.plan(progress={}).status.progress is None
 
 
+def test_a_worker_that_was_started_again_is_not_taken_for_a_fast_one(story: Callable[..., Story]) -> None:
+    tale = story()
+    into_rollouts(tale)
+    again = at(50, 10.0).model_copy(update={"before": 40})
+    shown = tale.plan(progress={Step(1, StageName.ROLLOUT): {0: again}}).status.progress
+    assert shown.estimated_completion_time == tale.now + timedelta(seconds=150)
+
+
 def test_the_end_of_a_run_is_foreseen_once_every_stage_was_seen(story: Callable[..., Story]) -> None:
     tale = story(rounds=3)
     into_rollouts(tale)

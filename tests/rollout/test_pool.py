@@ -158,3 +158,6 @@ async def test_progress_counts_the_whole_stage_and_this_workers_part(bench: Benc
     said = (await read_progress(bench.store, 1, "rollout"))[0]
     assert (said.done, said.total, said.unit) == (20, 20, "rollouts")
     assert said.counters["Resolved"] == 20
+    await bench.pool().run()  # started again, it finds all done: none of it says how fast it is
+    again = (await read_progress(bench.store, 1, "rollout"))[0]
+    assert (again.done, again.before, again.counters["turns"]) == (20, 20, 0)

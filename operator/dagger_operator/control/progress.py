@@ -42,8 +42,8 @@ def shown(progress: Progress, work: Work | None, previous: ProgressShown | None,
         known = ("stage", "total", "percent")
         if previous is not None and [getattr(previous, one) for one in known] == [getattr(fresh, one) for one in known]:
             return previous
-        if furthest.done > 0:
-            left = furthest.seconds * (furthest.total - furthest.done) / furthest.done
+        if (gained := furthest.done - furthest.before) > 0:
+            left = furthest.seconds * (furthest.total - furthest.done) / gained
             fresh = fresh.model_copy(update={"estimated_completion_time": _rounded(now + timedelta(seconds=left))})
         return fresh
     return None

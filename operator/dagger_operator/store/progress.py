@@ -39,15 +39,18 @@ class Reporter:
     def __init__(self, store: Store, round_number: int, stage: str, unit: str) -> None:
         self._store, self._where, self._unit = store, (round_number, stage), unit
         self._started, self._due = time.monotonic(), 0.0
+        self._before: int | None = None
 
     async def tell(self, done: int, total: int, *, counters: dict[str, float] | None = None, seconds: float | None = None) -> bool:
-        """`seconds` of work so far, where that is not the time since this was made. Whether it was reported."""
+        """Whether it was reported. `seconds`: of all the work that is done, where that is more than what this process has seen."""
         now = time.monotonic()
+        if self._before is None:
+            self._before = done if seconds is None else 0
         if now < self._due and done < total:
             return False
         self._due = now + REPORT_SECONDS
         worked = now - self._started if seconds is None else seconds
-        progress = StageProgress(done=done, total=total, unit=self._unit, counters=counters or {}, seconds=worked)
+        progress = StageProgress(done=done, total=total, unit=self._unit, counters=counters or {}, seconds=worked, before=self._before)
         await report(self._store, *self._where, 0, progress)
         return True
 

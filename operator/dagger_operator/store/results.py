@@ -76,6 +76,9 @@ class StageProgress(Record):
     counters: dict[str, float] = {}
     """Such as outcomes, turns, loss."""
     seconds: float = 0.0
+    """In which what is done beyond `before` was done."""
+    before: int = 0
+    """Done already when this worker began: how fast it goes shows in the rest."""
 
 
 KINDS: Mapping[str, type[Record]] = MappingProxyType(
