@@ -104,11 +104,9 @@ def build_sandboxd() -> Path:
 class HelperAlone:
     """A provider of such sandboxes."""
 
-    def __init__(self, program: Path, limits: SandboxLimits, through: int | None = None) -> None:
-        """`through`: a port to speak to instead of the helper's own, such as that of a proxy that breaks connections."""
+    def __init__(self, program: Path, limits: SandboxLimits) -> None:
         self._program, self._limits, self._open = program, limits, AsyncExitStack()
-        self.through: int | None = through
-        self.port = 0
+        self.port, self._token = 0, ""
 
     async def __aenter__(self) -> Self:
         self._http = await self._open.enter_async_context(aiohttp.ClientSession())
@@ -118,19 +116,26 @@ class HelperAlone:
         await self._open.aclose()
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
-        token = secrets.token_hex()
-        self.port = _free_port()
-        process = subprocess.Popen(self._command(request, token))
+        self.port, self._token = _free_port(), secrets.token_hex()
+        process = subprocess.Popen(self._command(request, self._token))
 
         async def end() -> None:
             process.kill()
             await asyncio.to_thread(process.wait)
 
         self._open.push_async_callback(end)
-        way = Network(self._http, "127.0.0.1", token, self.through or self.port)
-        sandbox = PodSandbox(request, self._limits, HelperLine(request.name, way, way, Routes()), asyncio.Future(), end)
+        sandbox = PodSandbox(request, self._limits, self._line(self.port), asyncio.Future(), end)
         await sandbox.prepare()
         return sandbox
+
+    def rerouted(self, sandbox: PodSandbox, port: int) -> PodSandbox:
+        """The sandbox made last, reached through another port."""
+        sandbox._line = self._line(port)
+        return sandbox
+
+    def _line(self, port: int) -> HelperLine:
+        way = Network(self._http, "127.0.0.1", self._token, port)
+        return HelperLine("alone", way, way, Routes())
 
     def _command(self, request: SandboxRequest, token: str) -> list[str]:
         limits = self._limits
