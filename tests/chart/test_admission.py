@@ -18,18 +18,20 @@ Json = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def workers(release: Any) -> dict[str, str]:
-    """Two runs' workers, bound as the operator binds them."""
-    for name in "mine", "other":
-        bind = ["create", "rolebinding", f"{release.runs}.{name}.worker", "--role=dagger-sandbox-worker"]
-        release.kubectl(*bind, f"--serviceaccount={release.runs}:{name}-worker", f"--namespace={release.sandboxes}")
-    return {name: f"system:serviceaccount:{release.runs}:{name}-worker" for name in ("mine", "other")}
+    """Workers of runs in two namespaces, bound as the operator binds them."""
+    for name, namespace in ("mine", release.runs), ("other", "default"):
+        bind = ["create", "rolebinding", f"{namespace}.{name}.worker", "--role=dagger-sandbox-worker"]
+        release.kubectl(*bind, f"--serviceaccount={namespace}:{name}-worker", f"--namespace={release.sandboxes}")
+    return {"mine": f"system:serviceaccount:{release.runs}:mine-worker", "other": "system:serviceaccount:default:other-worker"}
 
 
-def sandbox(release: Any, run: str = "mine", name: str = "one") -> Json:
-    """The pod that a worker makes."""
-    setting = Setting(run, release.runs, "rollout-0", "1a2b3c4d", "dagger-operator/worker:0.1.0", SandboxLimits(), 3600)
+def sandbox(release: Any, run: str = "mine") -> Json:
+    """The pod that a run's worker makes."""
+    setting = Setting(
+        run, release.runs if run == "mine" else "default", "rollout-0", "1a2b3c4d", "dagger-operator/worker:0.1.0", SandboxLimits(), 3600
+    )
     lease = {"metadata": {"name": f"{run}-rollout-0-1a2b3c4d", "uid": "d3b3f1c8-0000-4000-8000-000000000000"}}
-    made = pod(setting, SandboxRequest(name, image="docker.io/library/debian:bookworm"), digest="0" * 64, owner=lease)
+    made = pod(setting, SandboxRequest("one", image="docker.io/library/debian:bookworm"), digest="0" * 64, owner=lease)
     made["metadata"]["namespace"] = release.sandboxes
     return made
 
@@ -102,23 +104,23 @@ def test_a_sandbox_that_is_not_confined_is_refused_with_the_remedy(
     assert says in refused.stderr, refused.stderr
 
 
-def test_a_worker_makes_and_removes_what_is_its_runs_own(release: Any, workers: dict[str, str]) -> None:
+def test_a_worker_makes_and_removes_what_is_its_own_namespaces(release: Any, workers: dict[str, str]) -> None:
     assert release.create(lease(release, "mine"), user=workers["mine"], keep=True).returncode == 0
     for run, user in ("other", workers["mine"]), ("mine", workers["other"]):
         for manifest in sandbox(release, run), lease(release, run):
             refused = release.create(manifest, user=user)
-            assert refused.returncode and "only what belongs to its own run" in refused.stderr
+            assert refused.returncode and "only what belongs to runs of its namespace" in refused.stderr
     unlabelled = lease(release, "mine")
     unlabelled["metadata"] |= {"name": "bare", "labels": {}}
-    assert "only what belongs to its own run" in release.create(unlabelled, user=workers["mine"]).stderr
+    assert "only what belongs to runs of its namespace" in release.create(unlabelled, user=workers["mine"]).stderr
 
     mine = ["lease/mine-lease", f"--namespace={release.sandboxes}"]
     stolen = release.kubectl("delete", *mine, "--as", workers["other"])
-    assert stolen.returncode and "only what belongs to its own run" in stolen.stderr
+    assert stolen.returncode and "only what belongs to runs of its namespace" in stolen.stderr
     relabelled = lease(release, "other")
     relabelled["metadata"]["name"] = "mine-lease"
     taken = release.kubectl("replace", "-f", "-", "--as", workers["other"], input=yaml.safe_dump(relabelled))
-    assert taken.returncode and "only what belongs to its own run" in taken.stderr
+    assert taken.returncode and "only what belongs to runs of its namespace" in taken.stderr
     assert release.kubectl("delete", *mine, "--as", workers["mine"]).returncode == 0
 
 
