@@ -109,6 +109,13 @@ class Story:
             if kind in ("Deployment", "LeaderWorkerSet"):
                 self.see(one.component, state=ChildState.READY)
 
+    def into_rollouts(self) -> None:
+        """Round 1: servers are ready, workers run."""
+        self.done("prepare", "preflight")
+        self.carry_out(self.plan())
+        self.serve()
+        self.carry_out(self.plan())
+
     def later(self, **delta: float) -> None:
         self.now += timedelta(**delta)
 

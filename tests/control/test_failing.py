@@ -20,20 +20,13 @@ OUT_OF_MEMORY = PodFailure("OOMKilled", "exit code 137", exit_code=137)
 ROLLOUT = Step(1, StageName.ROLLOUT)
 
 
-def into_rollouts(story: Story) -> None:
-    story.done("prepare", "preflight")
-    story.carry_out(story.plan())
-    story.serve()
-    story.carry_out(story.plan())
-
-
 def rules(run: Any, step: Step = ROLLOUT) -> Any:
     return build_job(run, step, Results())["spec"]["podFailurePolicy"]["rules"]
 
 
 def test_what_infrastructure_ends_has_a_budget_of_its_own_and_then_fails_the_run(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(failurePolicy={"infrastructureRetries": 2})
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.see("rollout", failures=(AWAY, EVICTED))
     assert tale.plan().status.phase is Phase.ROLLOUT
     tale.see("rollout", failures=(BROKEN,) * 18)
@@ -71,7 +64,7 @@ def test_the_first_rule_that_matches_decides(story: Callable[..., Story]) -> Non
 
 def test_a_rule_by_reason_is_decided_by_the_plan(story: Callable[..., Story]) -> None:
     tale = story(failurePolicy={"infrastructureRetries": 4, "rules": [{"reasons": ["OOMKilled"], "action": "FailRun"}]})
-    into_rollouts(tale)
+    tale.into_rollouts()
     spec = build_job(tale.run, ROLLOUT, Results())["spec"]
     assert "podFailurePolicy" not in spec, "what comes after the rule is the plan's to decide as well"
     assert spec["backoffLimit"] == 6 * 3 + 4
@@ -85,7 +78,7 @@ def test_a_rule_by_reason_is_decided_by_the_plan(story: Callable[..., Story]) ->
 
 def test_a_run_fails_when_its_time_is_over_and_goes_on_when_it_is_given_more(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(activeDeadlineSeconds=3600)
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.later(minutes=59)
     assert tale.plan().status.phase is Phase.ROLLOUT
     tale.later(minutes=2)
@@ -101,7 +94,7 @@ def test_a_run_fails_when_its_time_is_over_and_goes_on_when_it_is_given_more(sto
 @pytest.mark.parametrize("who", ["rollout", "student"])
 def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story: Callable[..., Story], wanted: Wanted, who: str) -> None:
     tale = story(preRunningDeadlineSeconds=600)
-    into_rollouts(tale)
+    tale.into_rollouts()
     pulling = Trouble("ImagePullBackOff", "pod x: manifest unknown", tale.now)
     tale.see(who, state=ChildState.WAITING, trouble=pulling, waiting_since=tale.now)
     tale.later(minutes=9)
@@ -134,7 +127,7 @@ def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story
 @pytest.mark.parametrize(("keep", "replicas"), [("Logs", 0), ("Everything", 2), ("Nothing", None)])
 def test_what_is_kept_of_a_run_that_failed(story: Callable[..., Story], wanted: Wanted, keep: str, replicas: int | None) -> None:
     tale = story(failurePolicy={"keep": keep})
-    into_rollouts(tale)
+    tale.into_rollouts()
     job = tale.see("rollout", state=ChildState.FAILED, pods=0, trouble=Trouble("Broken", "mend it"))
     failed = tale.plan()
     server = wanted(failed).get(("Deployment", "student"))
@@ -148,7 +141,7 @@ def test_what_is_kept_of_a_run_that_failed(story: Callable[..., Story], wanted: 
 
 def test_in_a_queue_a_job_waits_for_its_turn_and_suspension_takes_it_out(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(kueue={"queueName": "gpus"}, preRunningDeadlineSeconds=60)
-    into_rollouts(tale)
+    tale.into_rollouts()
     job = tale.see("rollout", state=ChildState.SUSPENDED, pods=0)
     tale.later(hours=5)
     waiting = tale.plan()
@@ -162,7 +155,7 @@ def test_in_a_queue_a_job_waits_for_its_turn_and_suspension_takes_it_out(story: 
 
 def test_a_budget_that_is_spent_in_a_queue_ends_the_job_without_suspending_it(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(kueue={"queueName": "gpus"}, failurePolicy={"infrastructureRetries": 0})
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.see("rollout", failures=(AWAY,))
     spec = wanted(tale.plan())["Job", "rollout"]["spec"]
     assert ("suspend" in spec, spec["activeDeadlineSeconds"]) == (False, 1)
@@ -170,7 +163,7 @@ def test_a_budget_that_is_spent_in_a_queue_ends_the_job_without_suspending_it(st
 
 def test_a_failed_run_looks_the_same_whenever_it_is_asked(story: Callable[..., Story]) -> None:
     tale = story(activeDeadlineSeconds=60)
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.later(minutes=5)
     first = tale.plan()
     observed = Observed(tale.now + timedelta(days=3), tuple(tale.children.values()), Results(dict(tale.results)))

@@ -20,16 +20,9 @@ def at(done: int, seconds: float, total: int = 200) -> StageProgress:
     return StageProgress(done=done, total=total, unit="rollouts", seconds=seconds)
 
 
-def into_rollouts(story: Story) -> None:
-    story.done("prepare", "preflight")
-    story.carry_out(story.plan())
-    story.serve()
-    story.carry_out(story.plan())
-
-
 def test_a_stage_shows_how_far_it_is_and_when_it_ends(story: Callable[..., Story]) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     step = Step(1, StageName.ROLLOUT)
     shown = tale.plan(progress={step: {0: at(50, 100.0), 1: at(48, 100.0)}}).status.progress
     assert (shown.stage, shown.done, shown.total, shown.percent) == ("rollout", 50, 200, 25)
@@ -42,7 +35,7 @@ def test_a_stage_shows_how_far_it_is_and_when_it_ends(story: Callable[..., Story
 
 def test_a_worker_that_was_started_again_is_not_taken_for_a_fast_one(story: Callable[..., Story]) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     again = at(50, 10.0).model_copy(update={"before": 40})
     shown = tale.plan(progress={Step(1, StageName.ROLLOUT): {0: again}}).status.progress
     assert shown.estimated_completion_time == tale.now + timedelta(seconds=150)
@@ -50,7 +43,7 @@ def test_a_worker_that_was_started_again_is_not_taken_for_a_fast_one(story: Call
 
 def test_the_end_of_a_run_is_foreseen_once_every_stage_was_seen(story: Callable[..., Story]) -> None:
     tale = story(rounds=3)
-    into_rollouts(tale)
+    tale.into_rollouts()
     assert tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(50, 100.0)}}).status.estimated_completion_time is None
     tale.done("rollout", "training", "publish", "evaluation", round_number=1)
     status = tale.plan(progress={Step(2, StageName.ROLLOUT): {0: at(100, 60.0)}}).status
@@ -60,7 +53,7 @@ def test_the_end_of_a_run_is_foreseen_once_every_stage_was_seen(story: Callable[
 
 def test_gpu_hours_are_those_of_finished_stages_and_of_the_one_at_work(story: Callable[..., Story]) -> None:
     tale = story(gpuSharing="TimeShared", training={"gpusPerNode": 8, "nodes": 2})
-    into_rollouts(tale)
+    tale.into_rollouts()
     assert tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(50, 3600.0)}}).status.gpu_hours == "2.0"
     tale.done("rollout", "training", round_number=1)  # 9 s of 2 GPUs, 1 s of 16: rounded
     assert tale.plan().status.gpu_hours == "0.0"
@@ -70,7 +63,7 @@ def test_gpu_hours_are_those_of_finished_stages_and_of_the_one_at_work(story: Ca
 @given(reports=st.lists(st.tuples(st.integers(0, 500), st.floats(0, 1e6)), max_size=30), total=st.integers(0, 500))
 def test_whatever_workers_report_no_decision_rests_on_it(story: Callable[..., Story], reports: list[tuple[int, float]], total: int) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     plain = tale.plan(told=False)
     for done, seconds in reports:
         seen = tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(done, seconds, total)}})

@@ -3,21 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from dagger_operator.api import Phase
-from dagger_operator.control import RETRY, ChildState, Observed, Plan, Ref, Results, Trouble, child, next_steps, plan
+from dagger_operator.control import RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
-
-
-def into_rollouts(story: Story) -> None:
-    """Round 1: servers are ready, workers run."""
-    story.done("prepare", "preflight")
-    story.carry_out(story.plan())
-    story.serve()
-    story.carry_out(story.plan())
 
 
 def test_first_the_run_is_prepared_and_nothing_is_served(story: Callable[..., Story], wanted: Wanted) -> None:
@@ -48,7 +38,7 @@ def test_then_servers_start_and_preflight_waits_for_them_saying_so(story: Callab
 
 def test_a_round_is_rollout_training_publish_evaluation_and_each_hands_on_the_policy(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     acting = []
     for number in (1, 2):
         for stage in ("rollout", "training", "publish", "evaluation"):
@@ -73,7 +63,7 @@ def test_a_round_is_rollout_training_publish_evaluation_and_each_hands_on_the_po
 
 def test_a_failed_stage_fails_the_run_in_the_stage_s_own_words_and_frees_the_gpus(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     job = tale.see("rollout", state=ChildState.FAILED, pods=0, trouble=Trouble("LabelCoverageTooLow", "0.71 < 0.95: raise labels.attempts"))
     failed = tale.plan()
     assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "LabelCoverageTooLow")
@@ -100,7 +90,7 @@ def test_a_failed_stage_fails_the_run_in_the_stage_s_own_words_and_frees_the_gpu
 
 def test_deleting_the_failed_job_by_hand_is_a_retry_too(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     job = tale.see("rollout", state=ChildState.FAILED, pods=0)
     tale.plan()
     del tale.children["Job", job.name]
@@ -129,7 +119,7 @@ def test_a_server_that_is_given_up_fails_the_run_and_is_remembered_on_its_deploy
 
 def test_suspension_stops_everything_and_resumption_goes_on_with_the_same_job(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.edit(suspend=True)
     held = tale.plan()
     assert (held.status.phase, held.status.reason) == (Phase.SUSPENDED, "Suspended")
@@ -152,7 +142,7 @@ def test_suspension_stops_everything_and_resumption_goes_on_with_the_same_job(st
 
 def test_time_shared_gpus_change_hands_only_when_they_are_seen_to_be_free(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(gpuSharing="TimeShared")
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.done("rollout", round_number=1)
     tale.see("rollout", state=ChildState.SUCCEEDED, pods=0)
     leaving = tale.plan()
@@ -179,7 +169,7 @@ def test_time_shared_gpus_change_hands_only_when_they_are_seen_to_be_free(story:
 
 def test_an_edit_restarts_what_it_concerns_and_nothing_else(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     before = wanted(tale.plan())
     tale.edit(training={"learningRate": 1e-5}, rounds=7, evaluation={"mode": "LastRound"}, ttlSecondsAfterFinished=5)
     assert wanted(tale.plan()) == before
@@ -223,7 +213,7 @@ def test_a_finished_run_goes_when_its_time_is_over(story: Callable[..., Story]) 
 
 def test_a_deleted_run_wants_nothing(story: Callable[..., Story]) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     metadata = tale.run.metadata.model_copy(update={"deletion_timestamp": tale.now})
     gone = plan(tale.run.model_copy(update={"metadata": metadata}), Observed(tale.now, tuple(tale.children.values())))
     assert gone.objects == ()
@@ -232,7 +222,7 @@ def test_a_deleted_run_wants_nothing(story: Callable[..., Story]) -> None:
 
 def test_without_storage_nothing_is_started_or_thrown_away_and_the_history_stays(story: Callable[..., Story]) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.done("rollout", round_number=1)
     known = tale.plan().status
     blind = tale.plan(storage_problem="s3://bucket/prefix: connection refused")
@@ -245,76 +235,13 @@ def test_without_storage_nothing_is_started_or_thrown_away_and_the_history_stays
 
 def test_a_job_that_succeeded_without_a_result_is_not_believed_for_ever(story: Callable[..., Story]) -> None:
     tale = story()
-    into_rollouts(tale)
+    tale.into_rollouts()
     tale.see("rollout", state=ChildState.SUCCEEDED, pods=0, finished=tale.now)
     assert tale.plan().status.phase is Phase.ROLLOUT
     tale.later(minutes=2)
     lost = tale.plan()
     assert (lost.status.phase, lost.status.reason) == (Phase.FAILED, "ResultMissing")
     assert "fsck" in tale.condition("Failed").message
-
-
-@pytest.mark.parametrize("overlap", ["NextRound", "None"])
-@pytest.mark.parametrize(
-    ("mode", "evaluated"), [("EveryRound", {1, 2}), ("LastRound", {2}), ("Disabled", set())], ids=["every round", "last round", "disabled"]
-)
-def test_evaluation_follows_its_mode(story: Callable[..., Story], mode: str, evaluated: set[int], overlap: str) -> None:
-    tale = story(evaluation={"mode": mode, "overlap": overlap})
-    seen = set()
-    for _ in range(20):
-        work = next_steps(tale.run.spec, Results(tale.results))
-        if work is None:
-            break
-        assert work.beside is None or overlap == "NextRound"
-        seen |= {step.round for step in work if step.stage == "evaluation"}
-        last = list(work)[-1]
-        tale.done(str(last.stage), round_number=last.round)
-    assert tale.plan().status.phase is Phase.SUCCEEDED
-    assert seen == evaluated
-
-
-def into_the_second_round(story: Story) -> None:
-    """Round 1 is published, its student not yet evaluated."""
-    into_rollouts(story)
-    story.done("rollout", "training", "publish", round_number=1)
-    story.children = {key: one for key, one in story.children.items() if one.kind != "Job"}
-    story.carry_out(story.plan())
-
-
-def test_a_student_is_evaluated_while_it_rolls_out_the_next_round(story: Callable[..., Story], wanted: Wanted) -> None:
-    tale = story()
-    into_the_second_round(tale)
-    both = tale.plan()
-    assert {key for key in wanted(both) if key[0] == "Job"} == {("Job", "rollout"), ("Job", "evaluation")}
-    assert (both.status.phase, both.status.round) == (Phase.ROLLOUT, 2)
-    assert "evaluation beside it" in tale.condition("Progressing").message
-    tale.done("rollout", round_number=2)
-    assert {key[1] for key in wanted(tale.plan()) if key[0] == "Job"} == {"training", "evaluation"}, "training has GPUs of its own"
-    tale.done("training", round_number=2)
-    publishing = tale.plan()
-    assert {key[1] for key in wanted(publishing) if key[0] == "Job"} == {"evaluation"}, "the student must stay what is measured"
-    assert (publishing.status.phase, publishing.status.reason) == (Phase.PUBLISHING, "EvaluationRunning")
-    tale.done("evaluation", round_number=1)
-    assert ("Job", "publish") in wanted(tale.plan())
-
-
-def test_time_shared_training_waits_for_the_evaluation_that_asks_the_servers(story: Callable[..., Story], wanted: Wanted) -> None:
-    tale = story(gpuSharing="TimeShared")
-    into_the_second_round(tale)
-    tale.done("rollout", round_number=2)
-    held = wanted(tale.plan())
-    assert held["Deployment", "student"]["spec"]["replicas"] == 2
-    assert ("Job", "training") not in held
-    tale.done("evaluation", round_number=1)
-    assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 0
-
-
-def test_without_overlap_rollouts_wait_for_the_evaluation(story: Callable[..., Story], wanted: Wanted) -> None:
-    tale = story(evaluation={"overlap": "None"})
-    into_the_second_round(tale)
-    planned = tale.plan()
-    assert {key for key in wanted(planned) if key[0] == "Job"} == {("Job", "evaluation")}
-    assert (planned.status.phase, planned.status.round) == (Phase.EVALUATION, 1)
 
 
 def test_without_training_a_round_is_its_rollouts_and_endpoints_need_no_server(story: Callable[..., Story], wanted: Wanted) -> None:
@@ -330,7 +257,7 @@ def test_without_training_a_round_is_its_rollouts_and_endpoints_need_no_server(s
 
 def test_the_teacher_s_server_goes_when_nobody_will_ask_it_again(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(rounds=1, teacher={"model": "t", "serving": {"gpus": 4}})
-    into_rollouts(tale)
+    tale.into_rollouts()
     assert ("Deployment", "teacher") in wanted(tale.plan())
     tale.done("rollout", round_number=1)
     planned = tale.plan()
@@ -340,7 +267,7 @@ def test_the_teacher_s_server_goes_when_nobody_will_ask_it_again(story: Callable
 
 def test_jobs_that_ended_stay_for_their_logs_and_go_two_rounds_later(story: Callable[..., Story]) -> None:
     tale = story(rounds=9)
-    into_rollouts(tale)
+    tale.into_rollouts()
     ended = tale.see("rollout", state=ChildState.SUCCEEDED, pods=0)
     for number in (1, 2):
         tale.done("rollout", "training", "publish", "evaluation", round_number=number)
