@@ -31,7 +31,7 @@ NEEDED: list[tuple[str, str, str, tuple[str, ...]]] = [
     (SANDBOXES, "coordination.k8s.io", "leases", ("get", "list", "watch", "delete")),
     (SANDBOXES, "", "pods", ("get", "list", "watch", "delete")),
     (OWN, "coordination.k8s.io", "leases", ("create",)),
-    (OWN, "coordination.k8s.io", "leases dagger-operator", ("get", "update", "patch")),
+    (OWN, "coordination.k8s.io", "leases dagger-operator", ("get", "update")),
 ]
 WITHHELD: list[tuple[str, str, str, tuple[str, ...]]] = [
     (RUNS, "dagger-operator.dev", "daggerruns", ("create", "update", "patch", "deletecollection")),
