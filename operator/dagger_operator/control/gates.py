@@ -70,7 +70,7 @@ def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, server
     waiting = [(step, job) for step, job in jobs.items()] + [(work.step, server) for server in servers.values()]
     for step, one in waiting:
         if one is not None and not one.deleting and _waited_too_long(run, one.waiting_since, observed.now):
-            known = one.trouble or Trouble(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"no pod of {one.kind} {one.name} runs")
+            known = one.trouble or Trouble(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"a pod of {one.kind} {one.name} does not run")
             return Failure(step, Trouble(known.reason, f"{known.message}; {_patience(run)}"), one)
     refused = observed.refused
     if refused is not None and _waited_too_long(run, refused.since, observed.now):

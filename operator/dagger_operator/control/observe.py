@@ -128,9 +128,8 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
         # The ranks of a training wait for each other; workers do not.
         gang = one.component == StageName.TRAINING
         return replace(one, state=ChildState.RUNNING, trouble=held, waiting_since=since if gang else None)
-    # Between two tries, why the last one failed is why it waits.
-    started = time(status(manifest).get("startTime")) or time(manifest["metadata"].get("creationTimestamp"))
-    return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since if pods else started)
+    # Between two tries, why the last one failed is why it waits. How long it has had no pods nobody knows but who warns of it.
+    return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
 
 
 def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
