@@ -8,14 +8,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from dagger_operator.cluster.health import LONGEST_SILENCE, LONGEST_WAIT, Health
+from dagger_operator.cluster.health import LONGEST_SILENCE, LONGEST_STANDSTILL, Health
 from dagger_operator.cluster.streams import Streams
 
 
 @dataclass
 class World:
     now: float = 0.0
-    oldest: float = 0.0
+    standstill: float = 0.0
     leads: bool = True
 
 
@@ -46,7 +46,7 @@ async def test_an_operator_is_ready_once_every_watch_is_open_and_stuck_once_one_
 ) -> None:
     world = World()
     streams = Streams(lambda *_: None, clock=lambda: world.now)
-    health = Health(streams, oldest=lambda: world.oldest, leads=lambda: world.leads)
+    health = Health(streams, standstill=lambda: world.standstill, leads=lambda: world.leads)
     streams.expect({"jobs", "pods"}, ["lab"])
     assert health.idle() == "not watching yet: jobs in lab, pods in lab"
     assert health.stuck() is None, "to start slowly is not to be stuck"
@@ -83,14 +83,14 @@ def test_a_queue_that_stands_still_is_stuck_and_a_standby_is_ready() -> None:
     world = World(leads=False)
     streams = Streams(lambda *_: None, clock=lambda: world.now)
     streams.expect({"pods"}, [])
-    health = Health(streams, oldest=lambda: world.oldest, leads=lambda: world.leads)
+    health = Health(streams, standstill=lambda: world.standstill, leads=lambda: world.leads)
     assert health.idle() is None
-    world.oldest = LONGEST_WAIT + 1
+    world.standstill = LONGEST_STANDSTILL + 1
     assert "waited" in (health.stuck() or "")
 
 
 async def test_a_blocked_event_loop_is_measured() -> None:
-    health = Health(Streams(lambda *_: None), oldest=lambda: 0.0, leads=lambda: True)
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, leads=lambda: True)
     watching = asyncio.create_task(health.watch_the_loop(every=0.01))
     await asyncio.sleep(0.05)
     asyncio.get_running_loop().call_soon(lambda: __import__("time").sleep(0.3))

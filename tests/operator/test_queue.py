@@ -116,6 +116,18 @@ def test_jitter_takes_from_the_wait_and_never_adds() -> None:
     assert backoff.seconds(10_000, 0.0) == 8.0
 
 
+def test_a_long_queue_is_no_standstill_as_long_as_something_is_finished() -> None:
+    now = 0.0
+    queue: WorkQueue[str] = WorkQueue(lambda: now)
+    for key in "ab":
+        queue.add(key)
+    assert queue.take() == "a"
+    now = 400.0
+    assert queue.standstill == 400.0
+    queue.done("a")
+    assert (queue.oldest, queue.standstill) == (400.0, 0.0)
+
+
 async def test_workers_are_bounded_and_one_key_has_one_worker() -> None:
     queue: WorkQueue[int] = WorkQueue(time.monotonic, Backoff(first=0.001))
     at_work: list[int] = []

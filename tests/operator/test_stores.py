@@ -97,6 +97,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
     await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
     hangs.set()
     monkeypatch.setattr(stores, "PATIENCE_SECONDS", 30.0)
+    await asyncio.sleep(0.1)
     results, _ = await read.read(run)
     assert results.has(0, "prepare"), "the late answer was from before the result"
     assert reads == 2

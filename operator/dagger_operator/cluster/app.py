@@ -51,7 +51,7 @@ async def operate(settings: Settings) -> None:
         queue.on_add, queue.on_retry, queue.on_take = metrics.adds.inc, metrics.retries.inc, metrics.waited.observe
         reconciler = Reconciler(settings, cache, working)
         watches = Watches(settings, cache, working, wake=queue.add, gone=reconciler.applier.forget, heard=metrics.heard)
-        health = Health(watches.streams, oldest=lambda: queue.oldest, leads=lambda: leader is None or leader.holds)
+        health = Health(watches.streams, standstill=lambda: queue.standstill, leads=lambda: leader is None or leader.holds)
         metrics.read(Readings(cache, queue, health))
         await stack.enter_async_context(_serving(settings.health_port, health.routes()))
         await stack.enter_async_context(_serving(settings.metrics_port, metrics.routes()))
@@ -89,7 +89,7 @@ async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 async def _require_crd(client: Client) -> None:
     deadline = time.monotonic() + CRD_PATIENCE
-    while KIND not in await client.served(API_VERSION):
+    while KIND not in await client.served(API_VERSION):  # an API server that does not answer ends this life; the kubelet starts another
         problem = f"the cluster has no {KIND} in {API_VERSION}: apply manifests/crd/daggerruns.yaml, or install the chart with crds.install"
         if time.monotonic() > deadline:
             raise NoCrd(problem)

@@ -15,15 +15,15 @@ from dagger_operator.cluster.streams import Streams
 
 LONGEST_SILENCE = 600.0
 """Seconds. Every watch is opened anew within 240 s; one that is not is dead."""
-LONGEST_WAIT = 300.0
-"""Seconds that a key that could be worked on may wait."""
+LONGEST_STANDSTILL = 300.0
+"""Seconds that runs may wait while none is finished."""
 
 
 @dataclass
 class Health:
     streams: Streams
-    oldest: Callable[[], float]
-    """Seconds that the oldest key of the queue has waited."""
+    standstill: Callable[[], float]
+    """Seconds for which runs have waited while none was finished."""
     leads: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
     lag: float = field(default=0.0)
@@ -33,8 +33,8 @@ class Health:
         """Why this process should be started anew."""
         if (silence := self.streams.silence) > LONGEST_SILENCE:
             return f"a watch gave no sign of life for {silence:.0f} s"
-        if (oldest := self.oldest()) > LONGEST_WAIT:
-            return f"a run has waited for {oldest:.0f} s to be worked on"
+        if (standstill := self.standstill()) > LONGEST_STANDSTILL:
+            return f"runs have waited for {standstill:.0f} s while none was finished"
         return None
 
     def idle(self) -> str | None:

@@ -60,6 +60,7 @@ class WorkQueue(Generic[K]):
     _entries: dict[K, _Entry] = field(default_factory=dict)
     _heap: list[tuple[float, int, K]] = field(default_factory=list)
     _ticket: int = 0
+    _finished: float = float("-inf")
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, key: K, after: float = 0.0) -> None:
@@ -101,7 +102,7 @@ class WorkQueue(Generic[K]):
         return wait
 
     def _finish(self, key: K, *, failures: int, again_after: float | None) -> None:
-        entry = self._entries[key]
+        entry, self._finished = self._entries[key], self.clock()
         entry.failures = failures
         if again_after is not None:
             self.add(key, again_after)
@@ -122,6 +123,11 @@ class WorkQueue(Generic[K]):
     def oldest(self) -> float:
         """Seconds that the key that waits longest has been due; 0 where none is."""
         return max(self._waits(), default=0.0)
+
+    @property
+    def standstill(self) -> float:
+        """Seconds for which a key has been due while nothing was finished: a queue that is long is slow, one that stands still is stuck."""
+        return min(self.oldest, self.clock() - self._finished)
 
     def _waits(self) -> list[float]:
         now = self.clock()

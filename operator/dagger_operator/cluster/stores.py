@@ -20,8 +20,8 @@ from dagger_operator.store.objects import Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
 """How long a Secret's content is taken for current; after a failure it is read at once."""
-PATIENCE_SECONDS = 20.0
-"""A store that takes longer is said to be away; its answer is still waited for, so that it is asked once at a time."""
+PATIENCE_SECONDS = 10.0
+"""A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
 _THREADS = 16
 _OF_THIS_PROCESS = re.compile(
     r"(_FILE|_PATH|_URI|_CLI|_CA_BUNDLE|_APPLICATION_CREDENTIALS|_STS|(METADATA|IDENTITY|MSI)_ENDPOINT)$|^GOOGLE_SERVICE_ACCOUNT$"
@@ -57,7 +57,7 @@ class Stores:
         while True:
             begun_before = opened.reading is not None
             task = opened.reading = opened.reading or asyncio.create_task(_read(opened.store, run, opened.results))
-            await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+            await asyncio.wait({task}, timeout=0 if begun_before else PATIENCE_SECONDS)
             if not task.done():
                 raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
             opened.reading = None
