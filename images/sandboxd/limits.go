@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 )
 
 // limits of one command with everything that it starts. What no limit of the kernel's holds is looked at ten times a second.
@@ -14,13 +15,9 @@ type limits struct{ processes, memoryMiB, fileMiB int }
 
 const openFiles = 4096
 
-// inherit sets what commands inherit from this process. RLIMIT_DATA holds for one process, and for a fast one the sampling would be too
-// late: with cgroup v2 the kubelet lets the kernel kill a whole container that is out of memory, this process included.
+// inherit sets what commands inherit from this process.
 func (l limits) inherit() error {
 	set := map[int]uint64{syscall.RLIMIT_CORE: 0, syscall.RLIMIT_NOFILE: openFiles}
-	if l.memoryMiB > 0 {
-		set[syscall.RLIMIT_DATA] = uint64(l.memoryMiB) << 20
-	}
 	if l.fileMiB > 0 {
 		set[syscall.RLIMIT_FSIZE] = uint64(l.fileMiB) << 20
 	}
@@ -37,6 +34,15 @@ func (l limits) inherit() error {
 		}
 	}
 	return nil
+}
+
+// hold sets what holds for a command and not for this process. The memory of one process: a fast one would outrun the sampling, and with
+// cgroup v2 the kubelet lets the kernel kill a whole container that is out of memory, this process included.
+func (l limits) hold(pid int) {
+	if l.memoryMiB > 0 {
+		data := syscall.Rlimit{Cur: uint64(l.memoryMiB) << 20, Max: uint64(l.memoryMiB) << 20}
+		syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_DATA, uintptr(unsafe.Pointer(&data)), 0, 0, 0)
+	}
 }
 
 // exceeded says which limit the running command exceeds; empty is none.

@@ -12,12 +12,13 @@ import (
 
 // children starts processes and reaps all that end here: as process 1 those, too, whose parents ended before them.
 type children struct {
+	limits  limits
 	mu      sync.Mutex
 	waiting map[int]chan syscall.WaitStatus
 }
 
-func newChildren() *children {
-	c := &children{waiting: map[int]chan syscall.WaitStatus{}}
+func newChildren(limits limits) *children {
+	c := &children{limits: limits, waiting: map[int]chan syscall.WaitStatus{}}
 	ended := make(chan os.Signal, 1)
 	signal.Notify(ended, syscall.SIGCHLD)
 	go func() {
@@ -55,6 +56,7 @@ func (c *children) start(path string, argv []string, attributes *syscall.ProcAtt
 	}
 	// Where memory runs out the kernel shall take a command, not this process. What it starts inherits it.
 	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("1000"), 0)
+	c.limits.hold(pid)
 	waiter := make(chan syscall.WaitStatus, 1)
 	c.waiting[pid] = waiter
 	return waiter, nil

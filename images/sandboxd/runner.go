@@ -59,7 +59,7 @@ type runner struct {
 }
 
 func newRunner(limits limits) *runner {
-	return &runner{limits: limits, children: newChildren(), seen: map[uint64]*execution{}}
+	return &runner{limits: limits, children: newChildren(limits), seen: map[uint64]*execution{}}
 }
 
 // The ways in which a number cannot be served.
