@@ -16,7 +16,7 @@ Alive = Callable[[str], int]
 async def test_files_stay_between_commands_and_processes_do_not(any_sandbox: Sandbox) -> None:
     result = await any_sandbox.execute("echo kept | tee file /tmp/file ~/file; sleep 300 & echo started", timeout=60)
     assert result.output == "kept\nstarted\n" and result.seconds < 60
-    result = await any_sandbox.execute("cat file /tmp/file ~/file; pgrep sleep || echo none", timeout=60)
+    result = await any_sandbox.execute("cat file /tmp/file ~/file; grep -l '^sleep' /proc/[0-9]*/comm 2>/dev/null || echo none", timeout=60)
     assert result.output == "kept\nkept\nkept\nnone\n"
 
 
