@@ -224,7 +224,7 @@ class AnyOrder(RuleBasedStateMachine):
         if step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
             made_by = step.round - 1 if step.stage is StageName.ROLLOUT else step.round
             assert pod["env"]["DAGGER_POLICY"] == Results(self.cluster.results).student_after(made_by)
-        if step.stage is StageName.EVALUATION:
+        if step.stage is StageName.EVALUATION and own not in self.cluster.results:  # with it, a worker that is late ends at once
             assert (step.round + 1, "publish") not in self.cluster.results, "another student is served by then"
         self.tries += 1
         self.cluster.succeed(pod, self.tries)
