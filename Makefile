@@ -27,7 +27,7 @@ check: setup ## Lint, types, layers
 fast: setup ## Tests that need no torch, no vLLM and no built tool
 	$(PYTEST) -m "not heavy and not cuda"
 
-heavy: setup tools ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
+heavy: setup tools $(if $(DAGGER_TEST_KUBECONFIG),,images) ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
 	$(PYTEST) -m "heavy and not cuda"
 
 tools: setup ## Go programs that tests need, built once for this machine
@@ -36,7 +36,7 @@ tools: setup ## Go programs that tests need, built once for this machine
 experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
 
-images: ## All container images, from images/Dockerfile: an OCI layout, or with DOCKER=docker in Docker (images/README.md)
+images: setup ## All container images, from images/Dockerfile: an OCI layout, or with DOCKER=docker in Docker (images/README.md)
 ifdef DOCKER
 	for target in operator worker trainer quickstart vllm-cpu; do \
 	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) --build-arg VERSION=$(VERSION) . || exit; done

@@ -1,0 +1,159 @@
+"""The chart installed on a real cluster with images of this checkout: its operator, its S3 server, and a namespace for runs."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+SAMPLES = ROOT / "manifests" / "samples" / "quickstart"
+RELEASE, SYSTEM, SANDBOXES = "dagger-operator", "dagger-system", "dagger-sandboxes"
+S3_IMAGE = "localhost/versitygw:1.8.0"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An installed chart, and a namespace in which runs live."""
+
+    kubernetes: Any
+    """`Kubernetes` of tests/conftest.py."""
+    namespace: str
+    system: str = SYSTEM
+    """Namespace of the operator and the S3 server."""
+    sandboxes: str = SANDBOXES
+
+    def kubectl(self, *arguments: str, input: str | None = None, timeout: float = 120) -> str:
+        """In the namespace of the runs."""
+        printed: str = self.kubernetes.kubectl("--namespace", self.namespace, *arguments, input=input, timeout=timeout)
+        return printed
+
+    def apply(self, *documents: dict[str, Any]) -> None:
+        self.kubectl("apply", "-f", "-", input=yaml.safe_dump_all(documents))
+
+    def sample(self, file: str) -> list[dict[str, Any]]:
+        """The documents of a file of the quickstart's sample."""
+        return list(yaml.safe_load_all((SAMPLES / file).read_text()))
+
+    def run(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.kubectl("get", "daggerrun", name, "-o", "json"))
+        return found
+
+    def listed(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
+        where = ("--namespace", namespace) if namespace else ()
+        found: list[dict[str, Any]] = json.loads(self.kubectl(*where, "get", kind, "--selector", selector, "-o", "json"))["items"]
+        return found
+
+    def until(self, what: str, holds: Callable[[], Any], seconds: float) -> Any:
+        """Looks until something holds, and returns what it gave; fails with what the runs and pods say."""
+        deadline = time.monotonic() + seconds
+        while not (found := holds()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {seconds} s: {what}\n{self.told()}")
+            time.sleep(1)
+        return found
+
+    def ended(self, name: str, seconds: float) -> dict[str, Any]:
+        """The run once it has ended."""
+
+        def end() -> dict[str, Any] | None:
+            run = self.run(name)
+            return run if run.get("status", {}).get("phase") in ("Succeeded", "Failed") else None
+
+        run: dict[str, Any] = self.until(f"run {name} ends", end, seconds)
+        assert run["status"]["phase"] == "Succeeded", self.told()
+        return run
+
+    def told(self) -> str:
+        """What people would look at."""
+        parts = [
+            self.kubectl("get", "daggerruns,deployments,jobs,pods", "-o", "wide"),
+            self.kubectl("--namespace", SANDBOXES, "get", "pods,leases"),
+            self.kubectl("--namespace", SYSTEM, "get", "pods"),
+            self.kubectl("get", "daggerruns", "-o", "jsonpath={range .items[*]}{.metadata.name}: {.status.conditions}{'\\n'}{end}"),
+            self.kubectl("get", "events", "--sort-by=.lastTimestamp")[-6000:],
+            self.kubectl("--namespace", SYSTEM, "logs", f"deployment/{RELEASE}", "--tail=40"),
+        ]
+        return "\n".join(parts)
+
+
+@pytest.fixture(scope="session")
+def installation(cluster: Any, images: None) -> Iterator[Installation]:
+    """`helm install` of the chart with its S3 server, and a fresh namespace for runs; both gone afterwards."""
+    helm = _built("helm")
+    _load_s3_server()
+    settings = {
+        "s3.enabled": "true",
+        "s3.image.repository": S3_IMAGE.partition(":")[0],
+        "s3.image.tag": S3_IMAGE.partition(":")[2],
+        "resources.requests.cpu": "50m",
+        "s3.resources.requests.cpu": "50m",
+    }
+    with cluster.fresh_namespace() as namespace:
+        values = [f"--set={name}={value}" for name, value in settings.items()]
+        command = [helm, f"--kubeconfig={cluster.kubeconfig}", "--namespace", SYSTEM]
+        install = ["upgrade", "--install", RELEASE, str(ROOT / "helm" / "dagger-operator"), "--create-namespace", "--wait", "--timeout=5m"]
+        _run([*command, *install, *values, f"--set=s3.copySecretTo={{{namespace}}}"])
+        try:
+            yield Installation(cluster, namespace)
+        finally:
+            # Runs first, while somebody is there for what they have in the namespace of the sandboxes.
+            cluster.kubectl("--namespace", namespace, "delete", "daggerruns", "--all", "--timeout=120s")
+            _run([*command, "uninstall", RELEASE, "--wait"])
+
+
+@pytest.fixture(scope="session")
+def helm_test(installation: Installation) -> Callable[[], str]:
+    command = [_built("helm"), f"--kubeconfig={installation.kubernetes.kubeconfig}", "--namespace", SYSTEM, "test", RELEASE, "--logs"]
+    return lambda: _run(command)
+
+
+def _built(tool: str) -> str:
+    return _run([sys.executable, str(ROOT / "scripts" / "build-tool"), tool]).strip()
+
+
+def _run(command: Iterable[str]) -> str:
+    done = subprocess.run(list(command), capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.args}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _load_s3_server() -> None:
+    """The server as an image; on a cluster of somebody else's, the chart's own is pulled."""
+    if os.environ.get("DAGGER_TEST_KUBECONFIG"):
+        return
+    archive = _image(S3_IMAGE, Path(_built("versitygw")))
+    subprocess.run([ROOT / "tests" / "cluster" / "in", "ctr", "-n", "k8s.io", "images", "import", "-"], input=archive, check=True)
+
+
+def _image(name: str, program: Path) -> bytes:
+    """A Docker archive with one static program in it, as its entry point."""
+    layer = _tar({f"bin/{program.name}": program.read_bytes()})
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine],
+        "os": "linux",
+        "config": {"Entrypoint": [f"/bin/{program.name}"]},
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
+    return _tar({"config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode(), "layer.tar": layer})
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size, member.mode = len(content), 0o755
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()

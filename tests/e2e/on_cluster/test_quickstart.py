@@ -1,0 +1,82 @@
+"""The quickstart by `kubectl apply`: real vLLM, pods as sandboxes, a DeepSpeed Job of two ranks, real S3; then its pods are taken away."""
+
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+SMALL = {"requests": {"cpu": "100m", "memory": "256Mi"}}
+
+
+def _smaller(document: dict[str, Any]) -> dict[str, Any]:
+    """The sample's run, as a node of two cores does it in minutes."""
+    spec = document["spec"]
+    spec["rounds"] = 2
+    spec["mixing"]["beta"]["values"] = [1.0, 0.0]
+    spec["tasks"] |= {"firstRound": 60, "perRound": 30, "heldOut": {**spec["tasks"]["heldOut"], "count": 24}}
+    spec["student"]["serving"]["pod"] = {"resources": SMALL}
+    spec["rollouts"] = {"workers": 1, "concurrency": 6, "leaseSeconds": 15, "pod": {"resources": SMALL}}
+    spec["training"] |= {"steps": {"type": "List", "values": [300, 200]}, "checkpointEverySteps": 50, "pod": {"resources": SMALL}}
+    spec["sandbox"]["limits"]["cpus"] = 0.5
+    return document
+
+
+def test_the_chart_answers_for_itself(helm_test: Any) -> None:
+    assert "Succeeded" in helm_test()
+
+
+def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: Any) -> None:
+    installation.apply(*installation.sample("inputs.yaml"))
+    installation.kubectl("wait", "--for=condition=Complete", "--timeout=300s", "job/quickstart-inputs", timeout=310)
+    (document,) = installation.sample("run.yaml")
+    installation.apply(_smaller(document))
+
+    def at(number: int, phase: str) -> bool:
+        status = installation.run("quickstart").get("status", {})
+        assert status.get("phase") != "Failed", installation.told()
+        return bool((status.get("round"), status.get("phase")) == (number, phase) and _running(installation, phase))
+
+    installation.until("round 1 is done undisturbed", lambda: at(2, "Rollout"), 900)
+    _delete(installation, "rollout")
+    _delete_operator(installation)
+    installation.until("round 2 trains", lambda: at(2, "Training"), 600)
+    _delete(installation, "training")
+    _delete(installation, "student")
+    _delete_operator(installation)
+    run = installation.ended("quickstart", 900)
+
+    first, last = run["status"]["rounds"]
+    assert first["training"]["lastLoss"] < first["training"]["firstLoss"] / 5
+    assert last["evaluation"]["resolved"] > 0
+    assert last["evaluation"]["resolvedRate"] >= first["evaluation"]["resolvedRate"]
+    assert last["rollout"]["teacherTurnShare"] == 0 and first["rollout"]["teacherTurnShare"] == 1
+    assert [entry["rollout"]["rollouts"] for entry in (first, last)] == [60, 30]
+    installation.kubectl("wait", "--for=condition=Succeeded", "--timeout=1s", "daggerrun/quickstart")
+    _nothing_is_left(installation)
+
+
+def _running(installation: Any, phase: str) -> list[dict[str, Any]]:
+    component = phase.lower()
+    pods = installation.listed("pods", f"dagger-operator.dev/component={component}")
+    return [pod for pod in pods if pod["status"].get("phase") == "Running"]
+
+
+def _delete(installation: Any, component: str) -> None:
+    installation.kubectl("delete", "pods", "--grace-period=0", "--force", "--selector", f"dagger-operator.dev/component={component}")
+
+
+def _delete_operator(installation: Any) -> None:
+    selector = "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator"
+    installation.kubectl("--namespace", installation.system, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
+
+
+def _nothing_is_left(installation: Any) -> None:
+    """Of a run that has ended: no sandbox, no Lease of a worker, nothing that holds a processor."""
+
+    def gone() -> bool:
+        sandboxes = installation.listed("pods,leases", namespace=installation.sandboxes)
+        living = [pod for pod in installation.listed("pods", "dagger-operator.dev/run=quickstart") if pod["status"]["phase"] == "Running"]
+        return not sandboxes and not living
+
+    installation.until("sandboxes, Leases and pods are gone", gone, 180)

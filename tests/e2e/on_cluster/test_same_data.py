@@ -1,0 +1,186 @@
+"""A seed gives the data on a cluster that it gives on one machine, also where all that can be taken away is taken away."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dagger_operator.api import Storage
+from dagger_operator.store.objects import Store
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).parents[3]
+SMALL = {"requests": {"cpu": "100m", "memory": "256Mi"}}
+SECRET = "dagger-operator-s3"
+
+
+@pytest.fixture
+def policies(cluster: Any) -> Iterator[str]:
+    """Base URL of the scripted policies, one that this machine and the cluster's pods both reach: it is part of a policy's version."""
+    if cluster.host is None:
+        pytest.skip("pods cannot reach this machine: DAGGER_TEST_HOST says under which address they could")
+    with socket.socket() as probe:
+        probe.bind((cluster.host, 0))
+        port = probe.getsockname()[1]
+    script = ROOT / "examples" / "quickstart" / "teacher.py"
+    process = subprocess.Popen([sys.executable, script, "--host", cluster.host, "--port", str(port)])
+    try:
+        url = f"http://{cluster.host}:{port}/v1"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=1):
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _labelling_only(url: str) -> dict[str, Any]:
+    """Two rounds of labelling with a deterministic student: no vLLM, no training."""
+    return {
+        "rounds": 2,
+        "student": {"model": "scripted-student", "endpoint": {"url": url}, "serving": None},
+        "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
+        "tasks": {"perRound": 12, "firstRound": 12},
+        "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 5, "infrastructureRetries": 50},
+        "training": {"mode": "Disabled"},
+        "sandbox": {"createTimeoutSeconds": 120, "commandTimeoutSeconds": 60},
+    }
+
+
+def _on_the_cluster(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    spec["sandbox"] |= {"image": "dagger-operator/worker:0.1.0"}
+    spec["sandbox"]["limits"]["cpus"] = 0.5
+    spec["rollouts"]["pod"] = {"resources": SMALL}
+    spec["storage"] = {
+        "url": "s3://dagger/one",
+        "endpointUrl": "http://dagger-operator-s3.dagger-system.svc:7070",
+        "region": "us-east-1",
+        "secretRef": {"name": SECRET},
+    }
+    source = {"type": "JSONL", "uri": "s3://dagger/one/inputs/tasks.jsonl"}
+    spec["tasks"] |= {"source": {**source, "split": "train"}, "heldOut": {"source": {**source, "split": "heldout"}}}
+    return document
+
+
+def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation: Any, runs: Any, policies: str) -> None:
+    local = runs.inside("local")
+    local.teacher = policies
+    document = Path(local.document("one", **_labelling_only(policies)))
+    local.ctl("run", str(document))
+
+    tasks = (local.folder / "tasks.jsonl").read_bytes()
+    asyncio.run(_upload(installation, tasks))
+    installation.apply(_on_the_cluster(yaml.safe_load(document.read_text())))
+    for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _api_server, _two_operators, _node):
+        done = _finished(installation)
+        take_away(installation)
+        installation.until(f"rollouts go on after {take_away.__name__}", lambda done=done: _goes_on(installation, done), 300)
+    run = installation.ended("one", 600)
+
+    digests = [entry["rollout"]["dataDigest"] for entry in run["status"]["rounds"]]
+    assert digests == [entry["rollout"]["dataDigest"] for entry in local.status("one")["rounds"]]
+    installation.until(
+        "no sandbox and no Lease is left", lambda: not installation.listed("pods,leases", namespace=installation.sandboxes), 240
+    )
+
+
+def _finished(installation: Any) -> int:
+    """Rollouts that are done, of both rounds, as the status tells them."""
+    status = installation.run("one").get("status", {})
+    rounds = sum(entry["rollout"]["rollouts"] for entry in status.get("rounds", ()) if entry.get("rollout"))
+    progress = status.get("progress") or {}
+    return int(rounds + (progress.get("done", 0) if progress.get("stage") == "rollout" else 0))
+
+
+def _goes_on(installation: Any, done: int) -> bool:
+    return _finished(installation) > done or installation.run("one")["status"]["phase"] == "Succeeded"
+
+
+def _nothing(installation: Any) -> None:
+    """The run as it starts."""
+
+
+def _operator(installation: Any) -> None:
+    _kill(installation, installation.system, "app.kubernetes.io/component=operator")
+
+
+def _workers(installation: Any) -> None:
+    _kill(installation, installation.namespace, "dagger-operator.dev/component=rollout")
+
+
+def _sandboxes(installation: Any) -> None:
+    _kill(installation, installation.sandboxes, "app.kubernetes.io/component=sandbox")
+
+
+def _storage(installation: Any) -> None:
+    """For 30 seconds; its data is on a volume."""
+    installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator-s3", "--replicas=0")
+    time.sleep(30)
+    installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator-s3", "--replicas=1")
+
+
+def _api_server(installation: Any) -> None:
+    _in_the_node("pkill", "-KILL", "kube-apiserver")
+    installation.until("the API server is back", lambda: _answers(installation), 120)
+
+
+def _two_operators(installation: Any) -> None:
+    installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator", "--replicas=2")
+
+
+def _node(installation: Any) -> None:
+    """Not ready for longer than the grace period."""
+    _in_the_node("pkill", "-STOP", "kubelet")
+    try:
+        installation.until("the node is not ready", lambda: not _ready(installation), 120)
+    finally:
+        _in_the_node("pkill", "-CONT", "kubelet")
+
+
+def _ready(installation: Any) -> bool:
+    path = '{.items[*].status.conditions[?(@.type=="Ready")].status}'
+    return bool(installation.kubectl("get", "nodes", "-o", f"jsonpath={path}") == "True")
+
+
+def _answers(installation: Any) -> bool:
+    try:
+        installation.kubectl("get", "--raw", "/readyz")
+    except RuntimeError:
+        return False
+    return True
+
+
+def _kill(installation: Any, namespace: str, selector: str) -> None:
+    installation.kubectl("--namespace", namespace, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
+
+
+def _in_the_node(*command: str) -> None:
+    if os.environ.get("DAGGER_TEST_KUBECONFIG"):
+        return  # somebody else's node is left alone
+    subprocess.run([ROOT / "tests" / "cluster" / "in", *command], check=True)
+
+
+async def _upload(installation: Any, tasks: bytes) -> None:
+    """To the S3 server's Service, by its address: names of the cluster mean nothing here."""
+    secret = json.loads(installation.kubectl("get", "secret", SECRET, "-o", "json"))["data"]
+    where = installation.kubectl("--namespace", installation.system, "get", "service", SECRET, "-o", "jsonpath={.spec.clusterIP}")
+    storage = Storage(url="s3://dagger/one", endpoint_url=f"http://{where}:7070", region="us-east-1")
+    store = Store.open(storage, {key: base64.b64decode(value).decode() for key, value in secret.items()})
+    await store.put("inputs/tasks.jsonl", tasks)
