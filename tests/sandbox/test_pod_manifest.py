@@ -78,6 +78,14 @@ def test_what_the_run_says_of_its_pods_is_there_and_cannot_loosen_them() -> None
     assert "runAsUser" not in spec and spec["containers"][0]["image"] == "other:2"
 
 
+def test_a_task_without_an_image_of_its_own_starts_in_a_folder_that_any_user_may_write_to() -> None:
+    def mounts(request: SandboxRequest) -> list[str]:
+        return [mount["mountPath"] for mount in spec_of(request)["containers"][0]["volumeMounts"]]
+
+    assert mounts(SandboxRequest("one", workdir="/work")) == ["/dagger", "/work"]
+    assert mounts(SandboxRequest("one", image="swe:1", workdir="/work")) == ["/dagger"], "what the image has there is the task"
+
+
 def test_a_task_without_an_image_is_told_what_to_set() -> None:
     with pytest.raises(SandboxError, match=r"NoImage.*spec\.sandbox\.image"):
         spec_of(SandboxRequest("one"), image=None)

@@ -112,7 +112,7 @@ def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) 
             "securityContext": _user(setting.pod) | {"seccompProfile": {"type": "RuntimeDefault"}},
             "initContainers": [_installer(setting)],
             "containers": [_sandbox(setting, request, image, digest)],
-            "volumes": [{"name": "dagger", "emptyDir": {"sizeLimit": "64Mi"}}],
+            "volumes": [{"name": "dagger", "emptyDir": {"sizeLimit": "64Mi"}}, *_workdir_volumes(setting, request)],
         },
     }
 
@@ -164,8 +164,16 @@ def _sandbox(setting: Setting, request: SandboxRequest, image: str, digest: str)
         },
         "securityContext": _CONFINED,
         # Read-only, so that no command exchanges the helper.
-        "volumeMounts": [{"name": "dagger", "mountPath": "/dagger", "readOnly": True}],
+        "volumeMounts": [
+            {"name": "dagger", "mountPath": "/dagger", "readOnly": True},
+            *({"name": volume["name"], "mountPath": request.workdir} for volume in _workdir_volumes(setting, request)),
+        ],
     }
+
+
+def _workdir_volumes(setting: Setting, request: SandboxRequest) -> list[Json]:
+    """A task that brings no image starts in an empty folder, which whatever user runs the image may write to."""
+    return [] if request.image else [{"name": "workdir", "emptyDir": {"sizeLimit": f"{setting.limits.disk_mib}Mi"}}]
 
 
 def _amounts(cpus: float, memory_mib: float, disk_mib: float) -> dict[str, str]:
