@@ -39,7 +39,7 @@ def test_a_sandbox_pod_is_confined() -> None:
         assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
         for amounts in ("requests", "limits"):
             assert set(container["resources"][amounts]) == {"cpu", "memory", "ephemeral-storage"}
-    (mount,) = spec["containers"][0]["volumeMounts"]
+    (mount,) = spec_of(SandboxRequest("one", image="swe:1"))["containers"][0]["volumeMounts"]
     assert mount["readOnly"] is True
 
 
