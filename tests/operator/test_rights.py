@@ -41,7 +41,9 @@ async def test_a_run_with_sandbox_pods_succeeds_with_the_charts_rights(lab: Any,
     lab.paused = set()
     await lab.until_phase("Succeeded")
     log = operator.log.read_text()
-    assert "orbidden" not in log, log
+    # It sees all namespaces, also those of other tests that are on their way out.
+    forbidden = [line for line in log.splitlines() if "orbidden" in line and "being terminated" not in line]
+    assert not forbidden, forbidden
     assert "event not told" not in log, log
     binding = await lab.client.get("rbac.authorization.k8s.io/v1", "RoleBinding", "dagger-sandboxes", f"{lab.namespace}.demo.worker")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "demo-worker", "namespace": lab.namespace}]

@@ -73,7 +73,7 @@ async def test_killed_workers_leave_no_pod_once_a_sibling_looked(
     async with pods(run="leak", worker="rollout-9", lease_seconds=LEASE_SECONDS) as sibling:
         living = await sibling.create(SandboxRequest("living"), timeout=120)
         deadline = time.monotonic() + 120
-        while len(left(cluster, namespace)) > 1 and time.monotonic() < deadline:
+        while max(len(left(cluster, namespace)), len(left(cluster, namespace, "leases"))) > 1 and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
         (name,) = left(cluster, namespace)
         assert "living" in name

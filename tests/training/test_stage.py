@@ -196,7 +196,7 @@ async def test_prometheus_scrapes_a_training(
     said = {sample.name: sample.value for family in text_string_to_metric_families(exposition.decode()) for sample in family.samples}
     steps = said["dagger_training_steps_total"]
     assert said["dagger_training_labels_total"] == 6 * steps and said["dagger_training_progress_ratio"] == steps / 10_000
-    assert said["dagger_training_loss"] > 0 < said["dagger_training_gradient_norm"]
+    assert said["dagger_training_loss"] >= 0 and said["dagger_training_gradient_norm"] >= 0, "0 once these few labels are known by heart"
     assert said["dagger_training_tokens_total"] < said["dagger_training_unpacked_tokens_total"]
 
 
@@ -287,7 +287,7 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
     assert await read_result(setting.store, 1, "training", TrainingResult) is None
 
     with setting.started() as process:  # a spot node gives notice while training goes on
-        await until(lambda: asyncio.to_thread(resumed, setting.log), process)
+        await until(lambda: goes_on(setting, first), process)
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 120) == ExitCode.UNAVAILABLE
     assert setting.failure()["reason"] == "Terminated"
@@ -307,11 +307,10 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
     assert (await policy_manifest(setting.store, result.policy)).files == (await policy_manifest(undisturbed.store, result.policy)).files
 
 
-def resumed(log: Path) -> bool:
-    """Whether a stage that found a checkpoint is taking steps."""
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    starts = [index for index, line in enumerate(lines) if line.get("event") == "training" and line["from_step"] > 0]
-    return bool(starts) and any(line.get("event") == "step" for line in lines[starts[-1] :])
+async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:
+    """Whether a stage that found a checkpoint has taken steps since."""
+    stored = await setting.checkpoints()
+    return bool(stored) and stored[-1] > from_checkpoints[-1]
 
 
 @pytest.mark.heavy

@@ -102,7 +102,8 @@ def installation(cluster: Any, images: None) -> Iterator[Installation]:
     with cluster.fresh_namespace() as namespace:
         values = [f"--set={name}={value}" for name, value in settings.items()]
         command = [helm, f"--kubeconfig={cluster.kubeconfig}", "--namespace", SYSTEM]
-        install = ["upgrade", "--install", RELEASE, str(ROOT / "helm" / "dagger-operator"), "--create-namespace", "--take-ownership", "--wait"]
+        chart = str(ROOT / "helm" / "dagger-operator")
+        install = ["upgrade", "--install", RELEASE, chart, "--create-namespace", "--take-ownership", "--wait"]
         _run([*command, *install, *values, f"--set=s3.copySecretTo={{{namespace}}}"])
         try:
             yield Installation(cluster, namespace)
