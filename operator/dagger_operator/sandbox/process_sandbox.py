@@ -136,7 +136,8 @@ class ProcessSandbox:
                 raise SandboxError(
                     "Lost", f"sandbox {self._request.name}: {ended.output.text()[-500:].strip() or 'its namespaces ended early'}"
                 )
-        await self._disk.measure()
+        # Who was told that the disk is full has just made room, perhaps.
+        await self._disk.measure(anew=self._disk.full)
         return replace(ended, stopped=ended.stopped or out_of_memory)
 
     async def _watch(self, pid: int) -> str:

@@ -97,10 +97,10 @@ class DiskMeter:
     def full(self) -> bool:
         return self.used > self._limit
 
-    async def measure(self) -> int:
-        """Measures, unless it was just done: at most every half second, and at most a tenth of the time."""
+    async def measure(self, *, anew: bool = False) -> int:
+        """Measures, unless it was just done: at most every half second, and at most a tenth of the time; `anew`: in any case."""
         now = time.monotonic()
-        if now - self._at >= max(0.5, 10 * self._cost):
+        if anew or now - self._at >= max(0.5, 10 * self._cost):
             self.used = await asyncio.to_thread(disk_use, self._folder, self._limit + _DISK_MARGIN)
             self._at = time.monotonic()
             self._cost = self._at - now
