@@ -61,6 +61,7 @@ facts = {
     "python": shutil.which("python"),
     "present": [module for module in refused if importlib.util.find_spec(module)],
     "tools": [tool for tool in ("pip", "uv", "gcc", "cc", "g++", "go", "make") if shutil.which(tool)],
+    # Paths in the image.
     "caches": [path for path in ("/root/.cache", "/var/lib/apt/lists", "/tmp/uv-cache") if os.path.isdir(path) and os.listdir(path)],
     "root_writable": writable("/opt/venv"),
     "home_writable": writable(os.path.expanduser("~")) and writable(tempfile.gettempdir()),
