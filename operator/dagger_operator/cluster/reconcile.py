@@ -144,4 +144,4 @@ def _shell(stored: Manifest) -> DAggerRun:
     """A run of which nothing is trusted but who it is: enough to say in its status why it is refused."""
     known = stored["metadata"]
     metadata = Metadata.model_construct(name=known["name"], namespace=known["namespace"], generation=known.get("generation"))
-    return DAggerRun.model_construct(metadata=metadata, spec=None, status=_understood(stored.get("status")))  # type: ignore[arg-type]
+    return DAggerRun.model_construct(metadata=metadata, spec=None, status=_understood(stored.get("status")))  # type: ignore[arg-type]  # there is no spec to trust
