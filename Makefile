@@ -2,6 +2,7 @@
 SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+STREAMS := -n 2 --dist loadgroup --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -25,10 +26,10 @@ check: setup ## Lint, types, layers
 	$(BIN)/lint-imports
 
 fast: setup ## Tests that need no torch, no vLLM and no built tool
-	$(PYTEST) -m "not heavy and not cuda"
+	$(PYTEST) $(STREAMS) -m "not heavy and not cuda"
 
 heavy: setup tools $(if $(DAGGER_TEST_KUBECONFIG),,images) ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
-	$(PYTEST) -m "heavy and not cuda"
+	$(PYTEST) $(STREAMS) -m "heavy and not cuda"
 
 tools: setup ## Go programs that tests need, built once for this machine
 	@for module in tests/tools/*/; do scripts/build-tool $$(basename $$module) >/dev/null || exit; done

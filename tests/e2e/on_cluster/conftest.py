@@ -87,7 +87,7 @@ class Installation:
         return "\n".join(parts)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def installation(cluster: Any, images: None) -> Iterator[Installation]:
     """`helm install` of the chart with its S3 server, and a fresh namespace for runs; both gone afterwards."""
     helm = _built("helm")
@@ -114,7 +114,7 @@ def installation(cluster: Any, images: None) -> Iterator[Installation]:
             cluster.kubectl("delete", "namespace", SYSTEM)  # the claim of the S3 server outlives the release
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def helm_test(installation: Installation) -> Callable[[], str]:
     command = [_built("helm"), f"--kubeconfig={installation.kubernetes.kubeconfig}", "--namespace", SYSTEM, "test", RELEASE, "--logs"]
     return lambda: _run(command)
