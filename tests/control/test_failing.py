@@ -139,6 +139,17 @@ def test_what_is_kept_of_a_run_that_failed(story: Callable[..., Story], wanted: 
     assert tale.plan().status == failed.status
 
 
+def test_a_failed_run_that_is_suspended_holds_nothing_whatever_it_kept(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(failurePolicy={"keep": "Everything"})
+    tale.into_rollouts()
+    tale.see("student", state=ChildState.FAILED, trouble=Trouble("Broken", "mend it"))
+    assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 2
+    tale.edit(suspend=True)
+    suspended = tale.plan()
+    assert wanted(suspended)["Deployment", "student"]["spec"]["replicas"] == 0
+    assert (suspended.status.phase, suspended.status.reason) == (Phase.FAILED, "Broken"), "what has to be mended is still said"
+
+
 def test_in_a_queue_a_job_waits_for_its_turn_and_suspension_takes_it_out(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(kueue={"queueName": "gpus"}, preRunningDeadlineSeconds=60)
     tale.into_rollouts()

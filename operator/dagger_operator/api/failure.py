@@ -64,5 +64,5 @@ class FailurePolicy(ApiModel):
     rules: Annotated[list[FailureRule], Field(max_length=16)] = []
     """The first rule that matches decides."""
     keep: Keep = Keep.LOGS
-    """Of a run that failed. Logs: its ended Jobs, its servers at zero. Everything: its servers too, with the GPUs they hold. Nothing: only
-    the object that failed."""
+    """Of a run that failed. Logs: its ended Jobs, its servers at zero. Everything: its servers too, with the GPUs they hold, until
+    it is suspended. Nothing: only the object that failed."""

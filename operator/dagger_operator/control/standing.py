@@ -22,6 +22,8 @@ def at_a_standstill(
 ) -> tuple[list[Manifest], list[Child]]:
     """Objects to apply, and children that stay as they are. A failure is written where it can be seen: on the child that failed."""
     keep = run.spec.failure_policy.keep if failed else Keep.LOGS
+    if keep is Keep.EVERYTHING and run.spec.suspend:
+        keep = Keep.LOGS  # whoever suspends wants the GPUs back, and has looked at what was left up for it
     objects = _servers(run, observed, work, servers, failed, keep)
     if failed is not None and failed.refused:
         # What was refused is asked for still: once it is taken, the run goes on.
