@@ -110,6 +110,53 @@ def test_a_pod_that_waits_says_why(status: Json, reason: str, message: str) -> N
     assert "demo-x" in seen.trouble.message
 
 
+@pytest.mark.parametrize(
+    ("component", "container", "reason", "message", "field", "remedy"),
+    [
+        ("rollout", "stage", "ErrImagePull", 'image "reg/worker:9": not found', "spec.image", "spec.rollouts.pod.imagePullSecrets"),
+        ("training", "stage", "ImagePullBackOff", "pulling image", "spec.training.image", "spec.training.pod.imagePullSecrets"),
+        ("teacher", "vllm", "InvalidImageName", "A B", "spec.teacher.serving.image", "name an image that the nodes can pull"),
+        ("student", "weights", "ErrImagePull", "not found", "spec.image", "spec.student.serving.pod.imagePullSecrets"),
+        (
+            "rollout",
+            "stage",
+            "CreateContainerConfigError",
+            'secret "k" not found',
+            "spec.teacher.endpoint",
+            "create it in the run's namespace",
+        ),
+        ("prepare", "stage", "CreateContainerConfigError", 'secret "k" not found', "spec.storage.secretRef", "create it"),
+        ("student", "vllm", "CreateContainerConfigError", 'secret "k" not found', "spec.student.serving.env", "create it"),
+    ],
+)
+def test_what_a_pod_does_not_get_is_said_with_its_field_and_the_remedy(
+    component: str, container: str, reason: str, message: str, field: str, remedy: str
+) -> None:
+    own = {**waiting(reason, message), "name": container}
+    seen = child(job(active=1), [pod("demo-x", "Pending", labels={**LABELS, COMPONENT: component}, containers=[own])])
+    assert seen.trouble is not None
+    assert all(part in seen.trouble.message for part in (message, field, remedy))
+
+
+@pytest.mark.parametrize(
+    ("component", "field"),
+    [("training", "spec.training.gpusPerNode"), ("student", "spec.student.serving.gpus"), ("rollout", "nodeSelector")],
+)
+def test_what_no_node_has_is_said_with_the_fields_that_ask_for_it(component: str, field: str) -> None:
+    nowhere = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}
+    seen = child(job(active=1), [pod(phase="Pending", labels={**LABELS, COMPONENT: component}, conditions=[nowhere])])
+    assert seen.trouble is not None
+    assert seen.trouble.message.startswith("pod p: 0/3 nodes are available: ask for what some node has to give")
+    assert field in seen.trouble.message
+
+
+def test_however_much_a_kubelet_says_the_remedy_is_still_said() -> None:
+    seen = child(job(active=1), [pod("x" * 63, "Pending", containers=[waiting("ErrImagePull", "x" * 5000)])])
+    assert seen.trouble is not None
+    assert len(seen.trouble.message) < 900
+    assert seen.trouble.message.endswith("imagePullSecrets")
+
+
 def test_a_container_that_is_being_created_is_no_trouble() -> None:
     assert child(job(active=1), [pod(phase="Pending", containers=[waiting("ContainerCreating")])]).trouble is None
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
+from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
 
 Manifest = Mapping[str, Any]
@@ -23,16 +24,19 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
             continue
         for condition in status(pod).get("conditions") or ():
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return Trouble(condition.get("reason") or "Unschedulable", _at(pod, condition), time(condition.get("lastTransitionTime")))
+                reason = condition.get("reason") or "Unschedulable"
+                said = explained(pod, reason, condition.get("message") or reason)
+                return Trouble(reason, said, time(condition.get("lastTransitionTime")))
         for container in _containers(pod):
             held = (container.get("state") or {}).get("waiting") or {}
             reason = held.get("reason", "")
             if not reason or reason in ("PodInitializing", "ContainerCreating"):
                 continue
             since = time(pod["metadata"].get("creationTimestamp"))
+            said = explained(pod, reason, held.get("message") or reason, container["name"])
             if (ended := _ended(container)) is not None:
-                return Trouble(reason, f"{_at(pod, held)}; it ended with: {_explained(container, ended).message}", since)
-            return Trouble(reason, _at(pod, held), since)
+                said = f"{said}; it ended with: {_explained(container, ended).message}"
+            return Trouble(reason, said, since)
     return None
 
 
@@ -128,10 +132,6 @@ def _containers(pod: Manifest) -> list[Manifest]:
 def _ended(container: Manifest) -> Manifest | None:
     ended: Manifest | None = (container.get("state") or {}).get("terminated") or (container.get("lastState") or {}).get("terminated")
     return ended
-
-
-def _at(pod: Manifest, what: Manifest) -> str:
-    return f"pod {pod['metadata']['name']}: {what.get('message') or what.get('reason')}"
 
 
 def status(manifest: Manifest) -> Manifest:

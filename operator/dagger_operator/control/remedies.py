@@ -1,0 +1,54 @@
+"""Which field of a run asked for what its pod does not get. Kubelet and scheduler name what is missing; they know no runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dagger_operator.control.names import COMPONENT, Role
+from dagger_operator.control.rounds import StageName
+
+SAID_LIMIT = 600
+"""Characters of what a kubelet says that are passed on: room is left for the remedy in a condition's message."""
+
+_IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"})
+
+
+def explained(pod: Mapping[str, Any], reason: str, said: str, container: str = "") -> str:
+    """What was said about a pod, with the field to look at before it and what to write after it where that is known."""
+    said = f"pod {pod['metadata']['name']}: {said if len(said) <= SAID_LIMIT else said[:SAID_LIMIT] + '...'}"
+    component = (pod["metadata"].get("labels") or {}).get(COMPONENT, "")
+    settings = _settings(component)
+    if reason in _IMAGE:
+        return f"{_image(component, container)}: {said}: name an image that the nodes can pull, or give {settings}.imagePullSecrets"
+    if reason == "Unschedulable":
+        fields = (*_gpus(component), f"{settings}.resources", f"{settings}.nodeSelector, tolerations and affinity")
+        return f"{said}: ask for what some node has to give: {', '.join(fields)}"
+    if reason == "CreateContainerConfigError":
+        return f"{said}: {_secrets(component, container)}"
+    return said
+
+
+def _image(component: str, container: str) -> str:
+    if container == "vllm":
+        return f"spec.{component}.serving.image"
+    return "spec.training.image" if component == StageName.TRAINING else "spec.image"
+
+
+def _settings(component: str) -> str:
+    """Where the spec says something about a component's pods."""
+    if component in tuple(Role):
+        return f"spec.{component}.serving.pod"
+    return "spec.training.pod" if component == StageName.TRAINING else "spec.rollouts.pod"
+
+
+def _gpus(component: str) -> tuple[str, ...]:
+    if component in tuple(Role):
+        return (f"spec.{component}.serving.gpus",)
+    return ("spec.training.gpusPerNode",) if component == StageName.TRAINING else ()
+
+
+def _secrets(component: str, container: str) -> str:
+    if container == "vllm":
+        return f"create it in the run's namespace; spec.{component}.serving.env names it"
+    asks = component in (StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION)
+    fields = "spec.storage.secretRef" + (" or the secretRef of spec.teacher.endpoint or spec.student.endpoint" if asks else "")
+    return f"create it in the run's namespace, with its keys; {fields} names it"
