@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,18 @@ def test_whatever_workers_report_no_decision_rests_on_it(story: Callable[..., St
         seen = tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(done, seconds, total)}})
         assert (seen.objects, seen.remove, seen.status.conditions) == (plain.objects, plain.remove, plain.status.conditions)
         assert seen.status.progress is None or 0 <= seen.status.progress.percent <= 100
+
+
+@pytest.mark.parametrize("stage", StageName)
+async def test_every_stage_is_shown_with_its_end(story: Callable[..., Story], stage: StageName, tmp_path: Any) -> None:
+    tale = story(storage={"url": f"file://{tmp_path}"})
+    number = 0 if stage in (StageName.PREPARE, StageName.PREFLIGHT) else 1
+    for earlier in list(StageName)[: list(StageName).index(stage)]:
+        tale.done(earlier, round_number=0 if earlier in (StageName.PREPARE, StageName.PREFLIGHT) else 1)
+    store = Store.open(tale.run.spec.storage, {})
+    await report(store, number, stage, 0, at(50, 100.0))
+    seen = tale.plan(progress=await read_progress(store, tale.run, Results(dict(tale.results)))).status.progress
+    assert (seen.stage, seen.percent, seen.estimated_completion_time) == (stage, 25, tale.now + timedelta(seconds=300))
 
 
 async def test_progress_of_every_step_at_work_is_read(make_run: Callable[..., DAggerRun], tmp_path: Any) -> None:

@@ -12,6 +12,7 @@ from aiohttp import web
 from dagger_operator.serving import examination
 from dagger_operator.serving.preflight import preflight
 from dagger_operator.store.policies import point_to
+from dagger_operator.store.progress import read_progress
 from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
 from dagger_operator.store.stage import Stage, StageFailure
 
@@ -98,6 +99,8 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
             await preflight(made)
             result = await read_result(made.store, 0, "preflight", PreflightResult)
             assert result is not None and (result.student, result.teacher) == (STUDENT, "endpoint-1")
+            progress = (await read_progress(made.store, 0, "preflight"))[0]
+            assert (progress.done, progress.total, progress.unit) == (2, 2, "policies")
             return result.checks
 
     return go

@@ -14,15 +14,11 @@ from dagger_operator.store.results import EvaluationResult, PublishResult, Rollo
 Progress = Mapping[Step, Mapping[int, StageProgress]]
 """What workers report, by step and by worker's index."""
 
-_REPORTING = frozenset(StageName) - {StageName.PREFLIGHT}
-
 
 async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progress:
     """What both runtimes read for `Observed.progress`: the steps at work, as their workers report them. Never fails."""
     found: dict[Step, Mapping[int, StageProgress]] = {}
     for step in next_steps(run.spec, results) or ():
-        if step.stage not in _REPORTING:
-            continue
         try:
             if reports := await read_reports(store, step.round, step.stage):
                 found[step] = reports

@@ -8,6 +8,7 @@ import structlog
 
 from dagger_operator.serving.examination import Examination, Role
 from dagger_operator.store.policies import pointed
+from dagger_operator.store.progress import Reporter
 from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
 from dagger_operator.store.stage import Stage, StageFailure, main
 
@@ -25,12 +26,15 @@ async def preflight(stage: Stage) -> None:
     versions: dict[Role, str] = {"student": pointer.policy if pointer else prepared.policy, "teacher": prepared.teacher}
     checks: dict[str, str] = {}
     contexts: dict[Role, int] = {}
-    for role, version in versions.items():
+    reporter = Reporter(stage.store, 0, "preflight", "policies")
+    for number, (role, version) in enumerate(versions.items()):
+        await reporter.tell(number, len(versions))
         examination = Examination(stage, role, version)
         found = await examination.run()
         checks |= {f"{role}.{name}": what for name, what in found.items()}
         contexts[role] = examination.context
         log.info("policy checked", policy=version, role=role, **found)
+    await reporter.tell(len(versions), len(versions))
     if 0 < contexts["teacher"] < contexts["student"]:
         checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts['student']}, get no label"
     await save_result(stage.store, 0, "preflight", PreflightResult(student=versions["student"], teacher=versions["teacher"], checks=checks))
