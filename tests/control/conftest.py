@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.api import DAggerRun, EvaluationSummary, RolloutSummary, TrainingSummary, load
+from dagger_operator.api import DAggerRun, load
 from dagger_operator.control import COMPONENT, Child, ChildState, Observed, Plan, Results, child, plan
 from dagger_operator.store.records import Record
-from dagger_operator.store.results import EvaluationResult, PreflightResult, PrepareResult, PublishResult, RolloutResult, TrainingResult
+from fixtures.results import result
 
 Json = dict[str, Any]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -41,30 +41,6 @@ def make_run() -> Callable[..., DAggerRun]:
     return make
 
 
-def _result(stage: str, round_number: int) -> Record:
-    share: Json = {"label_coverage": 1.0, "teacher_turn_share": 0.62, "teacher_token_share": 0.5}
-    made = f"r{round_number:03d}-made"
-    results: dict[str, Callable[[], Record]] = {
-        "prepare": lambda: PrepareResult(policy="r000-base", teacher="teacher-1"),
-        "preflight": lambda: PreflightResult(student="r000-base", teacher="teacher-1", checks={}),
-        "rollout": lambda: RolloutResult(
-            summary=RolloutSummary(rollouts=8, turns=80, labels=80, data_digest="d", seconds=9.0, **share), manifest_digest="d", excluded={}
-        ),
-        "training": lambda: TrainingResult(
-            summary=TrainingSummary(steps=1, labels=80, tokens=1, checkpoint=made, seconds=1.0), policy=made
-        ),
-        "publish": lambda: PublishResult(policy=made, replicas=2, seconds=1.0),
-        "evaluation": lambda: EvaluationResult(
-            summary=EvaluationSummary(
-                policy=made, tasks=200, resolved=55, resolved_rate=0.273, interval=[0.2, 0.3], false_submits=0, seconds=1.0
-            ),
-            resolved_tasks=(),
-            unresolved_tasks=(),
-        ),
-    }
-    return results[stage]()
-
-
 class Story:
     """What happens to one run: stages get done, children are seen in some state, time passes, plans are asked for."""
 
@@ -74,7 +50,7 @@ class Story:
         self.results: dict[tuple[int, str], Record] = {}
 
     def done(self, *stages: str, round_number: int = 0) -> None:
-        self.results |= {(round_number, stage): _result(stage, round_number) for stage in stages}
+        self.results |= {(round_number, stage): result(stage, round_number) for stage in stages}
 
     def plan(self, *, told: bool = True, storage_problem: str | None = None, **more: Any) -> Plan:
         observed = Observed(self.now, tuple(self.children.values()), Results(dict(self.results)), storage_problem, **more)

@@ -1,14 +1,9 @@
 """Whole runs by the real command: the quickstart's tasks and its scripted policies behind a real endpoint."""
 
-import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from fixtures.scripted import scripted_policies
+from fixtures.tools import ROOT
+
 QUICKSTART = ROOT / "examples/quickstart"
 
 
@@ -71,21 +68,8 @@ class Runs:
 @pytest.fixture(scope="session")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of the quickstart's scripted policies: `teacher` and `scripted-student`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(QUICKSTART / "teacher.py"), "--port", str(port)])
-    try:
-        url = f"http://127.0.0.1:{port}/v1"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=1):
-                break
-            time.sleep(0.1)
+    with scripted_policies("127.0.0.1") as url:
         yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
 
 
 @pytest.fixture

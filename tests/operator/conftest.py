@@ -19,22 +19,14 @@ import pytest
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.config import load_kube_config
 
-from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary, load
+from dagger_operator.api import load
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.connection import session
 from dagger_operator.cluster.errors import ApiError, Missing
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
-from dagger_operator.store.records import Record
-from dagger_operator.store.results import (
-    EvaluationResult,
-    PreflightResult,
-    PrepareResult,
-    PublishResult,
-    RolloutResult,
-    TrainingResult,
-    save_result,
-)
+from dagger_operator.store.results import save_result
+from fixtures.results import result
 
 Json = dict[str, Any]
 RUNS = "dagger-operator.dev/v1alpha1"
@@ -265,28 +257,3 @@ async def lab(client: Client, namespace: str, tmp_path: Path) -> AsyncIterator[L
     playing.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await playing
-
-
-def result(stage: str, number: int) -> Record:
-    """What a stage leaves."""
-    made = f"r{number:03d}-made"
-    share: Json = {"label_coverage": 1.0, "teacher_turn_share": 0.62, "teacher_token_share": 0.5}
-    results: dict[str, Callable[[], Record]] = {
-        "prepare": lambda: PrepareResult(policy="r000-base", teacher="teacher-1"),
-        "preflight": lambda: PreflightResult(student="r000-base", teacher="teacher-1", checks={}),
-        "rollout": lambda: RolloutResult(
-            summary=RolloutSummary(rollouts=8, turns=80, labels=80, data_digest="d", seconds=9.0, **share), manifest_digest="d", excluded={}
-        ),
-        "training": lambda: TrainingResult(
-            summary=TrainingSummary(steps=1, labels=80, tokens=1, checkpoint=made, seconds=1.0), policy=made
-        ),
-        "publish": lambda: PublishResult(policy=made, replicas=1, seconds=1.0),
-        "evaluation": lambda: EvaluationResult(
-            summary=EvaluationSummary(
-                policy=made, tasks=200, resolved=55, resolved_rate=0.273, interval=[0.2, 0.3], false_submits=0, seconds=1.0
-            ),
-            resolved_tasks=(),
-            unresolved_tasks=(),
-        ),
-    }
-    return results[stage]()
