@@ -1,6 +1,7 @@
 """A real Prometheus scrapes a run while it works: everything that docs/metrics.md promises is there, and nothing else is."""
 
 import json
+import re
 import threading
 import time
 import urllib.error
@@ -12,9 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
+from dashboards.run import RUN
+from fixtures.metrics import queries
+
 pytestmark = pytest.mark.heavy
 
 PORT = 9090
+OF_WORKERS = ("dagger_rollout", "dagger_rollouts", "dagger_sandbox", "dagger_grade", "dagger_infrastructure", "dagger_gateway")
 
 
 class Flaky:
@@ -87,6 +92,10 @@ def test_prometheus_scrapes_a_run_while_it_works(runs: Any, flaky: Flaky, promet
     assert prometheus.value('sum(max_over_time(dagger_infrastructure_failures_total{reason="Unauthorized"}[1h]))') == 1
     # Two workers on one machine, each at an address of its own.
     assert prometheus.value("count(count by (instance) (max_over_time(dagger_rollouts_under_way[1h])))") == 2
+    drawn = [(title, query) for title, query in queries(RUN) if re.findall(r"dagger_(?!operator_dev)[a-z]+", query)[0] in OF_WORKERS]
+    empty = [title for title, query in drawn if prometheus.value(f"count(last_over_time(({query})[1h:1s]))") is None]
+    assert drawn
+    assert empty == [], "each panel of the dashboard draws something"
     text = json.dumps(prometheus.series("workers"))
     assert "measured" not in text, "no run is named, or the number of series grows for ever"
 
