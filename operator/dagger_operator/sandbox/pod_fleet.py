@@ -8,6 +8,7 @@ import structlog
 
 from dagger_operator.sandbox.interface import SandboxError
 from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest
+from dagger_operator.sandbox.pod_manifest import of_a_worker
 from dagger_operator.sandbox.pod_state import PodState, Stand, state_of
 
 _SWEEP_SECONDS = 5.0
@@ -23,6 +24,8 @@ class Life:
         self.state = PodState(Stand.COMING, "", "")
         self.lost: asyncio.Future[PodState] = asyncio.get_running_loop().create_future()
         """Done when the pod is at its end."""
+        self.addressed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """Its IP address, done once it has one, which is before it is ready."""
         self._changed = asyncio.Event()
 
     @property
@@ -32,6 +35,8 @@ class Life:
     def see(self, state: PodState) -> None:
         self.state = state
         self._changed.set()
+        if state.address and not self.addressed.done():
+            self.addressed.set_result(state.address)
         if state.stand is Stand.ENDED and not self.lost.done():
             self.lost.set_result(state)
 
@@ -130,6 +135,8 @@ class PodFleet:
             await self._see(pod, gone=False)
 
     async def _see(self, pod: Manifest, *, gone: bool) -> None:
+        if not of_a_worker(pod):
+            return
         uid = pod["metadata"]["uid"]
         if gone:
             self._known.pop(uid, None)

@@ -58,6 +58,11 @@ class Setting:
         return _name(f"{self.run}-{self.worker}", self.life)
 
 
+def of_a_worker(pod: Json) -> bool:
+    """Whether a worker made a pod. Labels do not tell, for anybody may write them; what a worker makes belongs to a Lease."""
+    return any(owner["kind"] == "Lease" for owner in pod["metadata"].get("ownerReferences") or ())
+
+
 def _selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 

@@ -30,7 +30,7 @@ class PodState:
     """Kubernetes' own word for why; empty where all goes its way."""
     message: str
     address: str = ""
-    """IP address, once ready."""
+    """IP address, as soon as it has one."""
 
 
 def state_of(pod: Json) -> PodState:
@@ -51,7 +51,7 @@ def state_of(pod: Json) -> PodState:
     scheduled = _condition(status, "PodScheduled")
     if scheduled.get("status") == "False":
         return PodState(Stand.COMING, scheduled.get("reason") or "Unschedulable", scheduled.get("message") or "")
-    return PodState(Stand.COMING, "", "")
+    return PodState(Stand.COMING, "", "", status.get("podIP") or "")
 
 
 def _end(status: Json) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import asyncio
 import posixpath
 import secrets
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from hashlib import sha256
 from types import TracebackType
 from typing import Self
@@ -15,12 +15,14 @@ from dagger_operator.sandbox.helper_line import Exec, HelperLine, Network, Route
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest, Unreachable
 from dagger_operator.sandbox.pod_fleet import Life, PodFleet
-from dagger_operator.sandbox.pod_manifest import Setting, pod
+from dagger_operator.sandbox.pod_manifest import HELPER_PORT, Setting, of_a_worker, pod
 from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.worker_lease import DURATION_SECONDS, WorkerLease
 
 _FAILURES_UNNOTICED = 3
 _MOST_PAUSE_SECONDS = 30.0
+_CONNECT_SECONDS = 3.0
+_KNOCK_SECONDS = 0.1
 
 
 class PodSandboxes:
@@ -69,7 +71,7 @@ class PodSandboxes:
         try:
             async with asyncio.timeout(timeout):
                 life = await self._begin(manifest)
-                sandbox = self._sandbox(request, life, token, await life.ready())
+                sandbox = self._sandbox(request, life, token, await self._answering(life))
                 await sandbox.prepare()
             self._failures = 0
             return sandbox
@@ -87,6 +89,19 @@ class PodSandboxes:
         through_exec = Exec(self._kube, life.pod["metadata"]["name"], token)
         line = HelperLine(request.name, Network(self._http, address, token), through_exec, self._routes)
         return PodSandbox(request, self._setting.limits, line, life.lost, lambda: self._fleet.end(life))
+
+    async def _answering(self, life: Life) -> str:
+        """The sandbox's address once its helper listens: a kubelet tells of that up to a second later, and later still where it is busy."""
+        ways = [asyncio.create_task(life.ready())]
+        if not self._routes.network_closed:
+            ways.append(asyncio.create_task(_listening(life.addressed)))
+        try:
+            done, _ = await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
 
     async def _begin(self, manifest: Manifest) -> Life:
         """Creates the pod, when there is room for it and, after failures in a row, not at once."""
@@ -116,8 +131,7 @@ class PodSandboxes:
     async def _make_way(self, manifest: Manifest) -> None:
         try:
             old = await self._kube.get(Kind.PODS, manifest["metadata"]["name"])
-            labels = old["metadata"].get("labels") or {}
-            if any(labels.get(key) != value for key, value in self._setting.labels.items() if key != "dagger-operator.dev/worker"):
+            if not self._may_go(old):
                 raise SandboxError(
                     "NameTaken", f"pod {old['metadata']['name']} in {self._namespace} is not this run's: delete or rename it"
                 )
@@ -126,6 +140,24 @@ class PodSandboxes:
         except KubeError as error:
             if error.code != 404 and not isinstance(error, Unreachable):
                 raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
+
+    def _may_go(self, old: Manifest) -> bool:
+        """Whether a pod is of this run, whichever worker's."""
+        labels = old["metadata"].get("labels") or {}
+        ours = {key: value for key, value in self._setting.labels.items() if key != "dagger-operator.dev/worker"}
+        return of_a_worker(old) and ours.items() <= labels.items()
+
+
+async def _listening(address: "asyncio.Future[str]") -> str:
+    """The address, once a connection to the helper's port is taken there."""
+    host = await asyncio.shield(address)
+    while True:
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                _, writer = await asyncio.open_connection(host, HELPER_PORT)
+            writer.close()
+            return host
+        await asyncio.sleep(_KNOCK_SECONDS)
 
 
 async def _stop(task: "asyncio.Task[None]") -> None:
