@@ -59,7 +59,8 @@ def source(model: str, store: Store, field: Field) -> Source:
     if path.is_dir():
         return Folder(path)
     if model.startswith(("/", ".", "~", "file://")):
-        raise StageFailure("ModelNotFound", f"{field} {model!r}: there is no such folder where this stage runs")
+        remedy = "correct it; in a pod it has to be on a claim that the server's pod settings mount, or put it below storage.url"
+        raise StageFailure("ModelNotFound", f"{field} {model!r}: there is no such folder where this stage runs: {remedy}")
     if _HUB_ID.fullmatch(model):
         return Hub(model)
     raise StageFailure("ModelNotFound", f"{field} {model!r} is no folder, and no Hugging Face id such as 'Qwen/Qwen3-4B-Instruct-2507'")
@@ -74,7 +75,7 @@ async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Te
         case Stored(key):
             found = await store.list(key)
             if not found:
-                raise StageFailure("ModelNotFound", f"{field}: there is nothing below {key}/ in {store.url}")
+                raise StageFailure("ModelNotFound", f"{field}: there is nothing below {key}/ in {store.url}: correct it, or put it there")
             come, total = 0, sum(info.size for info in found)
             for info in found:
                 await tell(come, total)
