@@ -50,7 +50,7 @@ class Lagging(Store):
     [(Ignoring, "ignores If-None-Match"), (CheckThenAct, "not exactly one winner"), (Lagging, "listings lag behind")],
 )
 async def test_a_store_that_only_says_so_is_refused_in_words(store: Store, kind: type[Store], words: str) -> None:
-    lying = kind(store._backend, store.url, scheme=store._scheme, folder=store._folder)
+    lying = kind(store._backend, store.url, scheme=store._scheme, prefix=store._prefix, folder=store._folder)
     report = await check(lying, rounds=5, writers=8)
     assert not report.honest and words in str(report)
     with pytest.raises(StageFailure, match="StorageNotHonest"):

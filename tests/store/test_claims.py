@@ -154,7 +154,7 @@ class Outage(Store):
 
 
 def outage(store: Store) -> Outage:
-    return Outage(store._backend, store.url, scheme=store._scheme, folder=store._folder)
+    return Outage(store._backend, store.url, scheme=store._scheme, prefix=store._prefix, folder=store._folder)
 
 
 async def test_a_store_that_is_away_longer_than_the_lease_stops_the_worker(store: Store) -> None:

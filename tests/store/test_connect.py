@@ -1,5 +1,6 @@
 """From a URL and an environment to the right client, for every cloud; nothing here touches a network."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,16 @@ def test_a_folder_with_spaces() -> None:
 def test_credentials_are_not_in_what_is_printed() -> None:
     environ = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hush"}
     assert "hush" not in repr(connection(Storage(url="s3://bucket/run"), environ))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://b", "s3://b/", "s3a://b/runs/one/", "gs://b/p%20x/~q", "az://c/runs/one", "abfss://c@account.dfs.core.windows.net/runs/one"],
+)
+def test_a_client_of_the_bucket_reaches_the_same_keys(url: str) -> None:
+    environ = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0", "AWS_REGION": "us-east-1"}
+    environ |= {"GOOGLE_SERVICE_ACCOUNT_KEY": '{"disable_oauth": true, "client_email": "", "private_key": "", "private_key_id": ""}'}
+    to = connection(Storage(url=url), environ)
+    own, shared = _backend(to), _backend(replace(to, url=to.bucket))
+    assert to.prefix == (f"{own.prefix}/" if own.prefix else "")
+    assert shared.config == own.config and not shared.prefix

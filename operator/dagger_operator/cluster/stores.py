@@ -16,12 +16,14 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.errors import ApiError, Missing
 from dagger_operator.control import Results, read_progress, read_results
 from dagger_operator.control.progress import Progress
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.objects import Clients, Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
 """How long a Secret's content is taken for current; after a failure it is read at once."""
 PATIENCE_SECONDS = 10.0
 """A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
+PROGRESS_A_SECOND = 20.0
+"""Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
 _THREADS = 16
 _OF_THIS_PROCESS = re.compile(
     r"(_FILE|_PATH|_URI|_CLI|_CA_BUNDLE|_APPLICATION_CREDENTIALS|_STS|(METADATA|IDENTITY|MSI)_ENDPOINT)$|^GOOGLE_SERVICE_ACCOUNT$"
@@ -38,6 +40,8 @@ class _Open:
     """When the Secret was read last."""
     store: Store
     results: Results = field(default_factory=Results)
+    progress: Progress = field(default_factory=dict)
+    progress_due: float = float("-inf")
     reading: asyncio.Task[tuple[Results, Progress]] | None = None
 
 
@@ -46,6 +50,7 @@ class Stores:
         self._client = client
         self._open: dict[RunKey, _Open] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._clients = Clients()
 
     async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
         """All results of a run so far, and how far its stages are.
@@ -56,18 +61,21 @@ class Stores:
         opened = await self._opened(key, run)
         while True:
             begun_before = opened.reading is not None
-            task = opened.reading = opened.reading or asyncio.create_task(_read(opened.store, run, opened.results))
+            task = opened.reading = opened.reading or asyncio.create_task(_read(opened, run))
             await asyncio.wait({task}, timeout=0 if begun_before else PATIENCE_SECONDS)
             if not task.done():
                 raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
             opened.reading = None
             try:
-                opened.results, progress = task.result()
+                results, progress = task.result()
             except StoreUnavailable:
                 opened.checked = float("-inf")  # perhaps its credentials were replaced
                 raise
+            if progress is not opened.progress:
+                opened.progress, opened.progress_due = progress, time.monotonic() + len(self._open) / PROGRESS_A_SECOND
+            opened.results = results
             if not begun_before:  # else it may be older than the children that were observed
-                return opened.results, progress
+                return results, progress
 
     def forget(self, key: RunKey) -> None:
         """Frees what is kept for a run that is over or gone."""
@@ -85,7 +93,7 @@ class Stores:
             opened.checked = now
             return opened
         self.forget(key)
-        store = Store.open(storage, environ, threads=self._pool(storage))
+        store = Store.open(storage, environ, self._pool(storage), self._clients)
         self._open[key] = _Open(run.metadata.uid, storage, version, now, store)
         return self._open[key]
 
@@ -114,6 +122,8 @@ class Stores:
         return self._threads[server]
 
 
-async def _read(store: Store, run: DAggerRun, known: Results) -> tuple[Results, Progress]:
-    results = await read_results(store, run, known)
-    return results, await read_progress(store, run, results)
+async def _read(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:
+    results = await read_results(opened.store, run, opened.results)
+    if results.records.keys() == opened.results.records.keys() and time.monotonic() < opened.progress_due:
+        return results, opened.progress
+    return results, await read_progress(opened.store, run, results)

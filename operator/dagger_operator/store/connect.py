@@ -37,7 +37,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Connection:
-    """What `obstore.store.from_url` is called with."""
+    """What `obstore.store.from_url` is called with: `bucket`, or `url` where that is a folder."""
 
     url: str
     scheme: str
@@ -48,6 +48,16 @@ class Connection:
     """Credentials among them: never printed."""
     client: dict[str, Any] = field(default_factory=dict, repr=False)
     retry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bucket(self) -> str:
+        return f"{self.scheme}://{urlsplit(self.url).netloc}"
+
+    @property
+    def prefix(self) -> str:
+        """What every key begins with, with a slash at its end; empty where the bucket itself is the prefix."""
+        path = unquote(urlsplit(self.url).path).removeprefix("/").removesuffix("/")
+        return f"{path}/" if path else ""
 
 
 def connection(storage: Storage, environ: Mapping[str, str]) -> Connection:

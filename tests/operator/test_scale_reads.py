@@ -1,0 +1,62 @@
+"""What many runs cost together: clients of storage, and reads of what is only shown."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import DAggerRun, load
+from dagger_operator.cluster import stores
+from dagger_operator.cluster.stores import Stores
+from dagger_operator.store.objects import Store
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.progress import report
+from dagger_operator.store.results import PrepareResult, StageProgress, save_result
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., DAggerRun]:
+    def make(name: str, **storage: Any) -> DAggerRun:
+        spec = {
+            "student": {"model": "m"},
+            "teacher": {"model": "t", "endpoint": {"url": "https://t/v1"}},
+            "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
+            "storage": {"url": f"file://{tmp_path}/{name}", **storage},
+        }
+        return load({"metadata": {"name": name, "namespace": "lab", "uid": name}, "spec": spec})
+
+    return make
+
+
+async def test_runs_of_one_bucket_share_a_client_and_runs_of_another_server_do_not(make_run: Callable[..., DAggerRun]) -> None:
+    opened = Stores(None)  # type: ignore[arg-type]  # no Secret is read here
+    here = [make_run(f"run-{number}", url=f"s3://bucket/run-{number}", region="here") for number in range(3)]
+    there = make_run("there", url="s3://bucket/there", region="here", endpointUrl="https://s3.example")
+    keys = [stores.RunKey("lab", run.metadata.name) for run in (*here, there)]
+    backends = [(await opened._opened(key, run)).store._backend for key, run in zip(keys, (*here, there), strict=True)]
+    assert backends[0] is backends[1] is backends[2]
+    assert backends[3] is not backends[0]
+
+
+async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_every_look(make_run: Callable[..., DAggerRun]) -> None:
+    opened, run = Stores(None), make_run("demo")  # type: ignore[arg-type]
+    store = Store.open(run.spec.storage, {})
+    await take_prefix(store, run)
+
+    async def seen(done: int) -> list[int]:
+        await report(store, 0, "prepare", 0, StageProgress(done=done, total=9, unit="files"))
+        _, progress = await opened.read(run)
+        return [one.done for workers in progress.values() for one in workers.values()]
+
+    assert await seen(1) == [1]
+    for number in range(int(stores.PROGRESS_A_SECOND) * 100):
+        key = stores.RunKey("lab", f"other-{number}")
+        opened._open[key] = opened._open[stores.RunKey("lab", "demo")]
+    opened._open[stores.RunKey("lab", "demo")].progress_due = float("-inf")
+    assert await seen(2) == [2]
+    assert await seen(3) == [2], "it is not due again for a hundred seconds"
+    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    results, progress = await opened.read(run)
+    assert results.has(0, "prepare")
+    assert not progress, "what the step before reported is over"
