@@ -1,13 +1,14 @@
 """What is known of the cluster's objects: fed by watches and by the answers to our own writes, asked by run.
 
 The newest version of an object wins, whichever way it came, so a plan sees what was just written although its event has not
-arrived. Only what is read is kept: ten thousand pods are a few tens of megabytes.
+arrived. Only what is read is kept, and words that many objects share are kept once: ten thousand pods take 40 MiB.
 """
 
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Any, NamedTuple
 
 from dagger_operator.api import KIND
@@ -44,6 +45,7 @@ class _Kept:
 class Cache:
     clock: Callable[[], float] = time.monotonic
     _objects: dict[Id, _Kept] = field(default_factory=dict)
+    _of_kind: defaultdict[str, dict[Id, _Kept]] = field(default_factory=lambda: defaultdict(dict))
     _of_run: defaultdict[RunKey, set[Id]] = field(default_factory=lambda: defaultdict(set))
     _gone: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
@@ -58,7 +60,7 @@ class Cache:
             return None
         if known is not None:
             self._drop(one)
-        self._objects[one] = _Kept(slim(manifest), self.clock())
+        self._objects[one] = self._of_kind[one.kind][one] = _Kept(_shared(slim(manifest)), self.clock())
         key = run_key(manifest)
         if key is not None and one.kind != KIND:
             self._of_run[key].add(one)
@@ -78,6 +80,7 @@ class Cache:
 
     def _drop(self, one: Id) -> None:
         key = run_key(self._objects.pop(one).object)
+        del self._of_kind[one.kind][one]
         if key is not None and one in self._of_run.get(key, ()):
             self._of_run[key].discard(one)
             if not self._of_run[key]:
@@ -91,7 +94,7 @@ class Cache:
         return self.get(Id(KIND, *key))
 
     def of_kind(self, kind: str) -> Iterator[Manifest]:
-        return (kept.object for one, kept in self._objects.items() if one.kind == kind)
+        return (kept.object for kept in self._of_kind[kind].values())
 
     def children(self, key: RunKey) -> list[Manifest]:
         """Everything that wears a run's label, in whatever namespace."""
@@ -99,11 +102,7 @@ class Cache:
 
     def unheard(self, kind: str, namespace: str | None, since: float) -> list[Manifest]:
         """Objects of a kind (in a namespace, or in all) of which nothing was heard since: what a fresh list of them left out."""
-        return [
-            kept.object
-            for one, kept in self._objects.items()
-            if one.kind == kind and namespace in (None, one.namespace) and kept.heard < since
-        ]
+        return [kept.object for one, kept in self._of_kind[kind].items() if namespace in (None, one.namespace) and kept.heard < since]
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -143,6 +142,16 @@ def slim(manifest: Mapping[str, Any]) -> Manifest:
     return kept
 
 
+def _shared(value: Any) -> Any:
+    """The same, whose names and short texts are those of all other objects: a parser makes each of them anew."""
+    if isinstance(value, dict):
+        return {intern(name): _shared(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_shared(part) for part in value]
+    return intern(value) if type(value) is str and len(value) < _SHORT else value
+
+
+_SHORT = 64
 _UNREAD = frozenset({"kubectl.kubernetes.io/last-applied-configuration"})
 
 

@@ -134,23 +134,23 @@ class WorkQueue(Generic[K]):
         return [now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now]
 
     async def run(self, work: Callable[[K], Awaitable[float | None]], workers: int) -> None:
-        """Works until it is cancelled. `work` returns the seconds after which it wants to look again."""
+        """Works until it is cancelled, on so many keys at a time. `work` returns the seconds after which it wants to look again."""
+        free = asyncio.Semaphore(workers)
         async with asyncio.TaskGroup() as group:
-            for _ in range(workers):
-                group.create_task(self._work(work))
+            while True:
+                await free.acquire()
+                group.create_task(self._work(await self._next(), work)).add_done_callback(lambda _: free.release())
 
-    async def _work(self, work: Callable[[K], Awaitable[float | None]]) -> None:
-        while True:
-            key = await self._next()
-            try:
-                again_after = await work(key)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:
-                wait = self.failed(key)
-                log.warning("failed, to be tried again", key=key, error=repr(error), seconds=round(wait, 1))
-            else:
-                self.done(key, again_after=again_after)
+    async def _work(self, key: K, work: Callable[[K], Awaitable[float | None]]) -> None:
+        try:
+            again_after = await work(key)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            wait = self.failed(key)
+            log.warning("failed, to be tried again", key=key, error=repr(error), seconds=round(wait, 1))
+        else:
+            self.done(key, again_after=again_after)
 
     async def _next(self) -> K:
         while True:

@@ -104,8 +104,22 @@ class Watches:
             self._wake(key)
 
 
+class _NoMemory(kopf.DiffBaseStorage):
+    """kopf compares each object with how it was handled last, which takes deep copies of it; nothing here is told what changed."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        return None
+
+
 def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
+    settings.persistence.diffbase_storage = _NoMemory()
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.peering.standalone = True
