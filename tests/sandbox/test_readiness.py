@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import SandboxLimits
-from dagger_operator.sandbox import pods
+from dagger_operator.sandbox import helper_line, pods
+from dagger_operator.sandbox.helper_line import HelperLine, Routes, Severed
 from dagger_operator.sandbox.interface import SandboxError
 from dagger_operator.sandbox.pod_fleet import Life
 from dagger_operator.sandbox.pod_manifest import Setting
@@ -44,7 +45,8 @@ async def test_a_sandbox_is_ready_once_its_helper_listens_before_the_kubelet_say
 
 @pytest.mark.parametrize("closed", [False, True], ids=["nobody knew", "known"])
 async def test_where_the_network_is_closed_the_kubelets_word_counts(provider: PodSandboxes, port: int, closed: bool) -> None:
-    provider._routes.network_closed = closed
+    if closed:
+        provider._routes.found_closed("the test says so")
     life = Life({"metadata": {"name": "p", "uid": "u"}})
     answering = asyncio.create_task(provider._answering(life))
     life.see(PodState(Stand.COMING, "", "", NOBODY))
@@ -62,3 +64,32 @@ async def test_a_pod_that_ends_before_its_helper_listens_says_why(provider: PodS
     life.see(PodState(Stand.ENDED, "OOMKilled", "of container helper"))
     with pytest.raises(SandboxError, match="OOMKilled"):
         await asyncio.wait_for(answering, 10)
+
+
+class Way:
+    """One that may be cut."""
+
+    def __init__(self, *, cut: bool) -> None:
+        self.cut, self.asked = cut, 0
+
+    async def ask(self, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
+        self.asked += 1
+        if self.cut:
+            raise Severed("cut")
+        return 200, b""
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_network_that_was_closed_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper_line, "_SWITCH_SECONDS", 0.05)
+    network, through_exec, routes = Way(cut=True), Way(cut=False), Routes(seconds=0.5)
+    await HelperLine("first", network, through_exec, routes).ask("GET", "/", timeout=1)
+    assert routes.network_closed and through_exec.asked == 1
+    tries, network.cut = network.asked, False
+    await HelperLine("second", network, through_exec, routes).ask("GET", "/", timeout=1)
+    assert (network.asked, through_exec.asked) == (tries, 2), "what the first one found out spares the second one the wait"
+    await asyncio.sleep(0.6)
+    await HelperLine("third", network, through_exec, routes).ask("GET", "/", timeout=1)
+    assert (network.asked, through_exec.asked) == (tries + 1, 2)

@@ -28,6 +28,7 @@ _SWITCH_SECONDS = 3.0
 """How long one way may fail before the other is tried."""
 _PATIENCE_SECONDS = 60.0
 """How long both may fail before the sandbox counts as lost."""
+_CLOSED_SECONDS = 600.0
 _FRAME = 1 << 20
 
 
@@ -114,12 +115,17 @@ async def _line(socket: aiohttp.ClientWebSocketResponse) -> bytes:
 class Routes:
     """What the sandboxes of a worker found out about their ways, for the next ones."""
 
-    def __init__(self) -> None:
-        self.network_closed = False
+    def __init__(self, seconds: float = _CLOSED_SECONDS) -> None:
+        """`seconds`: how long the network is not tried again; a plugin that was slow with one pod's policy must not cost the rest."""
+        self._seconds, self._closed_until = seconds, 0.0
+
+    @property
+    def network_closed(self) -> bool:
+        return time.monotonic() < self._closed_until
 
     def found_closed(self, why: str) -> None:
         if not self.network_closed:
-            self.network_closed = True
+            self._closed_until = time.monotonic() + self._seconds
             structlog.get_logger().warning("the pod network does not let us reach sandboxes: commands go through exec", problem=why)
 
 
@@ -137,7 +143,7 @@ class HelperLine:
         while True:
             try:
                 answer = await self._ways[way].ask(method, path, body, timeout)
-                if way == 1 and not self._reached:
+                if way == 1 and why and not self._reached:
                     self._routes.found_closed(why)
                 self._reached = True
                 return answer
