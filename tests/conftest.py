@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3"]
+pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3", "fixtures.sandboxes"]
 
 # How long an example takes says nothing on a busy machine.
 settings.register_profile("patient", deadline=None)

@@ -90,14 +90,20 @@ class Policies:
 
 
 @pytest.fixture
-async def policies() -> AsyncIterator[Policies]:
+def policies_host() -> str:
+    """Where they listen."""
+    return "127.0.0.1"
+
+
+@pytest.fixture
+async def policies(policies_host: str) -> AsyncIterator[Policies]:
     server = Policies()
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/v1/chat/completions", server.chat)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    await web.TCPSite(runner, policies_host, 0).start()
+    server.url = f"http://{policies_host}:{runner.addresses[0][1]}/v1"
     try:
         yield server
     finally:

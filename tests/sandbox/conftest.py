@@ -1,20 +1,14 @@
 """Sandboxes to test: of processes, of the pods' helper alone, and of pods on the test cluster."""
 
 import asyncio
-import importlib.machinery
-import importlib.util
-import json
-import os
 import secrets
 import socket
 import subprocess
-import tarfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 import psutil
@@ -24,15 +18,11 @@ from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox.helper_line import HelperLine, Network, Routes
 from dagger_operator.sandbox.interface import Sandbox, SandboxProvider, SandboxRequest
 from dagger_operator.sandbox.isolation import Isolation, probe
-from dagger_operator.sandbox.pod_manifest import Setting
 from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.pods import PodSandboxes
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
-
-ROOT = Path(__file__).resolve().parents[2]
-
-LIMITS = SandboxLimits(memory_mib=256, disk_mib=24, processes=48, output_kib=64)
+from fixtures.sandboxes import LIMITS
 
 
 def isolations() -> dict[str, Isolation]:
@@ -79,26 +69,6 @@ def alive() -> Callable[[str], int]:
         return sum(1 for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ()))
 
     return count
-
-
-def build_sandboxd() -> Path:
-    """The static program, built at its first use of these sources on this machine."""
-    loader = importlib.machinery.SourceFileLoader("build_tool", str(ROOT / "scripts" / "build-tool"))
-    spec = importlib.util.spec_from_loader("build_tool", loader)
-    assert spec is not None
-    tool: Any = importlib.util.module_from_spec(spec)
-    loader.exec_module(tool)
-    source = ROOT / "images" / "sandboxd"
-    digest = sha256(b"".join(file.read_bytes() for file in sorted(source.glob("*")))).hexdigest()[:12]
-    program = Path(tool.cache()) / f"sandboxd-{digest}"
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        partial = program.with_suffix(f".{os.getpid()}")
-        environ = {"HOME": str(program.parent), **os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
-        command = [tool.find_go(("1", "19"), program.parent), "build", "-trimpath", "-ldflags", "-s -w", "-o", str(partial), "."]
-        subprocess.run(command, cwd=source, env=environ, check=True)
-        partial.rename(program)
-    return program
 
 
 class HelperAlone:
@@ -157,11 +127,6 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def sandboxd() -> Path:
-    return build_sandboxd()
-
-
 @pytest.fixture
 async def helper(sandboxd: Path) -> AsyncIterator[HelperAlone]:
     if not probe().bubblewrap:
@@ -195,61 +160,3 @@ async def any_sandbox(any_provider: SandboxProvider) -> AsyncIterator[Sandbox]:
     sandbox = await any_provider.create(SandboxRequest("one"), timeout=120)
     yield sandbox
     await sandbox.close()
-
-
-@pytest.fixture(scope="session")
-def sandbox_image(cluster: Any, sandboxd: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image on the cluster's node that is helper and sandbox in one: bash with its libraries, busybox, sandboxd."""
-    if image := os.environ.get("DAGGER_TEST_SANDBOX_IMAGE"):
-        return image  # elsewhere it has to be brought there by other means
-    archive = tmp_path_factory.mktemp("image") / "image.tar"
-    name = f"localhost/sandbox:{sandboxd.name.removeprefix('sandboxd-')}"
-    archive.write_bytes(image_archive(name, sandboxd))
-    subprocess.run([ROOT / "tests" / "cluster" / "load", archive], check=True, stdout=subprocess.DEVNULL)
-    return name
-
-
-def image_archive(name: str, sandboxd: Path) -> bytes:
-    """A Docker archive with one layer."""
-    bash, busybox = Path("/bin/bash"), Path("/bin/busybox")
-    layer = BytesIO()
-    with tarfile.open(fileobj=layer, mode="w") as tar:
-        for folder in ("bin", "tmp", "root"):
-            entry = tarfile.TarInfo(folder)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o1777
-            tar.addfile(entry)
-        libraries = subprocess.run(["ldd", bash], capture_output=True, text=True, check=True).stdout.split()
-        for file in {bash, busybox, *(Path(word) for word in libraries if word.startswith("/"))}:
-            tar.add(file.resolve(), str(file).lstrip("/"))
-        tar.add(sandboxd, "opt/dagger/sandboxd")
-        applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
-        for applet in set(applets) - {"bash", "busybox"}:
-            entry = tarfile.TarInfo(f"bin/{applet}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, "/bin/busybox"
-            tar.addfile(entry)
-    content = layer.getvalue()
-    architecture = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
-    config = {"architecture": architecture, "os": "linux", "config": {"Env": ["PATH=/bin", "IMAGE=its own"]}}
-    config |= {"rootfs": {"type": "layers", "diff_ids": [f"sha256:{sha256(content).hexdigest()}"]}}
-    manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
-    packed = BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
-        texts = {"manifest.json": json.dumps(manifest).encode(), "config.json": json.dumps(config).encode()}
-        for path, data in {**texts, "layer.tar": content}.items():
-            entry = tarfile.TarInfo(path)
-            entry.size = len(data)
-            tar.addfile(entry, BytesIO(data))
-    return packed.getvalue()
-
-
-@pytest.fixture
-def pods(cluster: Any, namespace: str, sandbox_image: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PodSandboxes]:
-    """Makes providers in a namespace of the test's own; every argument of a `Setting` may be given."""
-    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
-
-    def make(*, most_alive: int = 8, lease_seconds: int = 60, **setting: Any) -> PodSandboxes:
-        usual = {"run": "one", "run_namespace": "team", "worker": "rollout-0", "life": secrets.token_hex(4), "limits": LIMITS}
-        usual |= {"helper_image": sandbox_image, "image": sandbox_image, "lifetime_seconds": 900}
-        return PodSandboxes(Setting(**{**usual, **setting}), namespace, most_alive=most_alive, lease_seconds=lease_seconds)
-
-    return make

@@ -1,6 +1,7 @@
 """Sandboxes as pods on a real cluster: their way to readiness, their ends, and what stays when nobody is left to clean up."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from dagger_operator.api import SandboxLimits
+from dagger_operator.sandbox import pod_fleet
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.pod_manifest import pod
 from dagger_operator.sandbox.pods import PodSandboxes
 
 pytestmark = pytest.mark.heavy
@@ -54,7 +57,8 @@ async def test_leaving_the_provider_leaves_nothing(pods: Make, cluster: Any, nam
 @pytest.mark.parametrize("closed", [False, True], ids=["network", "exec"])
 async def test_a_command_runs_once_whichever_way_it_is_sent_and_however_often(pods: Make, closed: bool) -> None:
     async with pods() as provider:
-        provider._routes.network_closed = closed
+        if closed:
+            provider._routes.found_closed("the test says so")
         sandbox = await provider.create(SandboxRequest("once", files={"large": "x" * 3_000_000}), timeout=120)
         assert len(await sandbox.read("large", limit=1 << 24) or b"") == 3_000_000
         result = await sandbox.execute("echo once >> log; sleep 1; cat log", timeout=60)
@@ -114,6 +118,23 @@ async def test_a_pod_of_an_earlier_life_makes_way_and_a_strangers_does_not(pods:
             with pytest.raises(SandboxError, match=r"NameTaken.*is not this run's"):
                 await second.create(request, timeout=60)
             cluster.kubectl("delete", "pods", "--all", f"--namespace={namespace}", "--wait=false")
+
+
+async def test_a_pod_made_by_hand_that_wears_our_labels_is_left_alone(
+    pods: Make, cluster: Any, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pod_fleet, "_SWEEP_SECONDS", 0.2)
+    async with pods(most_alive=1) as provider:
+        made = pod(provider._setting, SandboxRequest("by hand"), digest="d" * 64, owner=provider._lease.manifest)
+        del made["metadata"]["ownerReferences"]
+        cluster.kubectl("create", "-f", "-", f"--namespace={namespace}", input=json.dumps(made))
+        sandbox = await provider.create(SandboxRequest("ours"), timeout=120)  # there is room for one: it does not count
+        await sandbox.close()
+        with pytest.raises(SandboxError, match=r"NameTaken.*is not this run's"):
+            await provider.create(SandboxRequest("by hand"), timeout=60)
+        await asyncio.sleep(2)
+    name = made["metadata"]["name"]
+    assert not cluster.kubectl("get", "pod", name, f"--namespace={namespace}", "--output=jsonpath={.metadata.deletionTimestamp}")
 
 
 async def test_no_more_pods_than_allowed_exist_at_once(pods: Make, cluster: Any, namespace: str) -> None:
