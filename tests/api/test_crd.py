@@ -227,7 +227,7 @@ def without_nulls(value: Any) -> Any:
     """An API server drops a null where the schema does not allow one; it is then as if the field were not given."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return value
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def test_the_model_of_the_resource_and_the_schema_name_the_same_fields() -> None:

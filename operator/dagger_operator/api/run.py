@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -58,8 +59,15 @@ class Immutable:
         if "?" in self.field:
             # Not by `orValue`: the API server cannot bound what that costs.
             here, before = self._given("self"), self._given("oldSelf")
-            same = f"({here}) == ({before}) && (!({here}) || {same})"
-        return Rule(same, self.message)
+            same = f"(({here}) == ({before}) && (!({here}) || {same}))"
+        # An older version of the CRD may have stored a run without it. Where a rule cannot be evaluated, the API server takes no write to
+        # such a run, not even one of its status.
+        return Rule(" || ".join([*(f"!has(oldSelf.{path})" for path in self._required()), same]), self.message)
+
+    def _required(self) -> list[str]:
+        """The paths that lead to the field, as far as they are always given."""
+        parts = list(takewhile(lambda part: not part.startswith("?"), self.field.split(".")))
+        return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
     def _given(self, whose: str) -> str:
         parts = self.field.split(".")
@@ -108,9 +116,10 @@ class RunSpec(ApiModel):
     """What should be done."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
-        Rule("!has(self.student.endpoint) || self.training.mode == 'Disabled'", _TRAINED_ENDPOINT),
+        # They say nothing where a policy is missing: that is said of itself, and a rule that cannot be evaluated refuses every write.
+        Rule("!has(self.student) || !has(self.student.endpoint) || self.training.mode == 'Disabled'", _TRAINED_ENDPOINT),
         Rule(
-            "self.scaffold.protocol != 'ToolCall' || "
+            "self.scaffold.protocol != 'ToolCall' || !has(self.student) || !has(self.teacher) || "
             "((has(self.student.endpoint) || (has(self.student.serving) && has(self.student.serving.toolCallParser))) && "
             "(!has(self.teacher.serving) || has(self.teacher.serving.toolCallParser)))",
             _NO_PARSER,
@@ -230,7 +239,9 @@ def load(document: Mapping[str, Any]) -> DAggerRun:
 
 
 def _without_nulls(value: Any) -> Any:
-    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None} if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def refused_edits(old: RunSpec, new: RunSpec) -> list[str]:
