@@ -203,6 +203,13 @@ async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
         renewed = (now - age).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         await make("coordination.k8s.io/v1", "Lease", name, "alive", spec={"renewTime": renewed, "leaseDurationSeconds": 30})
 
+    # Made by hand: it wears the labels of a sandbox, and no Lease owns it.
+    container = {"name": "main", "image": "localhost/none:1"}
+    labels = {**mine, "app.kubernetes.io/component": "sandbox", "dagger-operator.dev/run": "gone", "dagger-operator.dev/component": "none"}
+    lab.paused = {"none"}
+    metadata = {"name": "by-hand", "namespace": lab.namespace, "labels": labels}
+    await lab.client.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container]}})
+
     cache, woken = Cache(), []
     reaper = Reaper(lab.namespace, cache, lab.client, woken.append)
     assert await reaper.reap(now) == 2
@@ -216,10 +223,10 @@ async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
     assert woken == [(lab.namespace, "lost")], "what went is made again"
     left = [
         one["metadata"]["name"]
-        for kind in (("rbac.authorization.k8s.io/v1", "RoleBinding"), ("coordination.k8s.io/v1", "Lease"))
+        for kind in (("rbac.authorization.k8s.io/v1", "RoleBinding"), ("coordination.k8s.io/v1", "Lease"), ("v1", "Pod"))
         for one in await lab.objects(*kind)
     ]
-    assert left == [f"{lab.namespace}.alive.worker", "fresh"]
+    assert left == [f"{lab.namespace}.alive.worker", "fresh", "by-hand"]
 
 
 async def test_what_went_while_nobody_watched_is_found_out_by_a_fresh_list(lab: Any) -> None:
