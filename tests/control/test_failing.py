@@ -116,6 +116,7 @@ def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story
     waiting = tale.plan(refused=refused)
     assert (waiting.status.phase, waiting.status.reason) == (Phase.PREFLIGHT, "QuotaExceeded")
     assert tale.condition("Progressing").status == "False"
+    assert "ask for less: spec.rollouts.pod.resources" in tale.condition("Progressing").message
     assert ("Deployment", "student") in wanted(waiting)
     tale.later(minutes=11)
     failed = tale.plan(refused=refused)

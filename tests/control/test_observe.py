@@ -221,8 +221,10 @@ def test_what_the_api_server_says_about_a_child_without_pods_is_why_it_waits() -
     quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, tzinfo=UTC))
     warnings = {("Job", "demo-r002-rollout-abcd1234"): quota, ("Deployment", "demo-student"): quota}
     server, worker = children([job(), deployment()], [], warnings)
-    assert (worker.state, worker.trouble, worker.waiting_since) == (ChildState.WAITING, quota, quota.since)
-    assert (server.state, server.trouble) == (ChildState.WAITING, quota)
+    for one, field in ((worker, "spec.rollouts.workers"), (server, "spec.student.serving.replicas")):
+        assert one.trouble is not None
+        assert (one.state, one.trouble.reason, one.waiting_since) == (ChildState.WAITING, "QuotaExceeded", quota.since)
+        assert one.trouble.message.startswith(f"exceeded quota: gpus: have the quota raised, or ask for less: {field}")
     pulling = pod("demo-x", "Pending", containers=[waiting("ImagePullBackOff")])
     (better,) = children([job()], [pulling], warnings)
     assert better.trouble is not None

@@ -27,6 +27,7 @@ async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, operato
     (progressing,) = (one for one in run["status"]["conditions"] if one["type"] == "Progressing")
     assert progressing["status"] == "False"
     assert "exceeded quota: none" in progressing["message"]
+    assert "have the quota raised, or ask for less: spec.rollouts.pod.resources" in progressing["message"]
     await lab.client.delete("v1", "ResourceQuota", lab.namespace, "none", preconditions={})
     await lab.until_phase("Succeeded")
 

@@ -12,6 +12,7 @@ from typing import Any
 from dagger_operator.control import names
 from dagger_operator.control.child import SERVERS, Child, ChildState, Trouble
 from dagger_operator.control.progress import Progress
+from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName
 from dagger_operator.control.said import (
@@ -67,7 +68,8 @@ def children(objects: Iterable[Manifest], pods: Iterable[Manifest], warnings: Ma
 def _warned(one: Child, warning: Trouble | None) -> Child:
     if warning is None or one.trouble is not None or one.state not in (ChildState.WAITING, ChildState.RUNNING):
         return one
-    return replace(one, state=ChildState.WAITING, trouble=warning, waiting_since=one.waiting_since or warning.since)
+    trouble = within_quota(warning, one.component)
+    return replace(one, state=ChildState.WAITING, trouble=trouble, waiting_since=one.waiting_since or warning.since)
 
 
 def child(manifest: Manifest, pods: Sequence[Manifest] = ()) -> Child:

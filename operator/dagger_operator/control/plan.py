@@ -5,7 +5,7 @@ plan, and every Job that it asks for has a name that says what is inside.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from dagger_operator.control.jobs import build_job
 from dagger_operator.control.leftovers import leftovers
 from dagger_operator.control.names import Ref
 from dagger_operator.control.observe import Observed
+from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.rounds import Step, Work, next_steps
 from dagger_operator.control.servers import build_server
 from dagger_operator.control.situation import Situation, at_work, place
@@ -62,6 +63,8 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
         done = Situation(Phase.SUCCEEDED, run.spec.rounds, Reason.ROUNDS_DONE, f"all {run.spec.rounds} rounds are done")
         return _close(run, observed, None, [], leftovers(run, observed, None, []), done, {})
 
+    if observed.refused is not None:
+        observed = replace(observed, refused=within_quota(observed.refused, work.step.stage))
     servers = observed_servers(run, observed, work)
     jobs = observed_jobs(run, observed, work)
     if (failed := failure(run, observed, work, jobs, servers)) is not None:

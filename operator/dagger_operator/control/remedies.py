@@ -1,8 +1,10 @@
 """Which field of a run asked for what its pod does not get. Kubelet and scheduler name what is missing; they know no runs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from dagger_operator.control.child import Trouble
 from dagger_operator.control.names import COMPONENT, Role
 from dagger_operator.control.rounds import StageName
 
@@ -27,6 +29,14 @@ def explained(pod: Mapping[str, Any], reason: str, said: str, container: str = "
     return said
 
 
+def within_quota(trouble: Trouble, component: str) -> Trouble:
+    """With what to change where a quota of the namespace is used up."""
+    if trouble.reason != "QuotaExceeded":
+        return trouble
+    fields = (*_numbers(component), *_gpus(component), f"{_settings(component)}.resources")
+    return replace(trouble, message=f"{trouble.message}: have the quota raised, or ask for less: {', '.join(fields)}")
+
+
 def _image(component: str, container: str) -> str:
     if container == "vllm":
         return f"spec.{component}.serving.image"
@@ -44,6 +54,15 @@ def _gpus(component: str) -> tuple[str, ...]:
     if component in tuple(Role):
         return (f"spec.{component}.serving.gpus",)
     return ("spec.training.gpusPerNode",) if component == StageName.TRAINING else ()
+
+
+def _numbers(component: str) -> tuple[str, ...]:
+    """What says how many pods a component has."""
+    if component in tuple(Role):
+        return (f"spec.{component}.serving.replicas",)
+    if component == StageName.TRAINING:
+        return ("spec.training.nodes",)
+    return ("spec.rollouts.workers",) if component in (StageName.ROLLOUT, StageName.EVALUATION) else ()
 
 
 def _secrets(component: str, container: str) -> str:
