@@ -35,7 +35,6 @@ class Applier:
         """
         one = identity(manifest)
         live: Manifest | None = self._cache.get(one)
-        unseen = live is None
         try:
             if live is None:
                 live = await self._found(manifest)
@@ -44,7 +43,7 @@ class Applier:
                     return _taken(live)
                 if live["metadata"].get("deletionTimestamp"):
                     return None  # once it is gone there is an event, and a new one is made
-                if not unseen and self._is_settled(manifest, live):
+                if self._is_settled(manifest, live):
                     return None
             fresh = await self._client.apply(_stamped(manifest, live))
         except (Refused, Missing) as error:
@@ -52,8 +51,7 @@ class Applier:
             return Trouble(error.reason or "Refused", f"{one.kind} {one.name}: {error.message}", datetime.now(UTC))
         self._settled[fresh["metadata"]["uid"]] = _version(fresh)
         self._cache.put(fresh)
-        if live is None:
-            log.info("created", kind=one.kind, namespace=one.namespace, name=one.name)
+        log.info("created" if live is None else "changed", kind=one.kind, namespace=one.namespace, name=one.name)
         return None
 
     async def remove(self, run: DAggerRun, ref: Ref) -> None:
@@ -82,18 +80,31 @@ class Applier:
         return live
 
     def _is_settled(self, manifest: Manifest, live: Manifest) -> bool:
-        """Whether it is as we applied it: our digest, and not changed by others since.
+        """Whether it is as we applied it: our digest, our labels, and not changed by others since.
 
-        A generation of 1 says so without anything to remember; else what this process saw after it applied says so. After a
-        restart what was changed is applied once more, and the API server writes nothing where that changes nothing.
+        What this process saw after it applied says so. After a restart a generation of 1 does, or, of kinds that do not count
+        generations, a comparison. What was changed is applied once more then, and the API server writes nothing where that
+        changes nothing.
         """
-        if (live["metadata"].get("annotations") or {}).get(APPLIED) != digest(manifest):
+        metadata, stated = live["metadata"], manifest["metadata"]
+        if (metadata.get("annotations") or {}).get(APPLIED) != digest(manifest) or not _holds(metadata.get("labels"), stated["labels"]):
             return False
-        return live["metadata"].get("generation") == 1 or self._settled.get(live["metadata"]["uid"]) == _version(live)
+        if self._settled.get(metadata["uid"]) == _version(live):
+            return True
+        return metadata["generation"] == 1 if "generation" in metadata else _holds(live, manifest)
 
 
 def digest(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _holds(live: Any, stated: Any) -> bool:
+    """Whether something is as stated; what is not stated, such as defaults, may be anything."""
+    if isinstance(stated, Mapping):
+        return isinstance(live, Mapping) and all(name in live and _holds(live[name], part) for name, part in stated.items())
+    if isinstance(stated, list):
+        return isinstance(live, list) and len(live) == len(stated) and all(map(_holds, live, stated))
+    return bool(live == stated)
 
 
 def _stamped(manifest: Manifest, live: Manifest | None) -> Manifest:

@@ -1,6 +1,6 @@
 """What GPUs are held for, from pods as they are seen; pure. The semantics are those of `docs/metrics.md`."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,22 +22,29 @@ _ASKS: Mapping[str, frozenset[str]] = {
 
 def held(pods: Iterable[Manifest]) -> Counter[str]:
     """GPUs by use, over the pods of all runs."""
-    living = [pod for pod in pods if _phase(pod) not in ("Succeeded", "Failed")]
-    asked: set[tuple[RunKey | None, str]] = {(run_key(pod), role) for pod in living for role in _ASKS.get(_component(pod), ())}
-    found: Counter[str] = Counter()
-    for pod in living:
+    stages: defaultdict[RunKey | None, set[str]] = defaultdict(set)
+    holding: list[tuple[Manifest, int]] = []
+    for pod in pods:
+        if _phase(pod) in ("Succeeded", "Failed"):
+            continue
+        if (stage := _component(pod)) in _ASKS:
+            stages[run_key(pod)].add(stage)
         if (gpus := _gpus(pod)) and (pod.get("spec") or {}).get("nodeName"):
-            found[_use(pod, asked)] += gpus
+            holding.append((pod, gpus))
+    found: Counter[str] = Counter()
+    for pod, gpus in holding:
+        found[_use(pod, stages.get(run_key(pod), set()))] += gpus
     return found
 
 
-def _use(pod: Manifest, asked: set[tuple[RunKey | None, str]]) -> str:
+def _use(pod: Manifest, stages: Iterable[str]) -> str:
+    """`stages`: those of its run that are at work."""
     component = _component(pod)
-    if component not in list(Role):
+    if component not in set(Role):
         return "training"
     if not any(one["type"] == "Ready" and one["status"] == "True" for one in (pod.get("status") or {}).get("conditions") or ()):
         return "starting"
-    return component if (run_key(pod), component) in asked else "idle"
+    return component if any(component in _ASKS[stage] for stage in stages) else "idle"
 
 
 def _gpus(pod: Manifest) -> int:

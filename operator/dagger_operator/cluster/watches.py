@@ -30,6 +30,8 @@ CHILDREN = (
 OPTIONAL = (("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet"),)
 """Watched where the cluster has it when the operator starts."""
 
+_IDLE_SECONDS = 0.5
+"""kopf keeps what it heard of an object last for so long: at a start this is everything, in full."""
 _RECONNECT_SECONDS = 240
 """A watch is opened anew this often, so that each gives a sign of life even where nothing happens."""
 
@@ -126,6 +128,7 @@ def _settings() -> kopf.OperatorSettings:
     settings.networking.request_timeout = 30
     settings.watching.chunk_size = 500
     settings.watching.server_timeout = _RECONNECT_SECONDS
+    settings.queueing.idle_timeout = _IDLE_SECONDS
     ours = f"{MANAGED_BY}={MANAGER}"
     for group, version, plural, _ in (*CHILDREN, *OPTIONAL):
         # A sandbox belongs to its worker; nobody here looks at it.
