@@ -1,0 +1,127 @@
+"""What the operator is measured against: a real API server with its controllers and its scheduler, and KWOK in place of nodes."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NODES = 20
+_ADDRESS = "127.78.0.1"
+_QUICK = ("--kube-api-qps=2000", "--kube-api-burst=4000")
+"""The bound is to be the operator, not the rate at which Kubernetes' own controllers may ask."""
+_KWOK = ("--cidr=10.0.0.0/8", "--node-lease-duration-seconds=40")
+"""A node without a Lease that is renewed is taken for dead, and its pods for not ready."""
+
+
+class NotUp(RuntimeError):
+    """A part of the cluster does not start; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class ScaleCluster:
+    kubeconfig: Path
+    _program: Path
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:
+        command = [self._program, f"--kubeconfig={self.kubeconfig}", *arguments]
+        return subprocess.run(command, input=input, check=True, capture_output=True, text=True).stdout
+
+    def pods(self) -> int:
+        """How many there are, those that are done included."""
+        return int(json.loads(self._get("/api/v1/pods?limit=1"))["metadata"].get("remainingItemCount", 0)) + 1
+
+    def pending(self, namespace: str) -> bool:
+        """Whether a pod does not run yet."""
+        query = "fieldSelector=status.phase%3DPending&limit=1"
+        return bool(json.loads(self._get(f"/api/v1/namespaces/{namespace}/pods?{query}"))["items"])
+
+    def children(self) -> int:
+        """Objects that the operator made."""
+        kinds = "deployments,jobs,services,serviceaccounts,networkpolicies,rolebindings"
+        made = self.kubectl("get", kinds, "--all-namespaces", "--selector=app.kubernetes.io/managed-by=dagger-operator", "--output=name")
+        return len(made.splitlines())
+
+    def applied(self) -> dict[tuple[str, str], int]:
+        """Server-side applies so far that were taken, by resource and subresource."""
+        tally: dict[tuple[str, str], int] = {}
+        for key, count in samples(self._get("/metrics"), "apiserver_request_total", "resource", "subresource", "code", verb="APPLY"):
+            if key[2].startswith("2") and not key[0].startswith("customresource"):
+                tally[key[0], key[1]] = tally.get((key[0], key[1]), 0) + int(count)
+        return tally
+
+    def _get(self, path: str) -> str:
+        return self.kubectl("get", "--raw", path)
+
+
+def samples(exposition: str, name: str, *by: str, **labels: str) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Samples of a metric with these labels, each with the values of the labels that it is told apart by."""
+    from prometheus_client.parser import text_string_to_metric_families as families
+
+    lines = "\n".join(line for line in exposition.splitlines() if line.startswith((f"{name}{{", f"{name} ")))
+    for family in families(lines + "\n"):
+        for sample in family.samples:
+            if all(sample.labels.get(label) == value for label, value in labels.items()):
+                yield tuple(sample.labels.get(label, "") for label in by), sample.value
+
+
+@contextlib.contextmanager
+def scale_cluster() -> Iterator[ScaleCluster]:
+    """A fresh one, with our CRD and `NODES` nodes of KWOK's; nothing is left of it."""
+    tools = _built("kubernetes")
+    folder = Path(tempfile.mkdtemp(prefix="dagger-scale-"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        run = lambda name, *command: stack.enter_context(_running(folder / f"{name}.log", *command))  # noqa: E731 - three of a kind
+        plane = run("control-plane", ROOT / "tests/cluster/control-plane", folder, _ADDRESS, *_QUICK)
+        kubeconfig = folder / "kubeconfig"
+        _until(kubeconfig.exists, plane, folder / "control-plane.log")
+        cluster = ScaleCluster(kubeconfig, tools / "kubectl")
+        run("scheduler", tools / "kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false", "--secure-port=0", *_QUICK)
+        stages = ROOT / "benchmarks/scale.stages.yaml"
+        kwok = run("kwok", _built("kwok"), f"--kubeconfig={kubeconfig}", "--manage-all-nodes", f"--config={stages}", *_KWOK)
+        cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "manifests/crd/daggerruns.yaml"))
+        cluster.kubectl("create", "-f", "-", input="---\n".join(json.dumps(_node(number)) + "\n" for number in range(NODES)))
+        ready = lambda: cluster.kubectl("get", "nodes", "--no-headers").count(" Ready ") == NODES  # noqa: E731 - asked below, and nowhere else
+        _until(ready, kwok, folder / "kwok.log")
+        served = lambda: "daggerruns" in cluster.kubectl("api-resources", "--api-group=dagger-operator.dev")  # noqa: E731 - likewise
+        _until(served, plane, folder / "control-plane.log")
+        yield cluster
+
+
+def _node(number: int) -> dict[str, object]:
+    name = f"kwok-{number:02d}"
+    metadata = {"name": name, "labels": {"kubernetes.io/hostname": name}, "annotations": {"node.alpha.kubernetes.io/ttl": "0"}}
+    return {"apiVersion": "v1", "kind": "Node", "metadata": metadata}
+
+
+@contextlib.contextmanager
+def _running(log: Path, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with this one, whatever ends it."""
+    with log.open("wb") as said:
+        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=said, stderr=said)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise NotUp(f"{log.stem} does not get up: {log.read_text()[-2000:]}")
+        time.sleep(0.2)
+
+
+def _built(tool: str) -> Path:
+    """A program, or the folder of a module's programs; built at its first use on this machine."""
+    command = [sys.executable, ROOT / "scripts/build-tool", tool]
+    return Path(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip())
