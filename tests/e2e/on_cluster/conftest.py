@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from fixtures.metrics import started as prometheus_server
+from fixtures.on_cluster import Scraping
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "manifests" / "samples" / "quickstart"
@@ -54,14 +58,35 @@ class Installation:
         found: list[dict[str, Any]] = json.loads(self.kubectl(*where, "get", kind, "--selector", selector, "-o", "json"))["items"]
         return found
 
+    def operators(self) -> list[dict[str, Any]]:
+        return self.listed("pods", "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator", self.system)
+
+    def kill_operator(self) -> None:
+        self.kill(self.system, "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator")
+
+    def kill(self, namespace: str, selector: str) -> None:
+        """Pods go at once, as when their node loses power. Fails where none runs."""
+
+        def running() -> bool:
+            return any(pod["status"].get("phase") == "Running" for pod in self.listed("pods", selector, namespace))
+
+        self.until(f"a pod with {selector} runs", running, 120)
+        self.kubectl("--namespace", namespace, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
+
     def until(self, what: str, holds: Callable[[], Any], seconds: float) -> Any:
-        """Looks until something holds, and returns what it gave; fails with what the runs and pods say."""
-        deadline = time.monotonic() + seconds
-        while not (found := holds()):
+        """Looks until something holds, and returns what it gave; fails with what the runs and pods say. An API server that does not answer
+        for a while is waited for."""
+        deadline, problem = time.monotonic() + seconds, ""
+        while True:
+            try:
+                if found := holds():
+                    return found
+                problem = ""
+            except RuntimeError as error:
+                problem = str(error)
             if time.monotonic() > deadline:
-                pytest.fail(f"not within {seconds} s: {what}\n{self.told()}")
+                pytest.fail(f"not within {seconds} s: {what}\n{problem or self.told()}")
             time.sleep(1)
-        return found
 
     def ended(self, name: str, seconds: float) -> dict[str, Any]:
         """The run once it has ended."""
@@ -112,6 +137,21 @@ def installation(cluster: Any, images: None) -> Iterator[Installation]:
             cluster.kubectl("--namespace", namespace, "delete", "daggerruns", "--all", "--timeout=120s")
             _run([*command, "uninstall", RELEASE, "--wait"])
             cluster.kubectl("delete", "namespace", SYSTEM)  # the claim of the S3 server outlives the release
+
+
+@pytest.fixture
+def scraping(installation: Installation, prometheus_programs: Path, tmp_path: Path) -> Iterator[Scraping]:
+    """A real Prometheus that finds the pods; on the node, from where network policies let nobody be kept from probes."""
+    if os.environ.get("DAGGER_TEST_KUBECONFIG"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = prometheus_server(prometheus_programs, tmp_path, f"127.0.0.1:{free.getsockname()[1]}")
+    else:
+        inside = ["bash", "-c", 'source "$0" && exec nsenter --target "$(first_process)" --net -- "$@"', ROOT / "tests/cluster/lib.sh"]
+        address = installation.kubectl("get", "nodes", "-o", "jsonpath={.items[0].status.addresses[0].address}")
+        place = prometheus_server(prometheus_programs, tmp_path, f"{address}:19090", inside)
+    with place as server, Scraping(installation, server) as scraping:
+        yield scraping
 
 
 @pytest.fixture(scope="package")

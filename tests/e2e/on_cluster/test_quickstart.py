@@ -1,10 +1,15 @@
-"""The quickstart by `kubectl apply`: real vLLM, pods as sandboxes, a DeepSpeed Job of two ranks, real S3; then its pods are taken away."""
+"""The quickstart by `kubectl apply`: real vLLM, pods as sandboxes, a DeepSpeed Job of two ranks, real S3.
+
+The operator is killed in each of its stages, other pods of it are taken away, and a real Prometheus scrapes them all.
+"""
 
 from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+from fixtures.on_cluster import Killing
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(2700)]
 
 SMALL = {"requests": {"cpu": "100m", "memory": "256Mi"}}
 
@@ -26,7 +31,7 @@ def test_the_chart_answers_for_itself(helm_test: Any) -> None:
     assert "Succeeded" in helm_test()
 
 
-def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: Any) -> None:
+def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: Any, scraping: Any, documented_metrics: Any) -> None:
     installation.apply(*installation.sample("inputs.yaml"))
     installation.kubectl("wait", "--for=condition=Complete", "--timeout=300s", "job/quickstart-inputs", timeout=310)
     (document,) = installation.sample("run.yaml")
@@ -37,14 +42,16 @@ def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: A
         assert status.get("phase") != "Failed", installation.told()
         return bool((status.get("round"), status.get("phase")) == (number, phase) and _running(installation, phase))
 
-    installation.until("round 1 is done undisturbed", lambda: at(2, "Rollout"), 900)
-    _delete(installation, "rollout")
-    _delete_operator(installation)
-    installation.until("round 2 trains", lambda: at(2, "Training"), 600)
-    _delete(installation, "training")
-    _delete(installation, "student")
-    _delete_operator(installation)
-    run = installation.ended("quickstart", 900)
+    with Killing(installation, "quickstart") as killing:
+        installation.until("round 2 begins", lambda: at(2, "Rollout"), 1500)
+        installation.kill(installation.sandboxes, "app.kubernetes.io/component=sandbox")
+        broken = "sum(max_over_time(dagger_infrastructure_failures_total[1h]))"
+        installation.until("its worker counts the sandboxes that are gone", lambda: scraping.prometheus.value(broken), 120)
+        _delete(installation, "rollout")
+        installation.until("round 2 trains", lambda: at(2, "Training"), 900)
+        _delete(installation, "training")
+        _delete(installation, "student")
+        run = installation.ended("quickstart", 1200)
 
     first, last = run["status"]["rounds"]
     assert first["training"]["lastLoss"] < first["training"]["firstLoss"] / 5
@@ -53,7 +60,21 @@ def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: A
     assert last["rollout"]["teacherTurnShare"] == 0 and first["rollout"]["teacherTurnShare"] == 1
     assert [entry["rollout"]["rollouts"] for entry in (first, last)] == [60, 30]
     installation.kubectl("wait", "--for=condition=Succeeded", "--timeout=1s", "daggerrun/quickstart")
+    assert killing.killed.keys() == {"prepare", "serving", "preflight", "rollout", "training", "publish", "evaluation"}
+    assert len(set(killing.killed.values())) == len(killing.killed), "each time it was another, living one"
+    _all_metrics_were_scraped(scraping.prometheus, documented_metrics)
     _nothing_is_left(installation)
+
+
+UNHARMED = {f"dagger_gateway_{what}_total has no samples" for what in ("retries", "failures")}
+"""Nobody makes a policy fail here; tests/e2e/test_metrics.py does."""
+
+
+def _all_metrics_were_scraped(prometheus: Any, documented: Any) -> None:
+    sections = {"operator": ("Operator",), "worker": ("Worker", "Gateway"), "trainer": ("Trainer",), "agent": ("Policy agent",)}
+    for job, its in sections.items():
+        assert set(documented.differences(prometheus.series(job), *its)) <= UNHARMED, job
+    assert prometheus.value('max(max_over_time(dagger_run_info{phase="Succeeded",run="quickstart"}[1h]))') == 1
 
 
 def _running(installation: Any, phase: str) -> list[dict[str, Any]]:
@@ -63,12 +84,7 @@ def _running(installation: Any, phase: str) -> list[dict[str, Any]]:
 
 
 def _delete(installation: Any, component: str) -> None:
-    installation.kubectl("delete", "pods", "--grace-period=0", "--force", "--selector", f"dagger-operator.dev/component={component}")
-
-
-def _delete_operator(installation: Any) -> None:
-    selector = "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator"
-    installation.kubectl("--namespace", installation.system, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
+    installation.kill(installation.namespace, f"dagger-operator.dev/component={component}")
 
 
 def _nothing_is_left(installation: Any) -> None:

@@ -88,8 +88,10 @@ def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation:
     tasks = (local.folder / "tasks.jsonl").read_bytes()
     asyncio.run(_upload(installation, tasks))
     installation.apply(_on_the_cluster(yaml.safe_load(document.read_text())))
-    for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _api_server, _two_operators, _node):
+    theirs = () if os.environ.get("DAGGER_TEST_KUBECONFIG") else (_api_server, _node)  # somebody else's are left alone
+    for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _two_operators, *theirs):
         done = _finished(installation)
+        assert installation.run("one").get("status", {}).get("phase") != "Succeeded", f"over before {take_away.__name__}"
         take_away(installation)
         installation.until(f"rollouts go on after {take_away.__name__}", lambda done=done: _goes_on(installation, done), 300)
     run = installation.ended("one", 600)
@@ -118,31 +120,37 @@ def _nothing(installation: Any) -> None:
 
 
 def _operator(installation: Any) -> None:
-    _kill(installation, installation.system, "app.kubernetes.io/component=operator")
+    installation.kill_operator()
 
 
 def _workers(installation: Any) -> None:
-    _kill(installation, installation.namespace, "dagger-operator.dev/component=rollout")
+    installation.kill(installation.namespace, "dagger-operator.dev/component=rollout")
 
 
 def _sandboxes(installation: Any) -> None:
-    _kill(installation, installation.sandboxes, "app.kubernetes.io/component=sandbox")
+    installation.kill(installation.sandboxes, "app.kubernetes.io/component=sandbox")
 
 
 def _storage(installation: Any) -> None:
-    """For 30 seconds; its data is on a volume."""
-    installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator-s3", "--replicas=0")
-    time.sleep(30)
-    installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator-s3", "--replicas=1")
-
-
-def _api_server(installation: Any) -> None:
-    _in_the_node("pkill", "-KILL", "kube-apiserver")
-    installation.until("the API server is back", lambda: _answers(installation), 120)
+    """For 30 seconds, which the run notices; its data is on a volume."""
+    scale = ("--namespace", installation.system, "scale", "deployment/dagger-operator-s3")
+    installation.kubectl(*scale, "--replicas=0")
+    since = time.monotonic()
+    installation.until("the run says so", lambda: installation.run("one")["status"].get("reason") == "StorageUnavailable", 60)
+    time.sleep(max(0, 30 - (time.monotonic() - since)))
+    installation.kubectl(*scale, "--replicas=1")
 
 
 def _two_operators(installation: Any) -> None:
     installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator", "--replicas=2")
+    installation.until("both run", lambda: [pod["status"]["phase"] for pod in installation.operators()] == ["Running"] * 2, 120)
+
+
+def _api_server(installation: Any) -> None:
+    before = _in_the_node("pgrep", "kube-apiserver")
+    _in_the_node("pkill", "-KILL", "kube-apiserver")
+    installation.until("the API server is back", lambda: installation.kubectl("get", "--raw", "/readyz"), 120)
+    assert _in_the_node("pgrep", "kube-apiserver") != before
 
 
 def _node(installation: Any) -> None:
@@ -152,6 +160,7 @@ def _node(installation: Any) -> None:
         installation.until("the node is not ready", lambda: not _ready(installation), 120)
     finally:
         _in_the_node("pkill", "-CONT", "kubelet")
+    installation.until("the node is ready", lambda: _ready(installation), 120)
 
 
 def _ready(installation: Any) -> bool:
@@ -159,22 +168,8 @@ def _ready(installation: Any) -> bool:
     return bool(installation.kubectl("get", "nodes", "-o", f"jsonpath={path}") == "True")
 
 
-def _answers(installation: Any) -> bool:
-    try:
-        installation.kubectl("get", "--raw", "/readyz")
-    except RuntimeError:
-        return False
-    return True
-
-
-def _kill(installation: Any, namespace: str, selector: str) -> None:
-    installation.kubectl("--namespace", namespace, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
-
-
-def _in_the_node(*command: str) -> None:
-    if os.environ.get("DAGGER_TEST_KUBECONFIG"):
-        return  # somebody else's node is left alone
-    subprocess.run([ROOT / "tests" / "cluster" / "in", *command], check=True)
+def _in_the_node(*command: str) -> str:
+    return subprocess.run([ROOT / "tests" / "cluster" / "in", *command], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 async def _upload(installation: Any, tasks: bytes) -> None:
