@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 import structlog
@@ -62,7 +62,7 @@ async def operate(settings: Settings) -> None:
         tasks: list[Coroutine[Any, Any, None]] = [
             health.watch_the_loop(),
             metrics.count_gpus(cache),
-            queue.run(metrics.timed(reconciler.reconcile), settings.workers),
+            _work(queue, watches, metrics.timed(reconciler.reconcile), settings.workers),
             *([leader.keep()] if leader else []),
             *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
             watches.run([metrics.trace()]),
@@ -72,6 +72,11 @@ async def operate(settings: Settings) -> None:
         finally:
             if leader is not None:
                 await leader.release()
+
+
+async def _work(queue: WorkQueue[RunKey], watches: Watches, look: Callable[[RunKey], Awaitable[float | None]], workers: int) -> None:
+    await watches.fill()
+    await queue.run(look, workers)
 
 
 async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -44,7 +44,7 @@ class Client:
         return await self._ask("GET", await self._path(api_version, kind, namespace, name))
 
     async def list(self, api_version: str, kind: str, namespace: str, **query: str) -> AsyncIterator[Manifest]:
-        """In pages; `query` as in the API: `labelSelector`, `fieldSelector`."""
+        """In pages, of all namespaces where it is empty; `query` as in the API: `labelSelector`, `fieldSelector`."""
         path = await self._path(api_version, kind, namespace)
         page: dict[str, str] = {"limit": str(_PAGE), **query}
         while True:
@@ -109,7 +109,7 @@ class Client:
         if plural is None:
             raise Missing(f"looking for {kind}", 404, "KindNotInstalled", f"this cluster has no {kind} in {api_version}: install it")
         group = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
-        return f"{group}/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")
+        return group + (f"/namespaces/{namespace}" if namespace else "") + f"/{plural}" + (f"/{name}" if name else "")
 
     async def _ask(
         self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"

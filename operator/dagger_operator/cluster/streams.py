@@ -32,9 +32,14 @@ class Streams:
         return sorted(_name(one) for one in self._expected - self._opened.keys())
 
     @property
+    def open(self) -> bool:
+        """Whether all were opened once."""
+        return bool(self._expected) and not self.waiting
+
+    @property
     def silence(self) -> float:
         """Seconds since the stream that was opened longest ago gave its last sign of life; 0 before all were open."""
-        if not self._expected or self.waiting:
+        if not self.open:
             return 0.0
         return self._clock() - min(self._opened[one] for one in self._expected)
 

@@ -55,13 +55,12 @@ class Watches:
 
     async def run(self, traces: Collection[Any] = ()) -> None:
         """Watches until the process is told to stop (SIGTERM, SIGINT), then returns. What cannot be watched is an exception."""
-        kinds = [RUNS, *CHILDREN]
-        kinds += [one for one in OPTIONAL if one[3] in await self._client.served(f"{one[0]}/{one[1]}")]
+        kinds = await self._kinds()
         self.streams.expect({plural for _, _, plural, _ in kinds}, self._settings.namespaces)
 
         registry = kopf.OperatorRegistry()
         for group, version, plural, kind in kinds:
-            kopf.on.event(group, version, plural, registry=registry)(self._handler(f"{group}/{version}" if group else version, kind))
+            kopf.on.event(group, version, plural, registry=registry)(self._handler(_api_version(group, version), kind))
 
         @kopf.on.login(registry=registry)  # type: ignore[untyped-decorator, unused-ignore]  # kopf leaves the handler's type open
         async def login(**_: Any) -> kopf.AiohttpSession:
@@ -69,6 +68,28 @@ class Watches:
 
         namespaces = self._settings.namespaces
         await kopf.operator(registry=registry, settings=_settings(), clusterwide=not namespaces, namespaces=namespaces)
+
+    async def fill(self) -> None:
+        """Returns once the cache holds all that there was when the watches were opened; then every run is to be looked at.
+
+        A run that is looked at with half its children seems to have lost them. kopf does not tell when it has handed on what its
+        lists held, so everything is listed once more. Raises `ApiError`.
+        """
+        while not self.streams.open:  # noqa: ASYNC110 - kopf opens them, and tells nobody
+            await asyncio.sleep(0.1)
+        selectors = _settings().watching.label_selectors
+        for group, version, plural, kind in await self._kinds():
+            selector = selectors.get((group, version, plural))
+            query = {"labelSelector": str(selector)} if selector else {}
+            for namespace in self._settings.namespaces or ("",):
+                async for manifest in self._client.list(_api_version(group, version), kind, namespace, **query):
+                    self._cache.put(manifest)
+        for run in list(self._cache.of_kind(KIND)):
+            self._wake(RunKey(run["metadata"]["namespace"], run["metadata"]["name"]))
+
+    async def _kinds(self) -> list[tuple[str, str, str, str]]:
+        there = [one for one in OPTIONAL if one[3] in await self._client.served(_api_version(*one[:2]))]
+        return [RUNS, *CHILDREN, *there]
 
     def _handler(self, api_version: str, kind: str) -> Callable[..., Any]:
         async def heard(event: kopf.RawEvent, **_: Any) -> None:
@@ -104,6 +125,10 @@ class Watches:
             key = self._cache.put(found)
         if key is not None:
             self._wake(key)
+
+
+def _api_version(group: str, version: str) -> str:
+    return f"{group}/{version}" if group else version
 
 
 class _NoMemory(kopf.DiffBaseStorage):
