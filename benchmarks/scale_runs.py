@@ -18,8 +18,9 @@ from kubernetes.aio.config import load_kube_config
 
 from dagger_operator.api import API_VERSION, KIND, DAggerRun, load
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.connection import session
 from dagger_operator.control import COMPONENT, RUN
+from dagger_operator.kube.api import Api
+from dagger_operator.kube.connection import session
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.progress import report
@@ -47,8 +48,8 @@ class Runs:
         """Storage in `folder`; workers do their work as long as this lasts."""
         settings = Configuration()
         await load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
-        async with session(settings, {}, []) as http:
-            runs = cls(Client(settings, http), http, settings.host, folder)
+        async with session(settings) as http:
+            runs = cls(Client(Api(settings, http)), http, settings.host, folder)
             working = asyncio.create_task(runs._work())
             try:
                 yield runs

@@ -21,8 +21,9 @@ from kubernetes.aio.config import load_kube_config
 
 from dagger_operator.api import load
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.connection import session
-from dagger_operator.cluster.errors import ApiError, Missing
+from dagger_operator.kube.api import Api
+from dagger_operator.kube.connection import session
+from dagger_operator.kube.errors import ApiError, Missing
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import save_result
@@ -117,8 +118,8 @@ def operator(control_plane: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 async def client(control_plane: Any) -> AsyncIterator[Client]:
     settings = Configuration()
     await load_kube_config(config_file=str(control_plane.kubeconfig), client_configuration=settings)
-    async with session(settings, {}, []) as http:
-        yield Client(settings, http)
+    async with session(settings) as http:
+        yield Client(Api(settings, http))
 
 
 class Lab:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.cluster.errors import ApiError
+from dagger_operator.kube.errors import ApiError
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from dagger_operator.api import DAggerRun, load
 from dagger_operator.cluster import stores
-from dagger_operator.cluster.errors import Missing
 from dagger_operator.cluster.stores import Stores
+from dagger_operator.kube.errors import Missing
 from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import PrepareResult, save_result

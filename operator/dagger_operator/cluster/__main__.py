@@ -8,10 +8,10 @@ import sys
 import structlog
 
 from dagger_operator.cluster.app import NoCrd, operate
-from dagger_operator.cluster.connection import NoCluster
-from dagger_operator.cluster.errors import ApiError
 from dagger_operator.cluster.leader import LeadershipLost
 from dagger_operator.cluster.settings import InvalidSettings, Settings
+from dagger_operator.kube.connection import NoCluster
+from dagger_operator.kube.errors import ApiError
 from dagger_operator.store.stage import configure_logging
 
 

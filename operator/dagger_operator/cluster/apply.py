@@ -11,9 +11,9 @@ import structlog
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster.cache import Cache, identity, run_key
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.errors import Missing, Refused
 from dagger_operator.cluster.ownership import controller, is_own
 from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
+from dagger_operator.kube.errors import Missing, Refused
 
 Manifest = Mapping[str, Any]
 

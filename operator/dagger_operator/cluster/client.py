@@ -3,28 +3,23 @@
 Generic: any kind is found by discovery, so that a new kind of object in a plan needs nothing here.
 """
 
-import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import aiohttp
-from kubernetes.aio.client import Configuration
 
-from dagger_operator.cluster.connection import authorization, configuration, session
-from dagger_operator.cluster.errors import Missing, Unavailable, error_of
-
-Manifest = dict[str, Any]
+from dagger_operator.kube.api import Api, Manifest
+from dagger_operator.kube.connection import configuration, session
+from dagger_operator.kube.errors import Missing
 
 FIELD_MANAGER = "dagger-operator"
-_TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 _PAGE = 500
 
 
 class Client:
-    def __init__(self, settings: Configuration, http: aiohttp.ClientSession, fence: Callable[[], None] = lambda: None) -> None:
-        self._settings, self._http, self._fence = settings, http, fence
+    def __init__(self, api: Api, fence: Callable[[], None] = lambda: None) -> None:
+        self._api, self._fence = api, fence
         self._kinds: dict[str, dict[str, str]] = {}
 
     @classmethod
@@ -32,12 +27,12 @@ class Client:
     async def connect(cls, traces: Sequence[aiohttp.TraceConfig] = ()) -> AsyncIterator[Self]:
         """Raises `NoCluster`."""
         settings = await configuration()
-        async with session(settings, {}, traces) as http:
-            yield cls(settings, http)
+        async with session(settings, traces=traces) as http:
+            yield cls(Api(settings, http))
 
     def fenced(self, fence: Callable[[], None]) -> Self:
         """The same, asking `fence` before every write, which raises where this process may not write any more."""
-        return type(self)(self._settings, self._http, fence)
+        return type(self)(self._api, fence)
 
     async def get(self, api_version: str, kind: str, namespace: str, name: str) -> Manifest:
         """Raises `Missing`."""
@@ -116,27 +111,7 @@ class Client:
     ) -> Manifest:
         if verb != "GET":
             self._fence()
-        doing = f"{verb} {path}"
-        headers = {"Accept": "application/json", "Content-Type": content, **await authorization(self._settings)}
-        try:
-            async with self._http.request(
-                verb,
-                self._settings.host + path,
-                params=query,
-                data=None if body is None else json.dumps(body).encode(),
-                headers=headers,
-                timeout=_TIMEOUT,
-            ) as answer:
-                text = await answer.read()
-        except (aiohttp.ClientError, TimeoutError, asyncio.IncompleteReadError) as error:
-            raise Unavailable(doing, 0, "Unreachable", str(error) or type(error).__name__) from error
-        try:
-            said = json.loads(text)
-        except ValueError:
-            said = {"message": text.decode(errors="replace")[:1000]}
-        if answer.status >= 400:
-            raise error_of(doing, answer.status, said)
-        return dict(said)
+        return await self._api.ask(verb, path, query=query, body=body, content=content)
 
 
 def _place(manifest: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from typing import Any
 import structlog
 
 from dagger_operator.cluster.client import FIELD_MANAGER, Client
-from dagger_operator.cluster.errors import ApiError, Conflict
 from dagger_operator.control import Event
+from dagger_operator.kube.errors import ApiError, Conflict
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.errors import ApiError, Conflict, Missing, Unavailable
+from dagger_operator.kube.errors import ApiError, Conflict, Missing, Unavailable
 
 log = structlog.get_logger()
 

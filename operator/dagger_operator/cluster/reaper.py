@@ -13,8 +13,9 @@ import structlog
 from dagger_operator.api import API_VERSION, KIND
 from dagger_operator.cluster.cache import Cache, RunKey, run_key
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.errors import ApiError, Conflict, Missing
 from dagger_operator.control import MANAGED_BY, MANAGER
+from dagger_operator.kube.errors import ApiError, Conflict, Missing
+from dagger_operator.sandbox.worker_lease import expired
 
 log = structlog.get_logger()
 
@@ -45,7 +46,7 @@ class Reaper:
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
         self._notice(bindings)
         gone = [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
-        gone += [one for one in leases if expired(one, now)]
+        gone += [one for one in leases if expired(one, now - GRACE)]
         return sum([await self._removed(one) for one in gone])
 
     def _labelled(self, api_version: str, kind: str) -> Any:
@@ -80,11 +81,3 @@ class Reaper:
             return False
         log.info("cleared", kind=one["kind"], namespace=self._namespace, name=metadata["name"])
         return True
-
-
-def expired(lease: Manifest, now: datetime) -> bool:
-    """Whether a Lease was not renewed for its duration and `GRACE` more; one without a time is as old as it is."""
-    spec = lease.get("spec") or {}
-    said = spec.get("renewTime") or spec.get("acquireTime") or lease["metadata"]["creationTimestamp"]
-    renewed = datetime.fromisoformat(said.replace("Z", "+00:00"))
-    return now - renewed > timedelta(seconds=spec.get("leaseDurationSeconds") or 0) + GRACE

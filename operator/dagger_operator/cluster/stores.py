@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.errors import ApiError, Missing
 from dagger_operator.control import Results, read_progress, read_results
 from dagger_operator.control.progress import Progress
+from dagger_operator.kube.errors import ApiError, Missing
 from dagger_operator.store.objects import Clients, Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0

@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.cluster.client import Client
-from dagger_operator.cluster.errors import Refused, Unavailable
 from dagger_operator.cluster.ownership import controller
 from dagger_operator.control import Trouble
+from dagger_operator.kube.errors import Refused, Unavailable
 
 Manifest = Mapping[str, Any]
 

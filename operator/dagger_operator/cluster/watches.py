@@ -11,10 +11,10 @@ from dagger_operator.api import GROUP, KIND, VERSION
 from dagger_operator.cluster.cache import Cache, RunKey, identity
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.connection import kopf_session
-from dagger_operator.cluster.errors import ApiError, Missing
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.cluster.streams import Streams
 from dagger_operator.control import MANAGED_BY, MANAGER
+from dagger_operator.kube.errors import ApiError, Missing
 
 log = structlog.get_logger()
 

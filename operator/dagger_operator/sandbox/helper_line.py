@@ -16,8 +16,9 @@ from typing import Protocol
 import aiohttp
 import structlog
 
+from dagger_operator.kube.errors import ApiError
 from dagger_operator.sandbox.interface import SandboxError
-from dagger_operator.sandbox.kube import Kube, KubeError
+from dagger_operator.sandbox.kube import Kube
 from dagger_operator.sandbox.pod_manifest import CONTAINER, HELPER, HELPER_PORT
 
 Answer = tuple[int, bytes]
@@ -78,7 +79,7 @@ class Exec:
                 for start in range(0, len(data), _FRAME):
                     await socket.send_bytes(b"\0" + data[start : start + _FRAME])
                 answer = json.loads(await _line(socket))
-        except (KubeError, aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Severed(f"exec: {error or type(error).__name__}") from error
         return answer["status"], base64.b64decode(answer["body"] or "")
 

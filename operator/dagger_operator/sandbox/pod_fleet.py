@@ -6,8 +6,10 @@ from contextlib import suppress
 
 import structlog
 
+from dagger_operator.kube.api import Manifest
+from dagger_operator.kube.errors import ApiError
 from dagger_operator.sandbox.interface import SandboxError
-from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest
+from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_manifest import of_a_worker
 from dagger_operator.sandbox.pod_state import PodState, Stand, state_of
 
@@ -89,7 +91,7 @@ class PodFleet:
         """Deletes a pod. Where that fails it is tried again until it is gone."""
         if self._lives.pop(life.uid, None):
             self._known.setdefault(life.uid, life.pod)
-            with suppress(KubeError):
+            with suppress(ApiError):
                 await self._kube.delete(Kind.PODS, life.pod)
 
     def at_rest(self) -> list[Life]:
@@ -107,7 +109,7 @@ class PodFleet:
                     version, pause = pod["metadata"]["resourceVersion"], 0.5
                     if kind != "BOOKMARK":
                         await self._see(pod, gone=kind == "DELETED")
-            except KubeError as error:
+            except ApiError as error:
                 if error.code != 410:
                     structlog.get_logger().warning("the watch of sandbox pods broke off", problem=str(error))
                     await asyncio.sleep(pause)
@@ -120,7 +122,7 @@ class PodFleet:
             await asyncio.sleep(_SWEEP_SECONDS)
             for uid, pod in list(self._known.items()):
                 if self._unwanted(uid, pod["metadata"]):
-                    with suppress(KubeError):
+                    with suppress(ApiError):
                         await self._kube.delete(Kind.PODS, pod)
 
     def _unwanted(self, uid: str, metadata: Manifest) -> bool:

@@ -10,10 +10,12 @@ from typing import Self
 
 import aiohttp
 
+from dagger_operator.kube.api import Manifest
+from dagger_operator.kube.errors import ApiError, Unavailable
 from dagger_operator.sandbox import relay
 from dagger_operator.sandbox.helper_line import Exec, HelperLine, Network, Routes
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
-from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest, Unreachable
+from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_fleet import Life, PodFleet
 from dagger_operator.sandbox.pod_manifest import HELPER_PORT, Setting, of_a_worker, pod
 from dagger_operator.sandbox.pod_sandbox import PodSandbox
@@ -49,7 +51,7 @@ class PodSandboxes:
                     opening.push_async_callback(_stop, asyncio.create_task(work))
                 await self._lease.sweep()
                 self._open = opening.pop_all()
-        except KubeError as error:
+        except ApiError as error:
             raise SandboxError(error.reason, f"namespace {self._namespace}: {error.message}") from error
         return self
 
@@ -120,10 +122,10 @@ class PodSandboxes:
         while True:
             try:
                 return await self._kube.create(Kind.PODS, manifest)
-            except KubeError as error:
+            except ApiError as error:
                 if error.reason == "AlreadyExists":
                     await self._make_way(manifest)
-                elif not isinstance(error, Unreachable):
+                elif not isinstance(error, Unavailable):
                     raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
             await asyncio.sleep(pause)
             pause = min(2.0, 2 * pause)
@@ -137,8 +139,8 @@ class PodSandboxes:
                 )
             if not old["metadata"].get("deletionTimestamp"):
                 await self._kube.delete(Kind.PODS, old)
-        except KubeError as error:
-            if error.code != 404 and not isinstance(error, Unreachable):
+        except ApiError as error:
+            if error.code != 404 and not isinstance(error, Unavailable):
                 raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
 
     def _may_go(self, old: Manifest) -> bool:

@@ -12,8 +12,10 @@ from typing import Any
 
 import structlog
 
+from dagger_operator.kube.api import Manifest
+from dagger_operator.kube.errors import ApiError, Unavailable
 from dagger_operator.sandbox.interface import SandboxError
-from dagger_operator.sandbox.kube import Kind, Kube, KubeError, Manifest, Unreachable
+from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_manifest import Setting
 
 DURATION_SECONDS = 60
@@ -30,11 +32,11 @@ def lease_of(setting: Setting, now: datetime, duration: int = DURATION_SECONDS) 
 
 
 def expired(lease: Mapping[str, Any], now: datetime) -> bool:
-    """Whether a Lease was not renewed for as long as it says; one that does not say is taken for expired."""
+    """Whether a Lease was not renewed for as long as it says; one that does not say when is as old as it is."""
     spec = lease.get("spec") or {}
     try:
-        renewed = datetime.fromisoformat(spec["renewTime"])
-        return renewed + timedelta(seconds=spec["leaseDurationSeconds"]) < now
+        renewed = datetime.fromisoformat(spec.get("renewTime") or spec.get("acquireTime") or lease["metadata"]["creationTimestamp"])
+        return renewed + timedelta(seconds=spec.get("leaseDurationSeconds") or 0) < now
     except (KeyError, TypeError, ValueError):
         return True
 
@@ -53,11 +55,11 @@ class WorkerLease:
             try:
                 self.manifest = await self._kube.create(Kind.LEASES, lease_of(self._setting, datetime.now(UTC), self._duration))
                 return
-            except KubeError as error:
+            except ApiError as error:
                 if error.reason == "AlreadyExists":
-                    with suppress(KubeError):
+                    with suppress(ApiError):
                         await self._kube.delete(Kind.LEASES, await self._kube.get(Kind.LEASES, self._setting.lease_name))
-                elif not isinstance(error, Unreachable) or pause is None:
+                elif not isinstance(error, Unavailable) or pause is None:
                     raise SandboxError(
                         error.reason, f"namespace {self._kube.namespace}: no Lease for this worker: {error.message}"
                     ) from error
@@ -72,14 +74,14 @@ class WorkerLease:
             try:
                 await self._renew()
                 await self.sweep()
-            except (KubeError, SandboxError) as error:
+            except (ApiError, SandboxError) as error:
                 structlog.get_logger().warning("the Lease of this worker could not be renewed", problem=str(error))
 
     async def _renew(self) -> None:
         spec = {**self.manifest["spec"], "renewTime": datetime.now(UTC).strftime(_FORMAT)}
         try:
             self.manifest = await self._kube.replace(Kind.LEASES, {**self.manifest, "spec": spec})
-        except KubeError as error:
+        except ApiError as error:
             if error.code == 404:
                 await self.take()
             elif error.code == 409:
@@ -97,5 +99,5 @@ class WorkerLease:
 
     async def give_up(self) -> None:
         """Deletes it; where that fails it expires."""
-        with suppress(KubeError):
+        with suppress(ApiError):
             await self._kube.delete(Kind.LEASES, self.manifest)

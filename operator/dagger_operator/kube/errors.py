@@ -16,7 +16,7 @@ class ApiError(Exception):
 
     def __init__(self, doing: str, code: int, reason: str, message: str) -> None:
         self.code, self.reason, self.message = code, reason, message
-        super().__init__(f"{doing}: {reason or code}: {message}")
+        super().__init__(f"{doing}: {reason}: {message}")
 
 
 class Unavailable(ApiError):
@@ -52,7 +52,7 @@ def error_of(doing: str, code: int, status: Mapping[str, Any]) -> ApiError:
         case _:
             kind = Refused
     message = str(status.get("message") or "")
-    return kind(doing, code, _reason(code, str(status.get("reason") or ""), message), message)
+    return kind(doing, code, _reason(code, str(status.get("reason") or f"HTTP{code}"), message), message)
 
 
 def _reason(code: int, reason: str, message: str) -> str:

@@ -1,0 +1,1 @@
+"""How an API server is spoken to, by the operator and by workers."""
