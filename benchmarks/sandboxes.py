@@ -1,6 +1,6 @@
 """Sandbox pods: what a command costs beyond its own process, by each way to send it, and how long a sandbox takes to its first command.
 
-    python benchmarks/sandboxes.py --image IMAGE [--namespace NAMESPACE] [--commands 50] [--sandboxes 1,8,32]
+    python benchmarks/sandboxes.py --image IMAGE [--namespace NAMESPACE] [--commands 50] [--sandboxes 1,8,32] [--blocks 3] [--cpus 0.1]
 
 Needs KUBECONFIG, kubectl, and an image on the nodes that holds bash and `/opt/dagger/sandboxd` (it is sandbox and helper in one).
 """
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox.interface import SandboxRequest
@@ -22,11 +23,10 @@ from dagger_operator.sandbox.pod_manifest import CONTAINER, Setting
 from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.pods import PodSandboxes
 
-LIMITS = SandboxLimits(cpus=0.1, memory_mib=64, disk_mib=64)
 
-
-def setting(image: str) -> Setting:
-    return Setting("bench", "bench", "worker-0", secrets.token_hex(4), image, LIMITS, 900, image)
+def setting(image: str, cpus: float) -> Setting:
+    limits = SandboxLimits(cpus=cpus, memory_mib=64, disk_mib=64)
+    return Setting("bench", "bench", "worker-0", secrets.token_hex(4), image, limits, 900, image)
 
 
 async def timed(work: Awaitable[object]) -> float:
@@ -77,37 +77,79 @@ async def commands(provider: PodSandboxes, namespace: str, count: int) -> None:
     await sandbox.close()
 
 
-async def first_command(provider: PodSandboxes, kube: Kube, image: str, many: int) -> None:
-    """`many` sandboxes at once until their first command, then as many bare pods until they run."""
+@dataclass(frozen=True)
+class Start:
+    """Milliseconds of each of some sandboxes, or bare pods, that were asked for at once."""
+
+    first: list[float]
+    commands: list[float]
+    """What a command took while all sandboxes ran commands."""
+
+
+async def sandboxes(provider: PodSandboxes, kube: Kube, many: int) -> Start:
+    """From the request to the end of the first command."""
     created: list[PodSandbox] = []
 
-    async def sandbox(number: int) -> None:
+    async def begin(number: int) -> None:
         made = await provider.create(SandboxRequest(f"first-{many}-{number}"), timeout=300)
         created.append(made)
         await made.execute("true", timeout=60)
 
-    async def bare(number: int) -> None:
-        resources = {"requests": {"cpu": "25m", "memory": "16Mi"}, "limits": {"cpu": "100m", "memory": "128Mi"}}
-        container = {"name": "bare", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "600"], "resources": resources}
-        spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False}
-        metadata = {"name": f"bare-{many}-{number}", "labels": {"bench": "bare"}}
-        await kube.create(Kind.PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
-        while (await kube.get(Kind.PODS, metadata["name"]))["status"]["phase"] != "Running":  # noqa: ASYNC110 - what users do
-            await asyncio.sleep(0.1)
-
-    ours = await asyncio.gather(*(timed(sandbox(number)) for number in range(many)))
-    # All of them at work: what a command costs then.
+    first = await asyncio.gather(*(timed(begin(number)) for number in range(many)))
     together = [value for values in await asyncio.gather(*(repeated(one) for one in created)) for value in values]
     await asyncio.gather(*(one.close() for one in created))
     await gone(kube, "app.kubernetes.io/component=sandbox")
-    theirs = await asyncio.gather(*(timed(bare(number)) for number in range(many)))
+    return Start(first, together)
+
+
+async def bare_pods(kube: Kube, image: str, cpus: float, many: int) -> Start:
+    """From the request to the moment when the API server says `Running`, which one watch tells."""
+    running = {f"bare-{many}-{number}": asyncio.Event() for number in range(many)}
+
+    async def watch() -> None:
+        _, version = await kube.list(Kind.PODS, "bench=bare")
+        async for _, pod in kube.watch(Kind.PODS, "bench=bare", version):
+            if (pod.get("status") or {}).get("phase") == "Running":
+                running[pod["metadata"]["name"]].set()
+
+    async def begin(name: str) -> None:
+        resources = {"requests": {"cpu": f"{cpus / 4}", "memory": "16Mi"}, "limits": {"cpu": f"{cpus}", "memory": "128Mi"}}
+        container = {"name": "bare", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "600"], "resources": resources}
+        spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False}
+        await kube.create(
+            Kind.PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"bench": "bare"}}, "spec": spec}
+        )
+        await running[name].wait()
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0.5)
+    first = await asyncio.gather(*(timed(begin(name)) for name in running))
+    watching.cancel()
     for pod in (await kube.list(Kind.PODS, "bench=bare"))[0]:
         await kube.delete(Kind.PODS, pod)
     await gone(kube, "bench=bare")
-    first, alone = (statistics.median(values) / 1000 for values in (ours, theirs))
+    return Start(first, [])
+
+
+async def first_commands(provider: PodSandboxes, kube: Kube, given: argparse.Namespace, many: int) -> None:
+    """Blocks of sandboxes and of bare pods in turn; the row holds medians of the blocks' medians and last ones."""
+    ours, theirs = [], []
+    for _ in range(given.blocks):
+        ours.append(await sandboxes(provider, kube, many))
+        theirs.append(await bare_pods(kube, given.image, given.cpus, many))
+
+    def seconds(starts: list[Start], of: Callable[[list[float]], float]) -> float:
+        return statistics.median(of(start.first) for start in starts) / 1000
+
+    first, alone = seconds(ours, statistics.median), seconds(theirs, statistics.median)
+    over = statistics.median(
+        (statistics.median(one.first) - statistics.median(other.first)) / 1000 for one, other in zip(ours, theirs, strict=True)
+    )
+    together = [value for start in ours for value in start.commands]
     print(
-        f"| {many} | {first:.1f} | {max(ours) / 1000:.1f} | {alone:.1f} | {max(theirs) / 1000:.1f} | "
-        f"{statistics.median(together):.1f} | {statistics.quantiles(together, n=20)[-1]:.1f} |"
+        f"| {many} | {first:.1f} | {seconds(ours, max):.1f} | {alone:.1f} | {seconds(theirs, max):.1f} | {over:.1f} | "
+        f"{statistics.median(together):.1f} | {statistics.quantiles(together, n=20)[-1]:.1f} |",
+        flush=True,
     )
 
 
@@ -121,21 +163,26 @@ async def gone(kube: Kube, selector: str) -> None:
 
 
 async def measure(given: argparse.Namespace) -> None:
-    async with Kube.connect(given.namespace) as kube, PodSandboxes(setting(given.image), given.namespace, most_alive=64) as provider:
+    async with (
+        Kube.connect(given.namespace) as kube,
+        PodSandboxes(setting(given.image, given.cpus), given.namespace, most_alive=64) as provider,
+    ):
         print(json.dumps({"cores": os.cpu_count(), "load": os.getloadavg()}))
-        await commands(provider, given.namespace, given.commands)
+        if given.commands:
+            await commands(provider, given.namespace, given.commands)
         columns = (
             "sandboxes at once",
             "first command: median s",
             "last s",
             "bare pod Running: median s",
             "last s",
+            "over a bare pod s",
             "command p50 ms",
             "p95 ms",
         )
         print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for many in map(int, given.sandboxes.split(",")):
-            await first_command(provider, kube, given.image, many)
+            await first_commands(provider, kube, given, many)
 
 
 def main() -> None:
@@ -144,6 +191,8 @@ def main() -> None:
     parser.add_argument("--namespace", default="sandbox-benchmark")
     parser.add_argument("--commands", type=int, default=50)
     parser.add_argument("--sandboxes", default="1,8,32")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--cpus", type=float, default=0.1, help="processor limit of sandboxes and of bare pods")
     given = parser.parse_args()
     place = f"--namespace={given.namespace}"
     subprocess.run(["kubectl", "create", "namespace", given.namespace], check=True)
