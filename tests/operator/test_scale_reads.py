@@ -1,4 +1,4 @@
-"""What many runs cost together: clients of storage, and reads of what is only shown."""
+"""What many runs cost together: clients of storage, reads of what is only shown, and looks that nothing asks for."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 from dagger_operator.api import DAggerRun, load
 from dagger_operator.cluster import stores
+from dagger_operator.cluster.reconcile import paced
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
@@ -37,6 +38,14 @@ async def test_runs_of_one_bucket_share_a_client_and_runs_of_another_server_do_n
     backends = [(await opened._opened(key, run)).store._backend for key, run in zip(keys, (*here, there), strict=True)]
     assert backends[0] is backends[1] is backends[2]
     assert backends[3] is not backends[0]
+
+
+def test_what_only_time_asks_for_comes_later_in_a_large_fleet_and_what_is_awaited_does_not() -> None:
+    assert paced(10.0, runs=500) == 10.0
+    assert paced(10.0, runs=1000) == 20.0
+    assert paced(3600.0, runs=1000) == 3600.0
+    assert paced(2.0, runs=1000) == 2.0
+    assert paced(None, runs=1000) is None
 
 
 async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_every_look(make_run: Callable[..., DAggerRun]) -> None:

@@ -96,6 +96,9 @@ class Cache:
     def of_kind(self, kind: str) -> Iterator[Manifest]:
         return (kept.object for kept in self._of_kind[kind].values())
 
+    def count(self, kind: str) -> int:
+        return len(self._of_kind[kind])
+
     def children(self, key: RunKey) -> list[Manifest]:
         """Everything that wears a run's label, in whatever namespace."""
         return [self._objects[one].object for one in sorted(self._of_run.get(key, ()))]
