@@ -70,7 +70,7 @@ async def test_what_is_as_it_should_be_is_not_written_again(lab: Any, operator: 
     lab.paused = {"rollout"}
     await lab.create()
     await lab.until_job("rollout")
-    await lab.until_reason("StageStarting")
+    await lab.until_phase("Rollout")  # the last status there is while its pods do nothing
     first, before = await lab.run(), operator.metrics()
     looks = reconciles(before)
 
