@@ -63,6 +63,8 @@ async def test_each_child_is_written_once_and_a_fleet_at_rest_is_not_written_to_
     await lab.until(lambda: _true(looks(operator) >= 2 * MANY))
     assert writes(operator) == 0, "what is as it should be was found so"
     assert applied() == many
+    # Another test's operator, which sees all namespaces, would have them to look at.
+    control_plane.kubectl("delete", "daggerruns", "--all", f"--namespace={lab.namespace}")
 
 
 async def _true(found: bool) -> bool:
