@@ -28,7 +28,7 @@ def made_once(lab: Any) -> bool:
 
 async def test_killed_at_any_point_again_and_again(lab: Any, make_operator: Callable[..., Any]) -> None:
     operator, chance = make_operator(lease="-"), random.Random(5)
-    await lab.create()
+    await lab.create(rounds=3)  # long enough for some lives on a quick machine too
     finished = asyncio.create_task(lab.until_phase("Succeeded", seconds=300))
     lives = 0
     while not finished.done():
