@@ -2,14 +2,10 @@
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ import yaml
 
 from dagger_operator.api import Storage
 from dagger_operator.store.objects import Store
+from fixtures.scripted import scripted_policies
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
 
@@ -32,22 +29,8 @@ def policies(cluster: Any) -> Iterator[str]:
     """Base URL of the scripted policies, one that this machine and the cluster's pods both reach: it is part of a policy's version."""
     if cluster.host is None:
         pytest.skip("pods cannot reach this machine: DAGGER_TEST_HOST says under which address they could")
-    with socket.socket() as probe:
-        probe.bind((cluster.host, 0))
-        port = probe.getsockname()[1]
-    script = ROOT / "examples" / "quickstart" / "teacher.py"
-    process = subprocess.Popen([sys.executable, script, "--host", cluster.host, "--port", str(port)])
-    try:
-        url = f"http://{cluster.host}:{port}/v1"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=1):
-                break
-            time.sleep(0.1)
+    with scripted_policies(cluster.host) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _labelling_only(url: str) -> dict[str, Any]:
