@@ -87,14 +87,16 @@ class FakeVllm:
         runner, self._runner = self._runner, None
         if runner is not None:
             assert runner.server is not None
-            server = runner.server
-            await runner.cleanup()
-            for _ in range(3):  # asyncio may still be accepting what came in before the socket was closed
-                for connection in list(server.connections):
-                    connection.force_close()
-                    if connection.transport is not None:
-                        connection.transport.abort()
+            for site in list(runner.sites):
+                await site.stop()
+            # asyncio may still be accepting what came in before: what it brings while aiohttp cleans up, aiohttp forgets and never closes.
+            for _ in range(5):
                 await asyncio.sleep(0)
+            for connection in list(runner.server.connections):
+                connection.force_close()
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await runner.cleanup()
             self.shared.socket.touch()
 
     @web.middleware
