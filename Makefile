@@ -2,7 +2,7 @@
 SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-STREAMS := -n 2 --dist loadgroup --no-loadscope-reorder
+STREAMS := -n 2 --dist loadscope --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help

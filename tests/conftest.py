@@ -1,7 +1,10 @@
-"""What all rooms' tests share: fixtures by what they are of, and two streams of tests at a time."""
+"""What all rooms' tests share: fixtures by what they are of, and streams of tests side by side (`pytest -n 2 --dist loadscope`)."""
+
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3", "fixtures.sandboxes"]
 
@@ -9,13 +12,30 @@ pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3", "fix
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+ON_THE_CLUSTER = ("cluster/", "control/test_real_jobs.py", "e2e/on_cluster/", "images/", "rollout/test_in_pods.py", "sandbox/")
+"""Where tests share the one cluster: they go one after the other, in one stream."""
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: what shares the cluster in one stream, every other file in the stream that is free, the longest first."""
-    if config.getoption("dist", "no") != "loadgroup":
-        return
-    group = {item: "cluster" if "cluster" in getattr(item, "fixturenames", ()) else str(item.path) for item in items}
+
+def stream(nodeid: str) -> str:
+    """Tests with the same answer are run one after the other, by one process."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return "cluster" if file.startswith(ON_THE_CLUSTER) else file
+
+
+class Streams(LoadScopeScheduling):
+    """What shares the cluster in one stream; whoever is free takes the next file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return stream(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Streams(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group[item]))
-    items.sort(key=lambda item: (group[item] != "cluster", group[item] != "cluster" and item.path.name != "test_quickstart.py"))
+        if "cluster" in getattr(item, "fixturenames", ()) and stream(item.nodeid) != "cluster":
+            raise pytest.UsageError(f"{item.nodeid} uses the cluster: its file has to be among ON_THE_CLUSTER in tests/conftest.py")
+    # The longest first: the cluster's, then the quickstart.
+    items.sort(key=lambda item: (stream(item.nodeid) != "cluster", item.path.parts[-2:] != ("quickstart", "test_quickstart.py")))
