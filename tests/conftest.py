@@ -33,9 +33,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     return Streams(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()) and stream(item.nodeid) != "cluster":
             raise pytest.UsageError(f"{item.nodeid} uses the cluster: its file has to be among ON_THE_CLUSTER in tests/conftest.py")
-    # The longest first: the cluster's, then the quickstart.
-    items.sort(key=lambda item: (stream(item.nodeid) != "cluster", item.path.parts[-2:] != ("quickstart", "test_quickstart.py")))
+    if hasattr(config, "workerinput"):  # side by side: the longest first, the cluster's, then the quickstart
+        items.sort(key=lambda item: (stream(item.nodeid) != "cluster", item.path.parts[-2:] != ("quickstart", "test_quickstart.py")))
