@@ -39,7 +39,7 @@ def _labelling_only(url: str) -> dict[str, Any]:
         "rounds": 2,
         "student": {"model": "scripted-student", "endpoint": {"url": url}, "serving": None},
         "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
-        "tasks": {"perRound": 12, "firstRound": 12},
+        "tasks": {"perRound": 32, "firstRound": 32},  # enough to be at work until the last fault on a quick machine too
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 5, "infrastructureRetries": 50},
         "training": {"mode": "Disabled"},
         "sandbox": {"createTimeoutSeconds": 120, "commandTimeoutSeconds": 60},
