@@ -28,7 +28,7 @@ EVERYTHING: Json = {
         "priorityClass": {"create": True},
     },
     "s3": {"enabled": True, "copySecretTo": ["elsewhere"]},
-    "metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}, "rules": {"enabled": True}},
+    "metrics": {part: {"enabled": True} for part in ("serviceMonitor", "podMonitor", "rules", "dashboards")},
 }
 
 

@@ -19,7 +19,7 @@ import pytest
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.config import load_kube_config
 
-from dagger_operator.api import load
+from dagger_operator.api import DAggerRun, load
 from dagger_operator.cluster.client import Client
 from dagger_operator.kube.api import Api
 from dagger_operator.kube.connection import session
@@ -82,6 +82,22 @@ class Operator:
 
     def metrics(self) -> str:
         return self.ask("/metrics", self.metrics_port)[1]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., DAggerRun]:
+    """A run whose storage is a folder, or what `storage` says."""
+
+    def make(name: str = "demo", **storage: Any) -> DAggerRun:
+        spec = {
+            "student": {"model": "m"},
+            "teacher": {"model": "t", "endpoint": {"url": "https://t/v1"}},
+            "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
+            "storage": {"url": f"file://{tmp_path}/{name}", **storage},
+        }
+        return load({"metadata": {"name": name, "namespace": "lab", "uid": name}, "spec": spec})
+
+    return make
 
 
 @pytest.fixture

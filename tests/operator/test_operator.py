@@ -38,8 +38,13 @@ async def test_a_run_goes_through_its_rounds_and_says_how_it_went(
     assert stages == {"prepare": 1, "preflight": 1, "rollout": 2, "training": 2, "publish": 2, "evaluation": 2}
     assert "finalizers" not in run["metadata"], "a run can be deleted without the operator"
     assert run["metadata"]["generation"] == 1, "the spec is never written"
-    told = {one["reason"] async for one in lab.client.list("v1", "Event", lab.namespace, fieldSelector="involvedObject.kind=DAggerRun")}
-    assert {"StageStarting", "RoundsDone"} <= told
+
+    async def told() -> bool:
+        """Events come after the status that they tell of."""
+        events = lab.client.list("v1", "Event", lab.namespace, fieldSelector="involvedObject.kind=DAggerRun")
+        return {"StageStarting", "RoundsDone"} <= {one["reason"] async for one in events}
+
+    await lab.until(told)
 
     async def released() -> bool:
         return not await lab.objects("apps/v1", "Deployment")

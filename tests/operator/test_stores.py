@@ -3,32 +3,17 @@
 import asyncio
 import base64
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dagger_operator.api import DAggerRun, load
+from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import stores
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.kube.errors import Missing
 from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import PrepareResult, save_result
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., DAggerRun]:
-    def make(name: str = "demo", **storage: Any) -> DAggerRun:
-        spec = {
-            "student": {"model": "m"},
-            "teacher": {"model": "t", "endpoint": {"url": "https://t/v1"}},
-            "tasks": {"source": {"type": "JSONL", "uri": "t"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
-            "storage": {"url": f"file://{tmp_path}/{name}", **storage},
-        }
-        return load({"metadata": {"name": name, "namespace": "lab", "uid": name}, "spec": spec})
-
-    return make
 
 
 class Secrets:
