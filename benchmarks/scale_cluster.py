@@ -34,6 +34,12 @@ class ScaleCluster:
         command = [self._program, f"--kubeconfig={self.kubeconfig}", *arguments]
         return subprocess.run(command, input=input, check=True, capture_output=True, text=True).stdout
 
+    def nodes_are_ready(self) -> bool:
+        return self.kubectl("get", "nodes", "--no-headers").count(" Ready ") == NODES
+
+    def serves_runs(self) -> bool:
+        return "daggerruns" in self.kubectl("api-resources", "--api-group=dagger-operator.dev")
+
     def pods(self) -> int:
         """How many there are, those that are done included."""
         return int(json.loads(self._get("/api/v1/pods?limit=1"))["metadata"].get("remainingItemCount", 0)) + 1
@@ -79,7 +85,10 @@ def scale_cluster() -> Iterator[ScaleCluster]:
     folder = Path(tempfile.mkdtemp(prefix="dagger-scale-"))
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        run = lambda name, *command: stack.enter_context(_running(folder / f"{name}.log", *command))  # noqa: E731 - three of a kind
+
+        def run(name: str, *command: str | Path) -> subprocess.Popen[bytes]:
+            return stack.enter_context(_running(folder / f"{name}.log", *command))
+
         plane = run("control-plane", ROOT / "tests/cluster/control-plane", folder, _ADDRESS, *_QUICK)
         kubeconfig = folder / "kubeconfig"
         _until(kubeconfig.exists, plane, folder / "control-plane.log")
@@ -89,10 +98,8 @@ def scale_cluster() -> Iterator[ScaleCluster]:
         kwok = run("kwok", _built("kwok"), f"--kubeconfig={kubeconfig}", "--manage-all-nodes", f"--config={stages}", *_KWOK)
         cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "manifests/crd/daggerruns.yaml"))
         cluster.kubectl("create", "-f", "-", input="---\n".join(json.dumps(_node(number)) + "\n" for number in range(NODES)))
-        ready = lambda: cluster.kubectl("get", "nodes", "--no-headers").count(" Ready ") == NODES  # noqa: E731 - asked below, and nowhere else
-        _until(ready, kwok, folder / "kwok.log")
-        served = lambda: "daggerruns" in cluster.kubectl("api-resources", "--api-group=dagger-operator.dev")  # noqa: E731 - likewise
-        _until(served, plane, folder / "control-plane.log")
+        _until(cluster.nodes_are_ready, kwok, folder / "kwok.log")
+        _until(cluster.serves_runs, plane, folder / "control-plane.log")
         yield cluster
 
 
