@@ -58,7 +58,8 @@ for module, name, arguments, want in CHECKS:
         sys.exit(f"ERROR {{module}}.py {{type(error).__name__}}")
     if got != want:
         call = f"({{arguments[0]}}, {{arguments[1]}})" if arguments else ""
-        sys.exit(f"FAIL {{name}}{{call}} got {{got}} want {{want}}")
+        shown = getattr(got, "__name__", got)  # a function's own text has an address in it, another one in every process
+        sys.exit(f"FAIL {{name}}{{call}} got {{shown}} want {{want}}")
 print(f"PASS {{len(CHECKS)}} checks")
 '''
 

@@ -77,3 +77,15 @@ async def test_the_manifest_is_valid_and_its_sources_read_the_rows(tmp_path: Pat
     ):
         rows = await load_tasks(source.model_copy(update={"uri": str(tmp_path / "tasks.jsonl")}), store, {})
         assert sorted(rows, key=lambda row: row.id) == list(expected)
+
+
+def test_what_a_check_prints_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """Where a wrong edit makes it meet a function, too: else the same seed would not give the same data."""
+    task = next(generate(5, 1, held_out=False))
+    lay_out(task, tmp_path)
+    module, name = sorted(definitions(task))[0]
+    check = re.sub(r"CHECKS = \[.*?\n\]", f"CHECKS = [({module!r}, {name!r}, (), 1)]", task.files["test.py"], flags=re.DOTALL)
+    (tmp_path / f"{module}.py").write_text(f"def other(a, b): return a\n{name} = other\n")
+    (tmp_path / "test.py").write_text(check)
+    said = {subprocess.run([sys.executable, "test.py"], cwd=tmp_path, capture_output=True, text=True).stderr for _ in range(3)}
+    assert said == {f"FAIL {name} got other want 1\n"}
