@@ -6,7 +6,8 @@ import sys
 PROGRAM = """
 import importlib, pkgutil, sys
 
-HEAVY = {"torch", "vllm", "transformers", "deepspeed", "safetensors", "minisweagent", "swebench", "datasets", "numpy", "huggingface_hub"}
+HEAVY = {"torch", "vllm", "transformers", "deepspeed", "peft", "safetensors", "minisweagent", "swebench", "datasets", "numpy"}
+HEAVY |= {"accelerate", "huggingface_hub"}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PURPOSE: dict[str, tuple[list[str], set[str], str]] = {
     "operator": (
         ["dagger_operator.cluster", "dagger_operator.cli", "dagger_operator.control", "kopf", "kubernetes.aio"],
-        {"torch", "vllm", "transformers", "deepspeed", "minisweagent", "swebench"},
+        {"torch", "vllm", "transformers", "deepspeed", "peft", "minisweagent", "swebench"},
         "control",
     ),
     "worker": (
@@ -28,18 +28,18 @@ PURPOSE: dict[str, tuple[list[str], set[str], str]] = {
             *("dagger_operator.rollout.round", "dagger_operator.evaluation.stage", "dagger_operator.tasks.swebench"),
             *("huggingface_hub", "minisweagent.agents.default", "swebench.harness.grading"),
         ],
-        {"torch", "vllm", "transformers", "deepspeed"},
+        {"torch", "vllm", "transformers", "deepspeed", "peft"},
         "worker",
     ),
     "trainer": (
-        ["dagger_operator.training.rank", "deepspeed", "transformers.models.qwen3.modeling_qwen3"],
+        ["dagger_operator.training.rank", "deepspeed", "peft", "transformers.models.qwen3.modeling_qwen3"],
         {"vllm", "swebench"},
         "trainer",
     ),
     "quickstart": (["dagger_operator.training.rank", "tokenizers"], {"vllm", "swebench"}, "trainer"),
     "vllm-cpu": (
         ["dagger_operator.serving.tied_head", "vllm.entrypoints.openai.api_server"],
-        {"deepspeed", "swebench"},
+        {"deepspeed", "peft", "swebench"},
         "serve-cpu",
     ),
 }
