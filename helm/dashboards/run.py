@@ -96,6 +96,11 @@ RUN = Board(
                     unit="percentunit",
                 ),
                 Graph(title="Labels by flaw", queries={"{{flaw}}": _rate("dagger_gateway_labels_total", "flaw")}, unit="ops", stacked=True),
+                Graph(
+                    title="Labels without the log-probabilities asked for",
+                    queries={"": _rate("dagger_gateway_hard_labels_total")},
+                    unit="ops",
+                ),
                 Graph(title="A label", queries=quantiles("dagger_gateway_label_seconds", "", _RUN), unit="s"),
                 Graph(title="Labels under way", queries={"": _now("dagger_gateway_labels_under_way")}),
                 Graph(title="Open rollouts", queries={"": _now("dagger_gateway_sessions")}),

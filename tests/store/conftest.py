@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dagger_operator.api import DAggerRun, Storage, load
+from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
 
@@ -116,16 +117,32 @@ _messages = st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "n
 _tokens = st.integers(0, 10**7)
 _seconds = st.floats(0, 1e6)
 _shares = st.floats(0, 1)
-_completions = st.builds(
-    Completion,
-    message=_messages,
-    policy=_names,
-    finish_reason=_names,
-    prompt_tokens=_tokens,
-    cached_tokens=_tokens,
-    completion_tokens=_tokens,
-    latency_seconds=_seconds,
-)
+_said: dict[str, st.SearchStrategy[Any]] = {
+    "message": _messages,
+    "policy": _names,
+    "finish_reason": _names,
+    "prompt_tokens": _tokens,
+    "cached_tokens": _tokens,
+    "completion_tokens": _tokens,
+    "latency_seconds": _seconds,
+}
+
+
+@st.composite
+def _told(draw: st.DrawFn) -> TopLogprobs:
+    tokens, k = draw(st.integers(0, 4)), draw(st.integers(1, 20))
+
+    def some(one: st.SearchStrategy[Any], size: int) -> list[Any]:
+        return draw(st.lists(one, min_size=size, max_size=size))
+
+    ids = st.integers(0, 2**31 - 1)
+    return TopLogprobs(
+        token_ids=some(ids, tokens), top_ids=some(ids, k * tokens), top_logprobs=some(st.floats(-9999, 0, width=32), k * tokens)
+    )
+
+
+_completions = st.builds(Completion, **_said)
+_labels = st.builds(Completion, **_said, logprobs=st.none() | _told())
 _turns = st.builds(
     Turn,
     index=st.integers(0, 10**6),
@@ -136,7 +153,7 @@ _turns = st.builds(
     messages=st.lists(_messages, max_size=3).map(tuple),
     tools=st.none() | st.lists(_messages, max_size=2).map(tuple),
     action=_completions,
-    label=st.none() | _completions,
+    label=st.none() | _labels,
     label_flaw=st.none() | st.sampled_from(LabelFlaw),
 )
 _trajectories = st.builds(

@@ -1,6 +1,8 @@
 """Trajectories come back as they were, whatever models and tools print, and reruns agree on their deterministic part."""
 
+import base64
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
+from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.objects import DamagedObject, Store
 from dagger_operator.store.records import Trajectory
 from dagger_operator.store.trajectories import (
@@ -122,12 +125,58 @@ async def test_a_missing_one_is_damage_and_no_crash(store: Store) -> None:
         await read_trajectory(store, 1, Kind.ROLLOUT, "r")
 
 
+TOLD = TopLogprobs(token_ids=[5, 2], top_ids=[5, 6, 2, 5], top_logprobs=[-0.25, -1.6, -0.0, -9999.0])
+
+
+def _told(trajectory: Trajectory) -> Trajectory:
+    turns = tuple(turn.model_copy(update={"label": turn.action.model_copy(update={"logprobs": TOLD})}) for turn in trajectory.turns)
+    return trajectory.model_copy(update={"turns": turns})
+
+
+def test_files_from_before_there_were_log_probabilities_are_read(rollout: Make) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    trajectory = rollout("r")
+    new = pq.read_table(pa.BufferReader(encode(trajectory)))
+    turn = new.schema.field("turns").type.value_type
+    completion = turn.field("action").type
+    assert completion.get_field_index("logprobs") < 0 <= turn.field("label").type.get_field_index("logprobs")
+    old_turn = pa.struct([field.with_type(completion) if field.name == "label" else field for field in turn])
+    schema = new.schema.set(new.schema.get_field_index("turns"), pa.field("turns", pa.list_(old_turn)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(new.to_pylist(), schema=schema), sink)
+    assert decode(bytes(sink.getvalue()), "key") == trajectory
+
+
+def test_log_probabilities_train_so_they_are_part_of_the_digest_and_without_them_it_is_what_it_was(rollout: Make) -> None:
+    bare = rollout("r")
+    assert b"logprobs" not in canonical(bare)
+    fields = json.loads(canonical(_told(bare)))
+    assert fields["turns"][0]["label"]["logprobs"] == {
+        "token_ids": base64.b64encode(struct.pack("<2i", 5, 2)).decode(),
+        "top_ids": base64.b64encode(struct.pack("<4i", 5, 6, 2, 5)).decode(),
+        "top_logprobs": base64.b64encode(struct.pack("<4f", -0.25, -1.6, -0.0, -9999.0)).decode(),
+    }
+    for turn in fields["turns"]:
+        del turn["label"]["logprobs"]
+    assert fields == json.loads(canonical(bare))
+
+
+def test_log_probabilities_that_do_not_fit_their_tokens_are_damage(rollout: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged = {"token_ids": [5, 2], "top_ids": [[5, 6], [2]], "top_logprobs": [[-0.25, -1.5], [-1.0]]}
+    monkeypatch.setattr(TopLogprobs, "columns", lambda self: ragged)
+    with pytest.raises(DamagedObject, match="3 log-probabilities for 2 tokens"):
+        decode(encode(_told(rollout("r"))), "key")
+
+
 @pytest.mark.heavy
 def test_the_datasets_library_reads_it(rollout: Make, tmp_path: Path) -> None:
     import datasets
 
-    (tmp_path / "a.parquet").write_bytes(encode_all([rollout("a"), rollout("b", turns=0, kappa=3)]))
+    (tmp_path / "a.parquet").write_bytes(encode_all([_told(rollout("a")), rollout("b", turns=0, kappa=3)]))
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["rollout_id"] == ["a", "b"] and rows[1]["kappa"] == 3
     turn = rows[0]["turns"][1]
     assert json.loads(turn["action"]["message"])["content"].startswith("a turn 1") and turn["beta"] == 0.6
+    assert turn["label"]["logprobs"]["top_ids"] == [[5, 6], [2, 5]]

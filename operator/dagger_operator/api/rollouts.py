@@ -112,6 +112,10 @@ class Labels(ApiModel):
     """Label requests under way at once in one worker."""
     attempts: Annotated[int, Field(ge=1, le=20)] = 6
     """Tries of one request to a policy, with exponential back-off and respect for Retry-After."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Log-probabilities that the teacher is asked for beside each token of a label: its so many likeliest tokens, as `training.loss`
+    ForwardKL needs. A vLLM server tells them at no further cost but their size; many other endpoints tell none. A label without
+    them is trained on as a hard target."""
 
 
 class Rollouts(ApiModel):

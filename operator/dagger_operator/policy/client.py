@@ -18,9 +18,10 @@ from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.replicas import Replicas
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import retry_after_seconds
-from dagger_operator.policy.streaming import DONE, Assembler, Chunk, EventParser, chunks_of
+from dagger_operator.policy.streaming import DONE, Assembler, Chunk, EventParser, chunks_of, without_logprobs
 from dagger_operator.policy.upstream import Upstream
 from dagger_operator.policy.wire import InvalidWire, dump, parse, without_nulls
+from dagger_operator.store import logprobs
 from dagger_operator.store.records import Completion
 
 CONNECT_SECONDS = 10.0
@@ -32,7 +33,7 @@ class Answer:
     """A policy's turn."""
 
     payload: dict[str, Any]
-    """The `chat.completion` as it came, or as its stream adds up."""
+    """The `chat.completion` as it came, or as its stream adds up; log-probabilities that only labels need are taken out."""
     completion: Completion
 
 
@@ -101,7 +102,8 @@ class Client:
     async def _try(self, url: str, body: dict[str, Any], forward: Callable[[Chunk], None] | None) -> Answer:
         assert self._http is not None, "Client is an async context manager"
         started = time.monotonic()
-        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk)) if forward else None
+        k = self.upstream.top_logprobs
+        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk), bare=k > 0) if forward else None
         try:
             async with self._http.post(f"{url}/chat/completions", data=dump(body), allow_redirects=False) as response:
                 if response.status != 200:
@@ -111,7 +113,9 @@ class Client:
                 else:
                     payload = parse(await response.read())
                     self._check_version(url, payload)
-            completion = completion_of(payload, self.upstream.version, time.monotonic() - started)
+            completion = completion_of(payload, self.upstream.version, time.monotonic() - started, k)
+            if k:
+                without_logprobs(payload)
             if stream and not stream.forwarded:
                 stream.send(chunks_of(payload))
             return Answer(payload, completion)
@@ -152,9 +156,10 @@ class Client:
 class _Stream:
     """Passes a stream on while it adds it up."""
 
-    def __init__(self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None]) -> None:
-        """`check` sees the first chunk before anything is passed on, and raises where it must not be."""
-        self._forward, self._check = forward, check
+    def __init__(self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], *, bare: bool) -> None:
+        """`check` sees the first chunk before anything is passed on, and raises where it must not be. `bare`: log-probabilities are
+        not passed on."""
+        self._forward, self._check, self._bare = forward, check, bare
         self.forwarded = False
 
     async def read(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -169,6 +174,8 @@ class _Stream:
                 if not self.forwarded:
                     self._check(chunk)
                 assembler.add(chunk)
+                if self._bare:
+                    without_logprobs(chunk)
                 self.send([chunk])
         return assembler.answer()
 
@@ -191,8 +198,8 @@ def _passing(error: Exception, timeout: float) -> _Passing:
     return _Passing("Unreachable", f"{type(error).__name__}: {error}", unreachable=True)
 
 
-def completion_of(payload: dict[str, Any], version: str, seconds: float) -> Completion:
-    """The record of an answer. Raises `InvalidWire` where it holds no turn."""
+def completion_of(payload: dict[str, Any], version: str, seconds: float, top_logprobs: int = 0) -> Completion:
+    """The record of an answer that was asked for so many log-probabilities. Raises `InvalidWire` where it holds no turn."""
     choices = payload.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     message, reason = choice.get("message"), choice.get("finish_reason")
@@ -213,6 +220,7 @@ def completion_of(payload: dict[str, Any], version: str, seconds: float) -> Comp
         cached_tokens=_count(usage.get("prompt_tokens_details") or {}, "cached_tokens"),
         completion_tokens=_count(usage, "completion_tokens"),
         latency_seconds=seconds,
+        logprobs=logprobs.told(choice, top_logprobs) if top_logprobs else None,
     )
 
 

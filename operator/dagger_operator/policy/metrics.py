@@ -39,6 +39,11 @@ class GatewayMetrics:
             "dagger_gateway_tokens", "Tokens of successful requests to a policy.", ["role", "purpose", "kind"], registry=registry
         )
         self._labels = Counter("dagger_gateway_labels", "Labels by flaw; None can be trained on.", ["flaw"], registry=registry)
+        self._hard_labels = Counter(
+            "dagger_gateway_hard_labels",
+            "Labels that can be trained on whose log-probabilities the teacher did not tell, although it was asked for them.",
+            registry=registry,
+        )
         self.labels_under_way = Gauge("dagger_gateway_labels_under_way", "Labels asked for and not there.", registry=registry)
         self.label_seconds = Histogram(
             "dagger_gateway_label_seconds", "From when a label's turn came to having it.", buckets=_SECONDS, registry=registry
@@ -59,5 +64,8 @@ class GatewayMetrics:
         for kind, tokens in kinds.items():
             self._tokens.labels(role, purpose, kind).inc(max(0, tokens))
 
-    def labelled(self, flaw: LabelFlaw | None) -> None:
+    def labelled(self, flaw: LabelFlaw | None, *, hard: bool) -> None:
+        """`hard`: without log-probabilities that were asked for."""
         self._labels.labels(flaw or "None").inc()
+        if hard and flaw is None:
+            self._hard_labels.inc()

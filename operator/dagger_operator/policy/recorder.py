@@ -44,6 +44,8 @@ class Recorder:
         """Adds the turn that was executed at this state."""
         head = kept(self._messages, request.messages)
         changed = request.tools != self._tools
+        if action.logprobs is not None:
+            action = action.model_copy(update={"logprobs": None})  # the label of this turn holds them: once is enough
         turn = Turn(
             index=len(self.turns),
             actor=decision.actor,

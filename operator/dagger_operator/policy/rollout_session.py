@@ -124,7 +124,8 @@ class RolloutSession:
 
     def _set_label(self, index: int, label: Label) -> None:
         self._recorder.labels[index] = label
-        self._metrics.labelled(label.flaw)
+        asked = self._teacher is not None and self._teacher.upstream.top_logprobs > 0
+        self._metrics.labelled(label.flaw, hard=asked and (label.completion is None or label.completion.logprobs is None))
 
     def _seed(self, turn: int, role: Actor) -> int:
         key = self._request

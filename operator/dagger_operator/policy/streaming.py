@@ -42,6 +42,7 @@ class Assembler:
         self._other: dict[str, Any] = {}
         self._calls: list[dict[str, Any]] = []
         self._usage: dict[str, Any] | None = None
+        self._logprobs: list[Any] = []
         self.finish_reason: str | None = None
 
     def add(self, chunk: Chunk) -> None:
@@ -58,6 +59,9 @@ class Assembler:
             if choice.get("index", 0) != 0:
                 continue
             self._add_delta(choice.get("delta") or {})
+            told = choice.get("logprobs")
+            if isinstance(told, dict) and isinstance(content := told.get("content"), list):
+                self._logprobs += content
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def _add_delta(self, delta: Any) -> None:
@@ -103,7 +107,8 @@ class Assembler:
         elif message["content"] is None:
             message["content"] = ""
         answer = {"id": "", "created": int(time.time()), **self._head, "object": "chat.completion"}
-        answer["choices"] = [{"index": 0, "message": message, "finish_reason": self.finish_reason}]
+        logprobs = {"logprobs": {"content": self._logprobs}} if self._logprobs else {}
+        answer["choices"] = [{"index": 0, "message": message, "finish_reason": self.finish_reason, **logprobs}]
         return answer | ({"usage": self._usage} if self._usage else {})
 
 
@@ -119,6 +124,13 @@ def chunks_of(answer: dict[str, Any]) -> list[Chunk]:
         head | {"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]},
     ]
     return chunks + ([head | {"choices": [], "usage": answer["usage"]}] if answer.get("usage") else [])
+
+
+def without_logprobs(answer: dict[str, Any]) -> None:
+    """Takes the log-probabilities out of an answer or chunk, for a scaffold that did not ask for them."""
+    for choice in answer["choices"]:
+        if isinstance(choice, dict) and choice.get("logprobs") is not None:
+            choice["logprobs"] = None
 
 
 def finishes(chunk: Chunk) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from dagger_operator.api import Sampling, Student, Teacher
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff
-from dagger_operator.store import layout
+from dagger_operator.store import layout, logprobs
 from dagger_operator.store.records import Actor
 from dagger_operator.store.results import PreflightResult
 from dagger_operator.store.stage import Stage, StageFailure
@@ -37,6 +37,8 @@ class Upstream:
     """vLLM behind the policy agent, rather than an endpoint of someone else's: it honours `seed` and `priority`, and its answers
     must name the version that was asked for."""
     backoff: Backoff = field(default_factory=Backoff)
+    top_logprobs: int = 0
+    """Log-probabilities that it is asked for at each token; a teacher's, which labels keep."""
 
     def greedy(self) -> "Upstream":
         """The same policy, decoding greedily."""
@@ -52,7 +54,7 @@ class Upstream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.served:
             body |= {"seed": seed, "priority": priority}
-        return body
+        return body | logprobs.asked(self.top_logprobs)
 
 
 async def upstreams(stage: Stage, *, greedy: bool) -> tuple[Upstream, Upstream | None]:
@@ -90,6 +92,7 @@ def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str
         timeout_seconds=endpoint.timeout_seconds if endpoint else SERVED_TIMEOUT_SECONDS,
         attempts=stage.run.spec.labels.attempts,
         served=endpoint is None,
+        top_logprobs=stage.run.spec.labels.top_logprobs if role is Actor.TEACHER else 0,
     )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from dagger_operator.store.logprobs import TopLogprobs
 
 Message = dict[str, Any]
 """A chat message as the OpenAI API has it: role, content, tool_calls, tool_call_id."""
@@ -52,6 +54,9 @@ class Completion(Record):
     cached_tokens: int = 0
     completion_tokens: int = 0
     latency_seconds: float = 0.0
+    # Left out where there are none, so that data digests of runs that ask for none stay as they were.
+    logprobs: TopLogprobs | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A label's alone: what the teacher told of its distribution, where `labels.topLogprobs` asked for it."""
 
 
 class Turn(Record):
@@ -73,7 +78,7 @@ class Turn(Record):
     action: Completion
     """The turn that was executed."""
     label: Completion | None = None
-    """The teacher's turn at this state; equal to `action` where the teacher acted."""
+    """The teacher's turn at this state; equal to `action`, log-probabilities apart, where the teacher acted."""
     label_flaw: LabelFlaw | None = None
     """Set where the label must not train; then `label` may hold what was received."""
 

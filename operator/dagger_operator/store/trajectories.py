@@ -13,6 +13,7 @@ from typing import Any
 
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
+from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.objects import DamagedObject, Store
 from dagger_operator.store.records import Completion, Timings, Trajectory
 
@@ -25,15 +26,20 @@ _ROWS_PER_GROUP = 64
 def _schema() -> Any:
     import pyarrow as pa  # tenths of a second to import, and the operator reads no trajectories
 
-    completion = pa.struct(
+    completion = [
+        ("message", pa.string()),
+        ("policy", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("latency_seconds", pa.float64()),
+    ]
+    logprobs = pa.struct(
         [
-            ("message", pa.string()),
-            ("policy", pa.string()),
-            ("finish_reason", pa.string()),
-            ("prompt_tokens", pa.int64()),
-            ("cached_tokens", pa.int64()),
-            ("completion_tokens", pa.int64()),
-            ("latency_seconds", pa.float64()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("top_ids", pa.list_(pa.list_(pa.int32()))),
+            ("top_logprobs", pa.list_(pa.list_(pa.float32()))),
         ]
     )
     turn = pa.struct(
@@ -45,8 +51,8 @@ def _schema() -> Any:
             ("kept", pa.int32()),
             ("messages", pa.string()),
             ("tools", pa.string()),
-            ("action", completion),
-            ("label", completion),
+            ("action", pa.struct(completion)),
+            ("label", pa.struct([*completion, ("logprobs", logprobs)])),
             ("label_flaw", pa.string()),
         ]
     )
@@ -183,13 +189,15 @@ def _timeless(completion: Completion) -> Completion:
 
 
 def _row(trajectory: Trajectory) -> dict[str, Any]:
-    row = trajectory.model_dump(mode="json")
-    for turn in row["turns"]:
+    row = trajectory.model_dump(mode="json", exclude={"turns": {"__all__": {"label": {"logprobs"}}}})
+    for turn, given in zip(row["turns"], trajectory.turns, strict=True):
         turn["messages"] = _text(turn["messages"])
         turn["tools"] = None if turn["tools"] is None else _text(turn["tools"])
         for completion in (turn["action"], turn["label"]):
             if completion is not None:
                 completion["message"] = _text(completion["message"])
+        if given.label is not None and given.label.logprobs is not None:
+            turn["label"]["logprobs"] = given.label.logprobs.columns()
     return row
 
 
@@ -200,6 +208,9 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         for completion in (turn["action"], turn["label"]):
             if completion is not None:
                 completion["message"] = json.loads(completion["message"])
+        # Files from before there were log-probabilities have no such column.
+        if turn["label"] is not None and (columns := turn["label"].get("logprobs")) is not None:
+            turn["label"]["logprobs"] = TopLogprobs.of_columns(columns)
     return Trajectory.model_validate(row)
 
 
