@@ -1,0 +1,34 @@
+"""Plan before paying: what a run takes on stated hardware, from its resource alone.
+
+Tokens, teacher calls, memory of a GPU by part, steps, hours and GPU-hours, and what does not fit with the field to change. Formulas over
+frozen data: nothing here does I/O or imports torch. Every formula names its source; `docs/estimate.md` has them together, and compares
+what they say with published figures (`python -m dagger_operator.estimate`).
+"""
+
+from dagger_operator.estimate.assumptions import Assumptions
+from dagger_operator.estimate.finding import Finding
+from dagger_operator.estimate.hardware import GIB, GPUS, Gpu
+from dagger_operator.estimate.memory import Memory
+from dagger_operator.estimate.models import KNOWN, Shape, UnknownShape, shape_of
+from dagger_operator.estimate.report import as_data
+from dagger_operator.estimate.result import Estimate, RoundEstimate
+from dagger_operator.estimate.run import estimate
+from dagger_operator.estimate.serving import Pool
+
+__all__ = [
+    "GIB",
+    "GPUS",
+    "KNOWN",
+    "Assumptions",
+    "Estimate",
+    "Finding",
+    "Gpu",
+    "Memory",
+    "Pool",
+    "RoundEstimate",
+    "Shape",
+    "UnknownShape",
+    "as_data",
+    "estimate",
+    "shape_of",
+]

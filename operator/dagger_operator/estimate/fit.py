@@ -1,0 +1,116 @@
+"""What of a run does not fit its hardware, and what to write instead."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from dagger_operator.api import RunSpec
+from dagger_operator.estimate.finding import Finding
+from dagger_operator.estimate.hardware import GIB, Gpu
+from dagger_operator.estimate.memory import Memory, Setup, training_memory
+from dagger_operator.estimate.models import Shape
+from dagger_operator.estimate.serving import Pool
+from dagger_operator.estimate.waste import idle, in_flight, parted
+from dagger_operator.estimate.workload import Conversation
+
+Change = tuple[str, str, Setup]
+"""Field, value to write, and what the settings then are."""
+
+
+def findings(
+    spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory | None, student: Pool | None, teacher: Pool | None, talk: Conversation
+) -> tuple[Finding, ...]:
+    """All of them, the fatal ones first."""
+    found = list(_training(spec, gpu, shape, memory)) if memory is not None else []
+    pools = {role: pool for role, pool in (("student", student), ("teacher", teacher)) if pool is not None}
+    for role, pool in pools.items():
+        found += _serving(role, pool)
+    found += in_flight(spec, pools, talk)
+    if memory is not None:
+        found += parted(spec, gpu, shape, talk)
+        found += idle(spec, talk)
+    return tuple(sorted(found, key=lambda finding: not finding.fatal))
+
+
+MARGIN = 0.9
+"""Share of a GPU that remedies aim at: the formulas are up to an eighth below what others measured (`docs/estimate.md`)."""
+
+
+def _training(spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory) -> Iterator[Finding]:
+    if memory.total <= MARGIN * gpu.memory:
+        return
+    fits = memory.total <= gpu.memory
+    parts = {name: size for name, size in vars(memory).items() if name != "host"}
+    largest = max(parts, key=lambda part: parts[part])
+    why = f"most of it {largest}, {parts[largest] / GIB:.1f}" + (", and an estimate errs by more than what is left" if fits else "")
+    value = f"takes {memory.total / GIB:.1f} GiB of a GPU's {gpu.memory / GIB:.1f}"
+    yield Finding("training", value, why, _remedy(spec, gpu, shape), fatal=not fits)
+
+
+def _remedy(spec: RunSpec, gpu: Gpu, shape: Shape) -> str:
+    """The first single change that suffices, or else several, one after the other; what costs least time first."""
+    room = MARGIN * gpu.memory
+    start = Setup.of(spec.training)
+    for field, value, setup in _changes(spec, shape, start):
+        if training_memory(shape, setup).total <= room:
+            return f"write {field}: {value}"
+    written: dict[str, str] = {}
+    setup = start
+    while training_memory(shape, setup).total > room:
+        now = training_memory(shape, setup).total
+        smaller = (change for change in _changes(spec, shape, setup) if training_memory(shape, change[2]).total < now)
+        if (change := next(smaller, None)) is None:
+            return f"no settings fit {shape.parameters / 1e9:.1f} billion parameters: take GPUs with more memory, or more of them"
+        field, value, setup = change
+        written[field] = value
+    return "write " + ", ".join(f"{field}: {value}" for field, value in written.items())
+
+
+def _changes(spec: RunSpec, shape: Shape, now: Setup) -> Iterator[Change]:
+    training = spec.training
+    for stage in range(max(1, now.stage + 1), 4):
+        if now.ranks > 1:
+            yield "training.deepspeed.zeroStage", str(stage), replace(now, stage=stage)
+    if not now.checkpointing:
+        yield "training.activationCheckpointing", "true", replace(now, checkpointing=True)
+    if now.tokens > training.max_sequence_tokens:
+        yield "training.microBatchTokens", str(training.max_sequence_tokens), replace(now, tokens=training.max_sequence_tokens)
+    if hasattr(training, "sequence_parallel"):
+        whole = max(training.micro_batch_tokens, training.max_sequence_tokens)
+        for share in (2, 4, 8):
+            if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
+                yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
+    if not now.offload:
+        yield "training.deepspeed.offload", "Optimizer", replace(now, offload=True, stage=max(2, now.stage))
+    for nodes in (2, 4, 8):
+        ranks = nodes * training.nodes * training.processes_per_node
+        if ranks > now.ranks and now.stage > 0:
+            yield "training.nodes", str(nodes * training.nodes), replace(now, ranks=ranks)
+
+
+def _serving(role: str, pool: Pool) -> Iterator[Finding]:
+    serving, shape = pool.serving, pool.shape
+    field = f"{role}.serving"
+    if shape.heads % serving.gpus:
+        fitting = max(gpus for gpus in range(1, serving.gpus) if shape.heads % gpus == 0)
+        yield Finding(f"{field}.gpus", str(serving.gpus), f"{shape.heads} heads cannot be shared out to as many", f"write {fitting}")
+    if shape.positions is not None and serving.max_model_len > shape.positions and "--hf-overrides" not in " ".join(serving.extra_args):
+        why = f"the model's own context is {shape.positions} tokens, and vLLM refuses more"
+        yield Finding(f"{field}.maxModelLen", str(serving.max_model_len), why, f"write at most {shape.positions}, or take a longer model")
+    if pool.whole_contexts == 0:
+        yield _too_small(field, pool)
+
+
+def _too_small(field: str, pool: Pool) -> Finding:
+    """vLLM does not start where its KV cache cannot hold one sequence of `maxModelLen`."""
+    asked = pool.serving.max_model_len
+    room = f"beside {pool.weights / GIB:.1f} GiB of weights a GPU has room for {pool.kv_tokens:,.0f} tokens"
+    why = f"{room}, and one sequence may have {asked:,}"
+    sizes = [gpus for gpus in (2, 4, 8, 16) if gpus > pool.serving.gpus and pool.shape.heads % gpus == 0]
+    wider = (replace(pool, serving=pool.serving.model_copy(update={"gpus": gpus})) for gpus in sizes)
+    enough = next((wide for wide in wider if wide.whole_contexts > 0), None)
+    remedies = [f"write {field}.gpus: {enough.serving.gpus}"] if enough else []
+    if pool.kv_tokens >= 1024:
+        remedies.append(f"write {field}.maxModelLen: {int(pool.kv_tokens // 1024 * 1024)}")
+    if not remedies:
+        return Finding(f"{field}.gpus", str(pool.serving.gpus), why, "take GPUs with more memory")
+    return Finding(f"{field}.maxModelLen", str(asked), why, " or ".join(remedies))

@@ -1,0 +1,50 @@
+"""An estimate as plain data, for other programs."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from pydantic.alias_generators import to_camel
+
+from dagger_operator.estimate.memory import Memory
+from dagger_operator.estimate.result import Estimate
+from dagger_operator.estimate.serving import Pool
+
+
+def as_data(estimate: Estimate) -> dict[str, Any]:
+    """Names in camelCase as in the resource; bytes, seconds and tokens as numbers. Nothing that is not known is there as a number."""
+    return {
+        "gpu": _plain(estimate.gpu),
+        "assumed": _plain(estimate.assumed),
+        "fits": estimate.fits,
+        "findings": [_plain(finding) for finding in estimate.findings],
+        "gpus": estimate.gpus,
+        "hours": estimate.hours,
+        "gpuHours": estimate.gpu_hours,
+        "rounds": [{**_plain(one), "saved": one.saved} for one in estimate.rounds],
+        "trainingMemory": _memory(estimate.training),
+        "studentServing": _pool(estimate.student, estimate),
+        "teacherServing": _pool(estimate.teacher, estimate),
+    }
+
+
+def _memory(memory: Memory | None) -> dict[str, Any] | None:
+    return None if memory is None else {**_plain(memory), "total": memory.total}
+
+
+def _pool(pool: Pool | None, estimate: Estimate) -> dict[str, Any] | None:
+    if pool is None:
+        return None
+    return {
+        "gpus": pool.gpus,
+        "weights": pool.weights,
+        "kvCache": max(0.0, pool.kv_memory),
+        "kvTokensOfAReplica": pool.kv_tokens,
+        "wholeContextsOfAReplica": pool.whole_contexts,
+        "rolloutsHeld": pool.holds(estimate.mean_state),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {to_camel(field.name): _plain(getattr(value, field.name)) for field in fields(value)}
+    return value

@@ -1,0 +1,195 @@
+"""The estimate of a run follows its resource: every sample, every setting that changes what is paid."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as example_settings
+from hypothesis import strategies as st
+
+from dagger_operator.api import InvalidRun, RunSpec, load
+from dagger_operator.control.progress import gpu_hours
+from dagger_operator.control.results import Results
+from dagger_operator.control.rounds import StageName, Step
+from dagger_operator.estimate import GPUS, KNOWN, Assumptions, Estimate, Shape, as_data, estimate
+from dagger_operator.store.results import StageProgress
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = sorted((ROOT / "manifests/samples").rglob("*.yaml"))
+H100 = GPUS["H100-80GB"]
+TINY = Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocabulary=512)
+
+
+def _runs(path: Path) -> list[dict[str, Any]]:
+    return [one for one in yaml.safe_load_all(path.read_text()) if one and one["kind"] == "DAggerRun"]
+
+
+PAPER = _runs(ROOT / "manifests/samples/paper-qwen3-4b-dagger.yaml")[0]
+
+
+def _spec(changes: dict[str, Any] | None = None, document: dict[str, Any] = PAPER) -> RunSpec:
+    """The paper's run, with fields by their path changed."""
+    changed = json.loads(json.dumps(document))
+    for path, value in (changes or {}).items():
+        *parents, last = path.split(".")
+        place = changed["spec"]
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return load(changed).spec
+
+
+def _estimate(spec: RunSpec, gpu: str = "H100-80GB", **assumed: Any) -> Estimate:
+    student, teacher = KNOWN.get(spec.student.model, TINY), KNOWN.get(spec.teacher.model)
+    return estimate(spec, GPUS[gpu], student, teacher, Assumptions.of(spec, **assumed))
+
+
+@pytest.mark.parametrize("document", [run for path in SAMPLES for run in _runs(path)], ids=lambda run: run["metadata"]["name"])
+def test_every_sample_can_be_estimated_and_fits_80_gb(document: dict[str, Any]) -> None:
+    spec = _spec(document=document)
+    found = _estimate(spec)
+    assert found.fits, [str(finding) for finding in found.findings]
+    assert len(found.rounds) == spec.rounds
+    assert (found.hours is None) == (spec.training.gpus_per_node == 0)
+    json.dumps(as_data(found))
+
+
+def test_the_papers_run_counts_as_the_paper_does() -> None:
+    """512 tasks in a round, 16 trajectories in a step, three epochs; with 100 turns 51,200 teacher calls in a round."""
+    found = _estimate(_spec(), turns=100, turn_tokens=200)
+    assert [(one.rollouts, one.labels, one.steps) for one in found.rounds] == [(512, 51_200, 96)] * 5
+    assert [one.teacher_share for one in found.rounds] == [1.0, 0.8, 0.6, 0.6, 0.6]
+    assert [round(one.student_calls) for one in found.rounds] == [0, 10_240, 20_480, 20_480, 20_480]
+
+
+def test_aggregation_trains_on_all_rounds_so_far() -> None:
+    current, every = (_estimate(_spec({"training.aggregation": how})) for how in ("CurrentRoundOnly", "AllRoundsFromBase"))
+    assert [one.steps for one in current.rounds] == [96] * 5
+    assert [one.steps for one in every.rounds] == [96, 192, 288, 384, 480]
+    assert every.rounds[4].trees.tokens == pytest.approx(sum(one.trees.tokens for one in current.rounds))
+
+
+def test_steps_take_the_place_of_epochs() -> None:
+    found = _estimate(_spec({"training.steps": {"type": "List", "values": [32, 64]}}))
+    assert [one.steps for one in found.rounds] == [32, 64, 64, 64, 64]
+    assert found.rounds[0].trees.tokens == pytest.approx(_estimate(_spec()).rounds[0].trees.tokens / 3)
+
+
+def test_nothing_is_trained_where_training_is_disabled() -> None:
+    found = _estimate(_spec({"training.mode": "Disabled"}))
+    assert found.training is None and found.rounds[0].steps == 0
+    assert found.rounds[0].training_seconds == found.rounds[0].evaluation_seconds == 0
+
+
+def test_time_shared_gpus_are_fewer_and_cost_less() -> None:
+    shared, dedicated = (_estimate(_spec({"gpuSharing": how})) for how in ("TimeShared", "Dedicated"))
+    assert (shared.gpus, dedicated.gpus) == (8, 16)
+    assert shared.gpu_hours is not None and dedicated.gpu_hours is not None and shared.gpu_hours < dedicated.gpu_hours
+
+
+@pytest.mark.parametrize("sharing", ["TimeShared", "Dedicated"])
+def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str) -> None:
+    spec = _spec({"gpuSharing": sharing})
+    run = load({**PAPER, "spec": spec.wire()})
+    found = _estimate(spec, change_seconds=0)
+    worked: dict[Step, dict[int, StageProgress]] = {}
+    before = 0.0
+    for one in found.rounds:
+        # Rollouts end when the evaluation beside them has ended too.
+        stages = {StageName.ROLLOUT: max(one.rollout_seconds or 0, before), StageName.TRAINING: one.training_seconds or 0}
+        before = one.evaluation_seconds or 0
+        for stage, seconds in {**stages, StageName.EVALUATION: before}.items():
+            worked[Step(one.round, stage)] = {0: StageProgress(done=1, total=1, unit="", seconds=seconds)}
+    assert found.gpu_hours == pytest.approx(gpu_hours(run, worked, Results()))
+
+
+def test_rollouts_that_the_kv_cache_holds_are_quicker_than_eight_times_as_many() -> None:
+    crowded = _estimate(_spec())
+    advice = next(finding for finding in crowded.findings if finding.field == "rollouts.concurrency")
+    held = _estimate(_spec({"rollouts.concurrency": int(advice.remedy.split()[1].rstrip(","))}))
+    assert not advice.fatal and not any(finding.field == "rollouts.concurrency" for finding in held.findings)
+    assert (held.rounds[2].rollout_seconds or 0) < (crowded.rounds[2].rollout_seconds or 0)
+
+
+def test_waiting_for_each_label_is_never_quicker() -> None:
+    seconds = {mode: _estimate(_spec({"labels.mode": mode})).rounds[2].rollout_seconds or 0 for mode in ("Inline", "Async")}
+    assert seconds["Async"] <= seconds["Inline"]
+
+
+def test_what_does_not_fit_names_the_field_and_the_value_and_then_fits() -> None:
+    big = {"training.deepspeed.zeroStage": 1, "training.activationCheckpointing": False}
+    found = _estimate(_spec(big))
+    assert not found.fits
+    remedy = found.findings[0].remedy
+    assert "training.activationCheckpointing: true" in remedy
+    written = dict(part.split(": ") for part in remedy.removeprefix("write ").split(", "))
+    mended = {field: yaml.safe_load(value) for field, value in written.items()}
+    assert _estimate(_spec({**big, **mended})).fits
+
+
+def test_a_teacher_that_does_not_fit_one_gpu_is_given_two() -> None:
+    found = _estimate(_spec({"teacher.serving.gpus": 1}), gpu="L40S")
+    assert any("teacher.serving.gpus: 2" in finding.remedy for finding in found.findings if finding.fatal)
+
+
+def test_the_share_of_memory_that_vllm_is_given_sets_the_room_for_kv_cache() -> None:
+    default, more = (_estimate(_spec({"student.serving.extraArgs": args})).student for args in ([], ["--gpu-memory-utilization=0.95"]))
+    assert default is not None and more is not None
+    assert more.kv_memory - default.kv_memory == pytest.approx(0.05 * H100.memory)
+    with pytest.raises(InvalidRun, match=r"serving.extraArgs: got 'most'"):
+        _estimate(_spec({"student.serving.extraArgs": ["--gpu-memory-utilization", "most"]}))
+
+
+def test_a_context_beyond_the_models_own_is_refused_as_vllm_does() -> None:
+    found = _estimate(_spec({"student.model": "Qwen/Qwen3-8B"}))
+    finding = next(finding for finding in found.findings if finding.field == "student.serving.maxModelLen")
+    assert finding.fatal and "40960" in finding.remedy
+
+
+def test_a_tree_that_is_parted_is_pointed_out_with_the_value_that_keeps_it_whole() -> None:
+    finding = next(finding for finding in _estimate(_spec()).findings if finding.field == "training.microBatchTokens")
+    assert not finding.fatal
+    whole = int(finding.remedy.split()[1].rstrip(","))
+    more, less = _estimate(_spec({"training.microBatchTokens": whole})), _estimate(_spec())
+    assert more.rounds[4].trees.tokens < less.rounds[4].trees.tokens / 1.25
+
+
+@pytest.mark.parametrize(
+    ("assumed", "option"),
+    [({"turns": 0}, "--turns"), ({"utilisation": 1.5}, "--utilisation"), ({"command_seconds": -1}, "--command-seconds")],
+)
+def test_assumptions_that_make_no_sense_are_refused_by_name(assumed: dict[str, float], option: str) -> None:
+    with pytest.raises(InvalidRun, match=option):
+        Assumptions.of(_spec(), **assumed)
+
+
+def test_turns_that_do_not_fit_into_a_rollout_are_refused() -> None:
+    with pytest.raises(InvalidRun, match="--end-tokens: got 8000: 100 turns of 300 tokens after 500 end at 30500"):
+        Assumptions.of(_spec(), turns=100, first_tokens=500, end_tokens=8000, turn_tokens=300)
+
+
+def test_ranks_without_a_tree_are_pointed_out() -> None:
+    """16 labels are a part of one trajectory: one tree, and seven of eight ranks have nothing to do."""
+    few = _estimate(_spec({"training.batchUnit": "Labels"}))
+    finding = next(finding for finding in few.findings if finding.field == "training.batchSize")
+    assert not finding.fatal and "1 trees for 8 ranks" in finding.why
+    assert (few.rounds[0].training_seconds or 0) > 4 * (_estimate(_spec()).rounds[0].training_seconds or 0)
+    assert not any(finding.field == "training.batchSize" for finding in _estimate(_spec()).findings)
+
+
+@example_settings(max_examples=15)
+@given(st.sampled_from([1, 2, 4]), st.integers(2, 100), st.sampled_from(["Trajectories", "Labels"]))
+def test_more_nodes_never_train_slower(nodes: int, turns: int, unit: str) -> None:
+    few, many = (_estimate(_spec({"training.nodes": n, "training.batchUnit": unit}), turns=turns) for n in (nodes, 2 * nodes))
+    for one, other in zip(few.rounds, many.rounds, strict=True):
+        assert (other.training_seconds or 0) <= (one.training_seconds or 0) * (1 + 1e-9)
+
+
+@example_settings(max_examples=15)
+@given(st.integers(5, 100), st.floats(0, 1))
+def test_trees_never_train_longer_than_one_sequence_for_each_label(turns: int, beta: float) -> None:
+    found = _estimate(_spec({"mixing.beta": {"type": "Constant", "value": beta}}), turns=turns)
+    assert (found.rounds[0].training_seconds or 0) <= (found.rounds[0].training_seconds_per_label or 0)
