@@ -29,6 +29,53 @@ def validate(file: File) -> None:
 
 
 @app.command()
+def estimate(
+    file: File,
+    gpu: Annotated[str, typer.Option(help="GPU by name, such as H100-80GB; of one that is not known, the next three tell all.")],
+    gpu_memory: Annotated[float | None, typer.Option(help="Its memory in GiB.")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="Its dense BF16 TFLOP/s.")] = None,
+    gpu_bandwidth: Annotated[float | None, typer.Option(help="Its memory bandwidth in TB/s.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The student's config.json, or its folder.")] = None,
+    teacher_config: Annotated[Path | None, typer.Option(help="The teacher's.")] = None,
+    turns: Annotated[int | None, typer.Option(help="Turns of a rollout [default: half of scaffold.maxTurns].")] = None,
+    first_tokens: Annotated[int | None, typer.Option(help="Tokens before the first turn [default: 4000].")] = None,
+    end_tokens: Annotated[int | None, typer.Option(help="Tokens at the end of a rollout [default: the context].")] = None,
+    turn_tokens: Annotated[int | None, typer.Option(help="Tokens that a policy writes in a turn [default: 300].")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Tasks of an evaluation [default: as tasks.heldOut says].")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="Share of peak FLOP/s in training [default: 0.32].")] = None,
+    prefill_utilisation: Annotated[float | None, typer.Option(help="Share of peak FLOP/s on prompts [default: 0.4].")] = None,
+    decode_efficiency: Annotated[float | None, typer.Option(help="Share of bandwidth in writing [default: 0.6].")] = None,
+    cached: Annotated[float | None, typer.Option(help="Share of a prefix that stays cached [default: 0.95].")] = None,
+    command_seconds: Annotated[float | None, typer.Option(help="Seconds of a command [default: 5].")] = None,
+    rollout_seconds: Annotated[float | None, typer.Option(help="Start and grading of a rollout [default: 120].")] = None,
+    endpoint_seconds: Annotated[float | None, typer.Option(help="A turn of an endpoint [default: 10].")] = None,
+    change_seconds: Annotated[float | None, typer.Option(help="Start of training or servers [default: 180].")] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="table or json.")] = "table",
+) -> None:
+    """Plan before paying: tokens, calls, memory, hours and GPU-hours of a run on stated GPUs, and what does not fit."""
+    from dagger_operator.cli.estimating import gpu as stated
+    from dagger_operator.cli.estimating import show_estimate
+
+    given = {
+        "turns": turns,
+        "first_tokens": first_tokens,
+        "end_tokens": end_tokens,
+        "turn_tokens": turn_tokens,
+        "held_out": held_out,
+        "utilisation": utilisation,
+        "prefill_utilisation": prefill_utilisation,
+        "decode_efficiency": decode_efficiency,
+        "cached": cached,
+        "command_seconds": command_seconds,
+        "rollout_seconds": rollout_seconds,
+        "endpoint_seconds": endpoint_seconds,
+        "change_seconds": change_seconds,
+    }
+    configs = {"student": config, "teacher": teacher_config}
+    raise typer.Exit(show_estimate(file, stated(gpu, gpu_memory, gpu_tflops, gpu_bandwidth), configs, given, output))
+
+
+@app.command()
 def run(file: File) -> None:
     """Run a DAggerRun to its end. A run of that name that exists already goes on, with the file's changes."""
     from dagger_operator.cli.running import start

@@ -1,0 +1,73 @@
+"""`daggerctl estimate`: what a run takes, before anything of it runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dagger_operator.api import InvalidRun, Problem
+from dagger_operator.cli.documents import read
+from dagger_operator.cli.estimate_tables import tables
+from dagger_operator.cli.exits import Exit
+from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions, Gpu, Shape, UnknownShape, as_data, estimate, shape_of
+
+
+def show_estimate(file: Path, hardware: Gpu, configs: dict[str, Path | None], given: dict[str, Any], output: str) -> int:
+    """Prints the estimate of a file's run. `configs`: a `config.json` of the student or teacher that was named; `given`: assumptions."""
+    if output not in ("table", "json"):
+        print(f"error: --output: {output!r}: write table or json", file=sys.stderr)
+        return Exit.BAD_INPUT
+    spec = read(file).run.spec
+    student = _shape("student", spec.student.model, configs["student"])
+    teacher = _shape("teacher", spec.teacher.model, configs["teacher"]) if spec.teacher.serving and spec.teacher.serving.gpus else None
+    found = estimate(spec, hardware, student, teacher, Assumptions.of(spec, **given))
+    if output == "json":
+        print(json.dumps(as_data(found), indent=2))
+    else:
+        Console().print(tables(spec, found))
+    return Exit.OK if found.fits else Exit.FAILED
+
+
+def gpu(name: str, memory: float | None, tflops: float | None, bandwidth: float | None) -> Gpu:
+    """A GPU by name, with what was stated of it instead: GiB, TFLOP/s, TB/s. All three describe one that is not known here."""
+    stated = {"--gpu-memory": memory, "--gpu-tflops": tflops, "--gpu-bandwidth": bandwidth}
+    wrong = [
+        Problem(option, f"got {value}", "write a number above 0") for option, value in stated.items() if value is not None and value <= 0
+    ]
+    if wrong:
+        raise InvalidRun(wrong)
+    known = GPUS.get(name, Gpu(name, 0.0, 0.0, 0.0))
+    made = Gpu(
+        name=name,
+        memory=known.memory if memory is None else memory * GIB,
+        flops=known.flops if tflops is None else tflops * 1e12,
+        bandwidth=known.bandwidth if bandwidth is None else bandwidth * 1e12,
+    )
+    if 0.0 in (made.memory, made.flops, made.bandwidth):
+        remedy = f"write one of {', '.join(GPUS)}, or state all of {', '.join(stated)}"
+        raise InvalidRun([Problem("--gpu", f"got {name!r}", remedy)])
+    return made
+
+
+def _shape(role: str, model: str, config: Path | None) -> Shape:
+    """From the file or folder that was named, from a local folder that the model is, or from what is known of it."""
+    option = "--config" if role == "student" else "--teacher-config"
+    if config is None and model in KNOWN:
+        return KNOWN[model]
+    field = option if config is not None else f"{role}.model"
+    path = config or Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise UnknownShape("is no JSON object", "give the model's config.json")
+        return shape_of(document)
+    except OSError as error:
+        found = "cannot be read" if config is not None else f"{model!r} is not known here, and no folder"
+        raise InvalidRun([Problem(field, found, f"{error.strerror}: give its config.json by {option}")]) from None
+    except UnknownShape as error:
+        raise InvalidRun([Problem(field, f"{path} {error.problem}", error.remedy)]) from None
+    except ValueError:
+        raise InvalidRun([Problem(field, f"{path} is no JSON", "give the model's config.json")]) from None
