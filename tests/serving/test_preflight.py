@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from tokenizers import Tokenizer, models
 
 from dagger_operator.serving import examination
 from dagger_operator.serving.preflight import preflight
+from dagger_operator.store import layout
 from dagger_operator.store.policies import point_to
 from dagger_operator.store.progress import read_progress
 from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
@@ -18,6 +20,7 @@ from dagger_operator.store.stage import Stage, StageFailure
 
 STUDENT = "r000-aaaaaaaaaaaa"
 TOKEN = "sk-very-secret-token"
+TOKENIZER = Tokenizer(models.WordLevel({"cat": 0, "ls": 1}, unk_token="cat")).to_str().encode()
 
 
 class Endpoint:
@@ -65,6 +68,9 @@ class Endpoint:
             arguments = self.habits.get("arguments", '{"command": "pwd"}')
             message["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "bash", "arguments": arguments}}]
         choice = {"index": 0, "message": message, "finish_reason": self.habits["finish"]}
+        if body.get("logprobs") and (token := self.habits.get("token")):
+            top = [{"token": token, "logprob": -0.5}] * body["top_logprobs"]
+            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
         return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 2}})
 
 
@@ -96,6 +102,7 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
             made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=TOKEN)
             await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
             await point_to(made.store, STUDENT, 0)
+            await made.store.put(layout.policy(STUDENT) + "tokenizer.json", TOKENIZER)
             await preflight(made)
             result = await read_result(made.store, 0, "preflight", PreflightResult)
             assert result is not None and (result.student, result.teacher) == (STUDENT, "endpoint-1")
@@ -164,7 +171,7 @@ async def test_a_mistyped_model_is_told_the_closest_one(examine: Any) -> None:
 async def test_a_teacher_that_is_not_there_is_named(examine: Any, document: dict[str, Any], stage: Callable[..., Stage]) -> None:
     made = stage(DAGGER_STUDENT_URL="http://127.0.0.1:9/v1", DAGGER_TEACHER_URL="http://127.0.0.1:9/v1")
     with pytest.raises(StageFailure, match=r"(?s)http://127.0.0.1:9/v1.*start it, or correct teacher.endpoint.url") as failed:
-        await examination.Examination(made, "teacher", "endpoint-1").run()
+        await examination.Examination(made, "teacher", "endpoint-1", STUDENT).run()
     assert (failed.value.reason, failed.value.permanent) == ("TeacherUnreachable", False)
 
 
@@ -180,6 +187,37 @@ async def test_an_untrained_student_passes_with_warnings(examine: Any) -> None:
     checks = await examine(Endpoint("teach"), Endpoint(STUDENT, finish="length", tools=False), scaffold={"protocol": "ToolCall"})
     assert checks["student.stop"].startswith("warning: does not end by itself")
     assert checks["student.tools"].startswith("warning: it answered without a tool call")
+
+
+LABELS = {"topLogprobs": 3}
+
+
+async def test_a_teacher_that_tells_the_students_tokens_is_fit_for_soft_targets(examine: Any) -> None:
+    teacher, student = Endpoint("teach", token="token_id:1"), Endpoint(STUDENT)
+    checks = await examine(teacher, student, labels=LABELS)
+    assert checks["teacher.logprobs"] == "3 at each token, which are the student's"
+    assert {(body["top_logprobs"], body["return_tokens_as_token_ids"]) for body in teacher.requests} == {(3, True)}
+    assert not any("logprobs" in body for body in student.requests)
+    assert not any("warning" in what for what in checks.values())
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        (None, "does not tell the log-probabilities"),
+        ("ls", "by token ids"),
+        ("token_id:0", "token ids for 'ls' read 'cat' under the student's"),
+    ],
+)
+async def test_a_teacher_that_tells_none_or_others_makes_hard_targets(examine: Any, token: str | None, said: str) -> None:
+    checks = await examine(Endpoint("teach", token=token), labels=LABELS)
+    assert checks["teacher.logprobs"].startswith("warning: ") and said in checks["teacher.logprobs"]
+    assert checks["teacher.logprobs"].endswith("; labels are hard targets")
+
+
+async def test_an_endpoint_that_refuses_to_be_asked_for_them_says_which_field(examine: Any) -> None:
+    with pytest.raises(StageFailure, match=r"look at teacher\.sampling and labels\.topLogprobs, which it may not support"):
+        await examine(Endpoint("teach", status=400), labels=LABELS)
 
 
 async def test_streams_are_needed_by_a_command_scaffold_alone(examine: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn
 import aiohttp
 
 from dagger_operator.api import Sampling
+from dagger_operator.store import logprobs
+from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.stage import StageFailure
 
 Json = dict[str, Any]
@@ -35,6 +37,8 @@ class Policy:
     """Deadline of one request."""
     patience_seconds: float
     """How long what may pass (no connection, 429, 5xx) is borne."""
+    top_logprobs: int = 0
+    """Log-probabilities that it is asked for at each token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Answer:
     finish_reason: str
     usage: Json
     seconds: float
+    logprobs: TopLogprobs | None
+    """What it told of its tokens, where it was asked."""
 
 
 class Asker:
@@ -110,7 +116,7 @@ class Asker:
     def _body(self, messages: list[Json], more: Mapping[str, Any]) -> Json:
         sampling = self.policy.sampling
         body = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
-        return {"model": self.policy.model, "messages": messages, **body, **more}
+        return {"model": self.policy.model, "messages": messages, **body, **logprobs.asked(self.policy.top_logprobs), **more}
 
     async def _request(self, method: str, path: str, body: Json | None, *, needed: bool = True) -> tuple[int, str]:
         """Status and text; what may pass is tried again with back-off, until patience ends. Not `needed`: any status will do."""
@@ -165,7 +171,8 @@ class Asker:
             case _ if 300 <= status < 400:
                 self.fail("Moved", f"answers {status}, a redirect: write its target as {role}.endpoint.url")
             case _:
-                self.fail("Refuses", f"answers {status}: {said}: look at {role}.sampling, which it may not support")
+                too = " and labels.topLogprobs" if self.policy.top_logprobs else ""
+                self.fail("Refuses", f"answers {status}: {said}: look at {role}.sampling{too}, which it may not support")
 
     def _answer(self, text: str, seconds: float) -> Answer:
         try:
@@ -178,7 +185,7 @@ class Asker:
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError):
             self.fail("Garbled", f"its answer is no chat completion: {self._said(text)}: {self.remedy_field} must speak the OpenAI API")
-        return Answer(message, reason, found.get("usage") or {}, seconds)
+        return Answer(message, reason, found.get("usage") or {}, seconds, logprobs.told(choice, self.policy.top_logprobs))
 
     def _said(self, text: str) -> str:
         """The beginning of a body, or the message of an error in it."""

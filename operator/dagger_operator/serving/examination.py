@@ -7,6 +7,7 @@ from typing import Literal
 from dagger_operator.api import Protocol, ScaffoldType, Serving, Student, Teacher
 from dagger_operator.serving.agents import AgentStatus, said, wait_for
 from dagger_operator.serving.asking import Answer, Asker, Json, Policy
+from dagger_operator.serving.tokens import token_flaw
 from dagger_operator.store.stage import Stage, StageFailure
 
 Role = Literal["student", "teacher"]
@@ -30,8 +31,10 @@ _TOOL: Json = {
 class Examination:
     """Of one policy."""
 
-    def __init__(self, stage: Stage, role: Role, version: str) -> None:
-        self._stage, self._role, self._version = stage, role, version
+    def __init__(self, stage: Stage, role: Role, version: str, student: str) -> None:
+        """`student`: version of the one that is to learn."""
+        self._stage, self._role, self._version, self._student = stage, role, version, student
+        self._top_logprobs = stage.run.spec.labels.top_logprobs if role == "teacher" else 0
         self._spec: Student | Teacher = stage.run.spec.student if role == "student" else stage.run.spec.teacher
         self._serving: Serving | None = self._spec.served if isinstance(self._spec, Student) else self._spec.serving
         self._checks: dict[str, str] = {}
@@ -45,6 +48,8 @@ class Examination:
             await self._known(asker)
             answer = await self._answers(asker)
             self._ends_by_itself(asker, answer)
+            if self._top_logprobs:
+                await self._tells_logprobs(asker, answer)
             await self._streams(asker)
             if self._stage.run.spec.scaffold.protocol is Protocol.TOOL_CALL:
                 await self._calls_tools(asker)
@@ -73,6 +78,7 @@ class Examination:
             served=endpoint is None,
             request_seconds=endpoint.timeout_seconds if endpoint else _SERVED_REQUEST_SECONDS,
             patience_seconds=ENDPOINT_PATIENCE_SECONDS if endpoint else 60.0,
+            top_logprobs=self._top_logprobs,
         )
 
     async def _served(self, urls: str, serving: Serving) -> tuple[AgentStatus, ...]:
@@ -143,6 +149,11 @@ class Examination:
             self._checks["stop"] = f"warning: does not end by itself within {limit} tokens; an untrained student may not"
         else:
             asker.fail("Garbled", f"finish_reason is {answer.finish_reason!r}, which is neither stop, length nor tool_calls")
+
+    async def _tells_logprobs(self, asker: Asker, answer: Answer) -> None:
+        flaw = await token_flaw(answer, self._stage.store, self._student)
+        told = f"{self._top_logprobs} at each token, which are the student's"
+        self._checks["logprobs"] = f"warning: {flaw}; labels are hard targets" if flaw else told
 
     async def _streams(self, asker: Asker) -> None:
         wrong = await asker.streamed(_QUESTION)

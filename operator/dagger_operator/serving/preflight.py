@@ -29,7 +29,7 @@ async def preflight(stage: Stage) -> None:
     reporter = Reporter(stage.store, 0, "preflight", "policies")
     for number, (role, version) in enumerate(versions.items()):
         await reporter.tell(number, len(versions))
-        examination = Examination(stage, role, version)
+        examination = Examination(stage, role, version, versions["student"])
         found = await examination.run()
         checks |= {f"{role}.{name}": what for name, what in found.items()}
         contexts[role] = examination.context
