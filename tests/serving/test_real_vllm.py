@@ -21,14 +21,22 @@ from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client import CollectorRegistry
 
-from dagger_operator.api import Storage, load
+from dagger_operator.api import Sampling, Storage, load
 from dagger_operator.control.vllm import vllm_arguments, vllm_environment
+from dagger_operator.policy.client import Client
+from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.policy.request import ChatRequest
+from dagger_operator.policy.streaming import Chunk
+from dagger_operator.policy.upstream import Upstream
 from dagger_operator.serving.preflight import preflight
 from dagger_operator.serving.prepare import prepare
 from dagger_operator.serving.publish import publish
+from dagger_operator.store.logprobs import TopLogprobs, asked, told
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import pointed, save_policy
+from dagger_operator.store.records import Actor
 from dagger_operator.store.results import PreflightResult, PublishResult, read_result
 from dagger_operator.store.stage import Stage
 
@@ -233,6 +241,43 @@ async def test_tool_calls_are_streamed(served: ServingPod) -> None:
     assert any((call.get("function") or {}).get("name") == "bash" for call in called)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_log_probabilities_of_a_label_are_kept_and_are_the_models_own(served: ServingPod, streamed: bool) -> None:
+    """Of its whole distribution, whatever temperature and top-p sample from."""
+    version, chunks = await _version(served), list[Chunk]()
+    teacher = Upstream(
+        role=Actor.TEACHER,
+        urls=(f"{served.url}/v1",),
+        token=None,
+        model=version,
+        version=version,
+        sampling=Sampling(temperature=0.7, top_p=0.9, max_tokens=24),
+        timeout_seconds=60.0,
+        attempts=3,
+        served=True,
+        top_logprobs=5,
+    )
+    async with Client(teacher, GatewayMetrics(CollectorRegistry())) as client:
+        forward = chunks.append if streamed else None
+        answer = await client.complete(ChatRequest(tuple(PROMPT), ()), seed=3, priority=0, affinity="", forward=forward)
+    kept = answer.completion.logprobs
+    assert kept is not None and (kept.k, len(kept.token_ids)) == (5, answer.completion.completion_tokens)
+    assert "token_id:" not in json.dumps([answer.payload, chunks]) and bool(chunks) == streamed
+    _assert_the_models_own(served.folder / "first", kept, str(answer.completion.message["content"]))
+
+
+async def test_the_token_that_ends_a_turn_is_told_too(served: ServingPod) -> None:
+    tokenizer = json.loads((served.folder / "first" / "tokenizer.json").read_text())
+    end = next(token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
+    async with aiohttp.ClientSession() as http:
+        _, answer = await _chat(http, served, await _version(served), logit_bias={str(end): 100}, **asked(2))
+    found = told(answer["choices"][0], 2)
+    assert answer["choices"][0]["finish_reason"] == "stop" and found is not None
+    assert found.token_ids.tolist() == [end]
+    assert found.top_ids.tolist()[0] == end
+    _assert_the_models_own(served.folder / "first", found, "")
+
+
 async def test_weights_change_under_load_and_no_request_is_lost(served: ServingPod) -> None:
     first = await _version(served)
     _make_student(served.folder / "second", 2)
@@ -299,6 +344,20 @@ async def _assert_probabilities_are_those_of(http: aiohttp.ClientSession, pod: S
         expected = model(**prompt).logits[0, -1].log_softmax(-1).topk(5).values.tolist()
     given = [entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]]
     assert given == pytest.approx(expected, abs=0.05)
+
+
+def _assert_the_models_own(folder: Path, found: TopLogprobs, text: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert tokenizer.decode(found.token_ids.tolist(), skip_special_tokens=True) == text
+    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True)["input_ids"]
+    turn = found.token_ids.tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + turn])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(found.top_ids.tolist()).view(len(turn), found.k))
+    assert found.top_logprobs.tolist() == pytest.approx(expected.flatten().tolist(), abs=0.05)
 
 
 async def _publish(pod: ServingPod, folder: Path, round: int, parent: str, *, wait: bool) -> str:

@@ -143,6 +143,8 @@ class LabelledState(Record):
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None
     label: Message
+    logprobs: TopLogprobs | None
+    """What the teacher told of the label's tokens."""
 
 
 def states(trajectory: Trajectory) -> Iterator[tuple[Turn, tuple[Message, ...], tuple[dict[str, Any], ...] | None]]:
@@ -168,4 +170,5 @@ def labelled_states(trajectory: Trajectory) -> Iterator[LabelledState]:
                 messages=messages,
                 tools=tools or None,
                 label=turn.label.message,
+                logprobs=turn.label.logprobs,
             )
