@@ -9,7 +9,16 @@ import pytest
 
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Store
-from dagger_operator.store.policies import PolicyManifest, PolicyPointer, load_policy, point_to, pointed, policy_manifest, save_policy
+from dagger_operator.store.policies import (
+    PolicyManifest,
+    PolicyPointer,
+    load_adapter,
+    load_policy,
+    point_to,
+    pointed,
+    policy_manifest,
+    save_policy,
+)
 from dagger_operator.store.stage import StageFailure
 
 
@@ -52,6 +61,19 @@ async def test_a_loaded_folder_stored_again_is_the_same_version(store: Store, ch
     first = await save(store, checkpoint)
     await load_policy(store, first.version, tmp_path / "served")
     assert await save(store, tmp_path / "served") == first
+
+
+async def test_an_adapter_comes_by_itself_and_whole(store: Store, checkpoint: Path, tmp_path: Path) -> None:
+    plain = await save(store, checkpoint)
+    assert not await load_adapter(store, plain.version, tmp_path / "none")
+    (checkpoint / "adapter").mkdir()
+    (checkpoint / "adapter" / "adapter_model.safetensors").write_bytes(b"a" * 10)
+    saved = await save(store, checkpoint)
+    assert await load_adapter(store, saved.version, tmp_path / "own")
+    assert content(tmp_path / "own") == {"adapter_model.safetensors": b"a" * 10}
+    await store.put(layout.policy(saved.version) + "adapter/adapter_model.safetensors", b"b" * 10)
+    with pytest.raises(DamagedObject, match="SHA-256"):
+        await load_adapter(store, saved.version, tmp_path / "other")
 
 
 async def test_a_version_that_was_never_stored_whole_does_not_load(store: Store, checkpoint: Path, tmp_path: Path) -> None:

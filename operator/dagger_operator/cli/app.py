@@ -123,11 +123,15 @@ def export(
     what: Annotated[
         str, typer.Option(help="policy: the Hugging Face folder of the student; data: the labelled trajectories in Parquet.")
     ] = "policy",
+    adapters: Annotated[
+        bool,
+        typer.Option("--adapters", help="The first student once, every round's adapter, and the command by which one vLLM serves all."),
+    ] = False,
 ) -> None:
     """Copy a round's student or data out of the run's storage, verified against their digests."""
-    from dagger_operator.cli.exporting import export_round
+    from dagger_operator.cli.exporting import export_adapters, export_round
 
-    raise typer.Exit(export_round(name, to, round_number, what))
+    raise typer.Exit(export_adapters(name, to) if adapters else export_round(name, to, round_number, what))
 
 
 @store_app.command("check")

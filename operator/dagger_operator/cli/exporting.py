@@ -1,6 +1,8 @@
 """`daggerctl export`: a round's student or data as plain files."""
 
 import asyncio
+import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,8 +11,11 @@ from dagger_operator.cli.storing import stored_run
 from dagger_operator.store import layout
 from dagger_operator.store.manifest import read_manifest, read_shard
 from dagger_operator.store.objects import Store
-from dagger_operator.store.policies import load_policy
+from dagger_operator.store.policies import load_adapter, load_policy
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
+
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` of vLLM may be."""
 
 
 def export_round(name: str, to: Path, round_number: int | None, what: str) -> int:
@@ -28,19 +33,45 @@ def export_round(name: str, to: Path, round_number: int | None, what: str) -> in
     return Exit.BAD_INPUT
 
 
+def export_adapters(name: str, to: Path) -> int:
+    """Writes the first student below `to` once, and each round's adapter beside it; says how one vLLM serves all of them."""
+    run, store = stored_run(name)
+    return asyncio.run(_adapters(store, to, run.spec.rounds))
+
+
 async def _policy(store: Store, to: Path, number: int) -> int:
-    if number == 0:
-        prepared = await read_result(store, 0, "prepare", PrepareResult)
-        version = prepared.policy if prepared else None
-    else:
-        trained = await read_result(store, number, "training", TrainingResult)
-        version = trained.policy if trained else None
+    version = await _version(store, number)
     if version is None:
         print(f"error: --round: {number}: no student was made in that round", file=sys.stderr)
         return Exit.BAD_INPUT
     await load_policy(store, version, to / version)
     print(to / version)
     return Exit.OK
+
+
+async def _adapters(store: Store, to: Path, rounds: int) -> int:
+    base, versions = await _version(store, 0), [await _version(store, number) for number in range(1, rounds + 1)]
+    made = {version: to / "adapters" / version for version in versions if version is not None}
+    adapted = {version: folder for version, folder in made.items() if await load_adapter(store, version, folder)}
+    if base is None or not adapted:
+        why = "its rounds train all weights: training.lora makes adapters" if made else "no round of it is trained yet"
+        print(f"error: --adapters: the run has none; {why}", file=sys.stderr)
+        return Exit.BAD_INPUT
+    await load_policy(store, base, to / base)
+    rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapted.values())
+    command = ["vllm", "serve", str(to / base), "--served-model-name", base, "--enable-lora", "--max-loras", str(len(adapted))]
+    command += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank)), "--lora-modules"]
+    print(shlex.join([*command, *(f"{version}={folder}" for version, folder in adapted.items())]))
+    return Exit.OK
+
+
+async def _version(store: Store, number: int) -> str | None:
+    """The student that a round made; round 0 is before the first."""
+    if number == 0:
+        prepared = await read_result(store, 0, "prepare", PrepareResult)
+        return prepared.policy if prepared else None
+    trained = await read_result(store, number, "training", TrainingResult)
+    return trained.policy if trained else None
 
 
 async def _data(store: Store, to: Path, number: int) -> int:

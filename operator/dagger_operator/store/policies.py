@@ -19,6 +19,9 @@ from dagger_operator.store.progress import Tell, silent
 from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
+ADAPTER = "adapter"
+"""Folder of a version in which its low-rank adapter stands by itself, where it has one; its weights hold it merged."""
+
 _MANIFEST = "manifest.json"
 _REMEDY = (
     "a student: delete this version's folder and the training result that names it, then start its stage again; a base model: prepare again"
@@ -130,6 +133,15 @@ async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifes
         await _load_file(store, layout.policy(version) + name, file, partial / name)
     await asyncio.to_thread(_finish, partial, folder, manifest)
     return manifest
+
+
+async def load_adapter(store: Store, version: str, folder: Path) -> bool:
+    """Puts a version's adapter alone into `folder`, every file verified as by `load_policy`. False where it has none."""
+    manifest = await policy_manifest(store, version)
+    files = {name: file for name, file in manifest.files.items() if name.startswith(f"{ADAPTER}/")}
+    for name, file in files.items():
+        await _load_file(store, layout.policy(version) + name, file, folder / name.removeprefix(f"{ADAPTER}/"))
+    return bool(files)
 
 
 async def _load_file(store: Store, key: str, file: PolicyFile, path: Path) -> None:

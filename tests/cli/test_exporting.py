@@ -1,0 +1,80 @@
+"""`daggerctl export` of a run's students."""
+
+import asyncio
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Storage, TrainingSummary, load
+from dagger_operator.local.folder import RunFolder
+from dagger_operator.store.objects import Store
+from dagger_operator.store.policies import save_policy
+from dagger_operator.store.results import PrepareResult, TrainingResult, save_result
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, document: dict[str, Any]) -> Any:
+    """A run of three rounds of which so many are trained, with or without adapters; returns its versions."""
+    document["spec"] |= {"rounds": 3, "storage": {"url": f"file://{tmp_path}/store"}}
+    store = Store.open(Storage(url=document["spec"]["storage"]["url"]))
+
+    async def fill(rounds: int, rank: int | None) -> list[str]:
+        versions: list[str] = []
+        for number in range(rounds + 1):
+            folder = tmp_path / f"made-{number}"
+            (folder / "adapter").mkdir(parents=True)
+            (folder / "model.safetensors").write_text(f"weights of round {number}")
+            if number and rank:
+                (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": rank}))
+                (folder / "adapter" / "adapter_model.safetensors").write_text(f"adapter of round {number}")
+            parent = versions[-1] if versions else None
+            made_from: dict[str, Any] = {"base_model": "m", "parent": parent, "data_digest": None, "settings": {}, "software": {}}
+            versions.append((await save_policy(store, folder, round=number, **made_from)).version)
+            if number == 0:
+                await save_result(store, 0, "prepare", PrepareResult(policy=versions[0], teacher="t"))
+            else:
+                summary = TrainingSummary(steps=1, labels=1, tokens=1, checkpoint=versions[-1], seconds=1)
+                await save_result(store, number, "training", TrainingResult(summary=summary, policy=versions[-1], losses=(1.0,)))
+        return versions
+
+    def make(rounds: int, rank: int | None) -> list[str]:
+        RunFolder(tmp_path / ".dagger", "small").save(load(document))
+        return asyncio.run(fill(rounds, rank))
+
+    return make
+
+
+def test_every_rounds_adapter_goes_beside_the_first_student_and_one_server_is_told_of_all(ctl: Any, make_run: Any, tmp_path: Path) -> None:
+    base, *others = make_run(2, rank=12)
+    answer = ctl("export", "small", "--adapters", "--to", "out")
+    assert answer.returncode == 0, answer.stderr
+    command = f"vllm serve out/{base} --served-model-name {base} --enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules"
+    assert answer.stdout == f"{command} {shlex.join(f'{version}=out/adapters/{version}' for version in others)}\n"
+    assert (tmp_path / "out" / base / "model.safetensors").read_text() == "weights of round 0"
+    for number, version in enumerate(others, 1):
+        assert sorted(path.name for path in (tmp_path / "out" / "adapters" / version).iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        assert (tmp_path / "out" / "adapters" / version / "adapter_model.safetensors").read_text() == f"adapter of round {number}"
+    assert not list((tmp_path / "out").glob("r001*")), "a round's merged weights are not needed"
+    assert ctl("export", "small", "--adapters", "--to", "out").stdout == answer.stdout
+
+
+@pytest.mark.parametrize(("rounds", "said"), [(1, "training.lora makes adapters"), (0, "no round of it is trained yet")])
+def test_a_run_without_adapters_says_so(ctl: Any, make_run: Any, tmp_path: Path, rounds: int, said: str) -> None:
+    make_run(rounds, rank=None)
+    answer = ctl("export", "small", "--adapters", "--to", "out")
+    assert answer.returncode == 2 and said in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rounds_student_comes_out_as_it_was_stored(ctl: Any, make_run: Any, tmp_path: Path) -> None:
+    versions = make_run(2, rank=12)
+    answer = ctl("export", "small", "--round", "2", "--to", "out")
+    assert answer.stdout.strip() == f"out/{versions[2]}"
+    assert (tmp_path / "out" / versions[2] / "adapter" / "adapter_model.safetensors").read_text() == "adapter of round 2"
+    assert ctl("export", "small", "--round", "3", "--to", "out").returncode == 2
