@@ -12,7 +12,7 @@ import torch
 
 from dagger_operator.api import Storage, Training
 from dagger_operator.store.objects import Store
-from dagger_operator.training import checkpoints, engine, export, loop
+from dagger_operator.training import checkpoints, engine, export, layout, loop
 from dagger_operator.training.batches import Curriculum
 
 
@@ -31,8 +31,11 @@ def main(job_file: str, results: str) -> None:
         trainer = engine.build(training, job["weights"], ranks, device, sgd)
         curriculum = Curriculum(job["samples"], training, seed=1, round_number=1)
         scratch = Path(results) / name
-        kept = checkpoints.Checkpoints(Store.open(Storage(url=f"file://{scratch}/store")), scratch, 1, "", node=0, every_steps=10**6)
-        arguments = (trainer, job["samples"], curriculum, training, loop.Rank(rank, ranks, device), kept, checkpoints.Tally())
+        store = Store.open(Storage(url=f"file://{scratch}/store"))
+        stage = training.deepspeed.zero_stage
+        kept = checkpoints.Checkpoints(store, scratch, 1, "", zero_stage=stage, node=0, every_steps=10**6)
+        place = layout.Rank(rank, ranks, device, training.sequence_parallel)
+        arguments = (trainer, job["samples"], curriculum, training, place, kept, checkpoints.Tally())
         tally = asyncio.run(loop.train(*arguments, seed=1, stopping=lambda: False, observe=nothing, targets_at_once=16))
         export.export(trainer, job["weights"], scratch / "policy")
         out[name] = tally.losses

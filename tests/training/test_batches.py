@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagger_operator.api import BatchUnit, Schedule, ScheduleType, Training
-from dagger_operator.training.batches import Curriculum, padding, spread
+from dagger_operator.training.batches import Curriculum, Limits, padding, spread
 from dagger_operator.training.packing import Pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.schedule import learning_rate
+from dagger_operator.training.tree import Chain
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -85,25 +86,34 @@ def test_steps_of_a_schedule_replace_epochs_and_repeat_the_data() -> None:
 
 def pack_of(length: int, targets: int) -> Pack:
     ids, few = np.zeros(length, dtype=np.int64), np.zeros(targets, dtype=np.int64)
-    return Pack(ids, np.arange(length), few, few, np.ones(targets, dtype=np.float32), 1)
+    return Pack(ids, np.arange(length), (Chain(0, length),), few, few, np.ones(targets, dtype=np.float32), 1)
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 90)), min_size=1, max_size=40), st.integers(1, 9), st.integers(64, 1000))
-def test_ranks_share_every_pack_once_in_the_same_number_of_passes(sizes: list[tuple[int, int]], ranks: int, bound: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 90)), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.integers(64, 1000),
+    st.sampled_from([1, 2, 16]),
+)
+def test_groups_share_every_pack_once_in_the_same_number_of_passes(
+    sizes: list[tuple[int, int]], groups: int, bound: int, multiple: int
+) -> None:
     packs = [pack_of(length, targets) for length, targets in sizes]
-    passes = spread(packs, ranks, bound, targets_at_once=50)
-    assert all(len(one.packs) == ranks for one in passes)
+    limits = Limits(bound, 50, multiple)
+    passes = spread(packs, groups, limits)
+    assert all(len(one.packs) == groups for one in passes)
     assert sorted(index for one in passes for indices in one.packs for index in indices) == list(range(len(packs)))
-    loads, area = [0] * ranks, 0
+    loads, area = [0] * groups, 0
     for one in passes:
-        for rank, indices in enumerate(one.packs):
-            padded = len(indices) * max((len(packs[index]) for index in indices), default=0)
+        for group, indices in enumerate(one.packs):
+            tokens = sum(len(packs[index]) for index in indices)
+            padded = -(-tokens // multiple) * multiple
             assert padded <= bound or len(indices) == 1
             assert sum(len(packs[index].targets) for index in indices) <= 50 * one.pieces
             area += padded
-            loads[rank] += sum(len(packs[index]) for index in indices)
+            loads[group] += tokens
     assert max(loads) - min(loads) <= max(length for length, _ in sizes)
-    assert padding(passes, packs) == area - sum(map(len, packs))
+    assert padding(passes, packs, limits) == area - sum(map(len, packs))
 
 
 @pytest.mark.parametrize("name", ["Constant", "Linear", "Cosine"])

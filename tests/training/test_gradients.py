@@ -31,10 +31,19 @@ BASE = {
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": {"deepspeed": {"zeroStage": stage}} for stage in range(4)},
     "offload": {"deepspeed": {"zeroStage": 2, "offload": "Optimizer"}},
+    "labels": {"packing": "Labels", "deepspeed": {"zeroStage": 2}},
+    "one-row": {"microBatchTokens": 4096, "deepspeed": {"zeroStage": 1}},
+    "parted-trees": {"microBatchTokens": 150, "deepspeed": {"zeroStage": 3}},
     "recompute": {"deepspeed": {"zeroStage": 2}, "activationCheckpointing": True},
     "clipped": {"deepspeed": {"zeroStage": 2}, "gradientClip": 0.05},
+    "recompute-zero3": {"deepspeed": {"zeroStage": 3}, "activationCheckpointing": True},
     **{f"bf16-zero{stage}": {"deepspeed": {"zeroStage": stage}, "precision": "BF16"} for stage in range(4)},
 }
+SHARED: dict[str, dict[str, Any]] = {
+    f"shared-{name}": {"sequenceParallel": 2, **SETTINGS[name]}
+    for name in ("zero0", "zero1", "zero2", "zero3", "offload", "one-row", "parted-trees", "recompute", "recompute-zero3", "bf16-zero2")
+}
+"""Both ranks share every row."""
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +78,11 @@ def plain(weights: Path, samples: list[Sample], training: Training) -> tuple[lis
     return losses, {name: value.detach().clone() for name, value in policy.named_parameters()}
 
 
-def under_deepspeed(ranks: int, weights: Path, samples: list[Sample], folder: Path) -> dict[str, tuple[float, ...]]:
+def under_deepspeed(
+    ranks: int, settings: dict[str, dict[str, Any]], weights: Path, samples: list[Sample], folder: Path
+) -> dict[str, tuple[float, ...]]:
     job = folder / "job.pickle"
-    job.write_bytes(pickle.dumps({"weights": weights, "samples": samples, "training": BASE, "settings": SETTINGS}))
+    job.write_bytes(pickle.dumps({"weights": weights, "samples": samples, "training": BASE, "settings": settings}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,16 +99,18 @@ def under_deepspeed(ranks: int, weights: Path, samples: list[Sample], folder: Pa
     return pickle.loads((folder / "losses.pickle").read_bytes())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_layout_takes_the_steps_of_a_plain_loop(ranks: int, policy_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "layouts"), [(1, SETTINGS), (2, SETTINGS), (2, SHARED)], ids=["one rank", "two ranks", "shared rows"])
+def test_every_layout_takes_the_steps_of_a_plain_loop(
+    ranks: int, layouts: dict[str, dict[str, Any]], policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     before = dict(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32).named_parameters())
-    found = under_deepspeed(ranks, policy_folder, samples, tmp_path)
-    for name, settings in SETTINGS.items():
+    found = under_deepspeed(ranks, layouts, policy_folder, samples, tmp_path)
+    for name, settings in layouts.items():
         losses, weights = plain(policy_folder, samples, Training.model_validate({**BASE, **settings}))
-        low_precision = name.startswith("bf16")
+        low_precision = "bf16" in name
         assert found[name] == pytest.approx(losses, rel=2e-2 if low_precision else 1e-5), name
         trained = dict(AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy", dtype=torch.float32).named_parameters())
         assert trained.keys() == weights.keys()

@@ -3,11 +3,14 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagger_operator.api.training import Packing
 from dagger_operator.training.packing import Pack, pack, token_ratio
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.tree import visits
 
 
 @st.composite
@@ -24,40 +27,75 @@ def samples(draw: st.DrawFn) -> list[Sample]:
     return made
 
 
-def lessons(packs: list[Pack]) -> Counter[tuple[tuple[int, ...], int]]:
-    """Every target with all that causal attention lets it be predicted from."""
-    seen: Counter[tuple[tuple[int, ...], int]] = Counter()
+def lessons(packs: list[Pack]) -> Counter[tuple[tuple[int, ...], int, float]]:
+    """Every target with its weight and all that it may be predicted from."""
+    taught: Counter[tuple[tuple[int, ...], int, float]] = Counter()
     for one in packs:
-        assert one.position_ids.tolist() == list(range(len(one)))
+        first, last = visits(one.chains)
         for prev, target, weight in zip(one.prev, one.targets, one.weights, strict=True):
-            assert weight == 1
-            seen[(tuple(one.input_ids[: prev + 1].tolist()), int(target))] += 1
-    return seen
+            seen = np.flatnonzero((first <= first[prev]) & (first[prev] < last))
+            seen = seen[np.argsort(one.position_ids[seen])]
+            assert one.position_ids[seen].tolist() == list(range(len(seen)))
+            taught[tuple(one.input_ids[seen].tolist()), int(target), float(weight)] += 1
+    return taught
 
 
-@given(samples())
-def test_packs_teach_every_label_from_its_own_state_and_nothing_else(made: list[Sample]) -> None:
-    expected: Counter[tuple[tuple[int, ...], int]] = Counter()
+@given(samples(), st.integers(1, 60), st.sampled_from(Packing))
+def test_packs_teach_every_label_from_its_own_state_and_nothing_else(made: list[Sample], most_tokens: int, packing: Packing) -> None:
+    expected: Counter[tuple[tuple[int, ...], int, float]] = Counter()
     for sample in made:
         for position in range(sample.prompt, len(sample.tokens)):
-            expected[(tuple(sample.tokens[:position].tolist()), int(sample.tokens[position]))] += 1
-    packs = pack(made)
+            expected[tuple(sample.tokens[:position].tolist()), int(sample.tokens[position]), sample.weight] += 1
+    packs = pack(made, most_tokens, packing)
     assert lessons(packs) == expected
     assert sum(one.labels for one in packs) == len(made)
     assert token_ratio(made, packs) >= 1
 
 
+@given(samples(), st.integers(1, 60))
+def test_a_pack_keeps_to_the_bound_unless_a_single_sequence_is_longer(made: list[Sample], most_tokens: int) -> None:
+    for one in pack(made, most_tokens):
+        assert len(one) <= most_tokens or len(one) == 1 + int(one.position_ids.max())
+
+
+@given(samples())
+def test_what_a_trajectorys_labels_share_costs_once(made: list[Sample]) -> None:
+    beginnings = {(sample.trajectory, tuple(sample.tokens[:end].tolist())) for sample in made for end in range(1, len(sample.tokens))}
+    assert sum(map(len, pack(made, 10**6))) == len(beginnings)
+
+
 def test_a_run_of_the_teachers_turns_costs_one_sequence() -> None:
     dialogue = np.arange(100, dtype=np.int32)
     turns = [Sample("0001/00000", turn, dialogue[: 20 * turn + 20], 20 * turn + 10) for turn in range(5)]
-    packs = pack(turns)
-    assert len(packs) == 1
-    assert len(packs[0]) == 99
+    packs = pack(turns, 1000)
+    assert [len(one) for one in packs] == [99]
     assert token_ratio(turns, packs) == sum(20 * turn + 19 for turn in range(5)) / 99
 
 
-def test_a_label_that_the_student_did_not_follow_costs_a_sequence_of_its_own() -> None:
+def test_a_label_that_the_student_did_not_follow_costs_its_own_tokens_alone() -> None:
     followed = Sample("0001/00000", 1, np.array([1, 2, 3, 4, 5, 6], dtype=np.int32), 4)
     strayed = Sample("0001/00000", 0, np.array([1, 2, 9, 9], dtype=np.int32), 2)
     elsewhere = Sample("0001/00001", 0, np.array([1, 2, 3], dtype=np.int32), 2)
-    assert sorted(len(one) for one in pack([followed, strayed, elsewhere])) == [2, 3, 5]
+    assert sorted(len(one) for one in pack([followed, strayed, elsewhere], 1000)) == [2, 6]
+
+
+def test_the_first_token_of_a_branch_is_predicted_from_the_trunk() -> None:
+    trunk = Sample("0001/00000", 1, np.array([1, 2, 3, 4, 5, 6], dtype=np.int32), 4)
+    branch = Sample("0001/00000", 0, np.array([1, 2, 8, 9], dtype=np.int32), 2)
+    (one,) = pack([trunk, branch], 1000)
+    assert one.input_ids.tolist() == [1, 2, 3, 4, 5, 8]
+    assert one.position_ids.tolist() == [0, 1, 2, 3, 4, 2]
+    assert dict(zip(one.targets.tolist(), one.prev.tolist(), strict=True)) == {5: 3, 6: 4, 8: 1, 9: 5}
+
+
+def test_a_tree_above_the_bound_is_parted_so_that_late_turns_share_the_long_trunk() -> None:
+    dialogue = np.arange(400, dtype=np.int32)
+    turns = [
+        Sample("0001/00000", turn, np.concatenate([dialogue[: 40 * turn + 40], np.full(11, 1000 + turn, dtype=np.int32)]), 40 * turn + 40)
+        for turn in range(10)
+    ]
+    assert [len(one) for one in pack(turns, 10**6)] == [400 + 10 * 10]
+    parted = pack(turns, 440)
+    assert [one.labels for one in parted] == [4, 6]
+    assert [len(one) for one in parted] == [400 + 4 * 10, 240 + 6 * 10]
+    assert token_ratio(turns, parted) == pytest.approx((40 * 55 + 100) / 740)

@@ -307,6 +307,49 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
     assert (await policy_manifest(setting.store, result.policy)).files == (await policy_manifest(undisturbed.store, result.policy)).files
 
 
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (2, 1, 2)])
+async def test_it_goes_on_with_another_number_of_ranks_to_the_same_losses_but_for_rounding(
+    zero_stage: int,
+    before: int,
+    after: int,
+    undisturbed: Setting,
+    policy_folder: Path,
+    trajectories: list[Trajectory],
+    tmp_path: Path,
+) -> None:
+    setting = Setting(tmp_path, processesPerNode=before, deepspeed={"zeroStage": zero_stage})
+    await setting.prepare(policy_folder, trajectories)
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    # A node is gone, and what is left has less memory.
+    setting.run["spec"]["training"] |= {"processesPerNode": after, "microBatchTokens": 300, "activationCheckpointing": True}
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    said = setting.log.read_text()
+    assert "given up" not in said
+    assert ("checkpoint cut anew" in said) == (zero_stage > 0)
+    assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
+    result, expected = await setting.result(), await undisturbed.result()
+    assert result.losses == pytest.approx(expected.losses, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.heavy
+async def test_a_checkpoint_of_another_learning_rate_is_not_gone_on_from(
+    policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, processesPerNode=1, steps={"type": "Constant", "value": 60})
+    await setting.prepare(policy_folder, trajectories)
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    setting.run["spec"]["training"]["learningRate"] = 1e-3
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    assert '"why": "of another training' in setting.log.read_text()
+    assert len((await setting.result()).losses) == 60
+
+
 async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:
     """Whether a stage that found a checkpoint has taken steps since."""
     stored = await setting.checkpoints()

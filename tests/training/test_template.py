@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dagger_operator.api.training import LabelWeights
 from dagger_operator.store.records import Actor, Message, Trajectory
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import tokenise
@@ -115,6 +116,19 @@ def test_flawed_labels_do_not_train_and_long_states_are_left_out_and_counted(
     cut = tokenise(trajectories, template, bound)
     assert all(len(sample.tokens) <= bound for sample in cut.samples)
     assert cut.too_long + len(cut.samples) == len(everything.samples)
+
+
+def test_labels_weigh_by_who_acted_and_weight_0_leaves_them_out(
+    tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]
+) -> None:
+    template = StudentTemplate(tokenizer_with("qwen3_instruct"))
+    students = {turn.index for turn in trajectories[3].turns if turn.actor is Actor.STUDENT}
+    weighed = tokenise([trajectories[3]], template, 4096, LabelWeights(student_acted=2.5)).samples
+    assert {sample.turn: sample.weight for sample in weighed} == {
+        turn.index: 2.5 if turn.index in students else 1.0 for turn in trajectories[3].turns
+    }
+    only = tokenise([trajectories[3]], template, 4096, LabelWeights(teacher_acted=0)).samples
+    assert {sample.turn for sample in only} == students
 
 
 def test_template_variables_are_those_of_the_servers_command_line() -> None:

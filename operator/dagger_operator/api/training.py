@@ -26,6 +26,11 @@ class BatchUnit(StrEnum):
     TRAJECTORIES = "Trajectories"
 
 
+class Packing(StrEnum):
+    TREES = "Trees"
+    LABELS = "Labels"
+
+
 class LearningRateSchedule(StrEnum):
     CONSTANT = "Constant"
     LINEAR = "Linear"
@@ -51,7 +56,28 @@ class DeepSpeed(ApiModel):
     """What is kept in host memory."""
 
 
+_ONE_ACTOR_AT_LEAST = "with both at 0 there is nothing to learn: write a weight above 0 for one of them"
+
+
+class LabelWeights(ApiModel):
+    """How much the tokens of a label count, by who acted at its state."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (Rule("self.studentActed > 0 || self.teacherActed > 0", _ONE_ACTOR_AT_LEAST),)
+
+    student_acted: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """At states where the student acted; 0 leaves them out."""
+    teacher_acted: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    """At states where the teacher acted; 0 leaves them out."""
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Self:
+        if self.student_acted == self.teacher_acted == 0:
+            raise Misfit("studentActed", 0, _ONE_ACTOR_AT_LEAST)
+        return self
+
+
 MOST_STEPS = 1_000_000
+_ROWS_STAY_ON_A_NODE = "the ranks that share a row are on one node: write a divisor of processesPerNode"
 _STEPS = f"these are optimiser steps: write a number in 1..{MOST_STEPS}"
 
 
@@ -64,6 +90,7 @@ class Training(ApiModel):
             "self.gpusPerNode == 0 || self.processesPerNode == self.gpusPerNode",
             "a rank has a GPU of its own: write the same number into processesPerNode and gpusPerNode, or gpusPerNode 0 for the CPU",
         ),
+        Rule("self.processesPerNode % self.sequenceParallel == 0", _ROWS_STAY_ON_A_NODE),
     )
 
     mode: TrainingMode = TrainingMode.ENABLED
@@ -79,8 +106,13 @@ class Training(ApiModel):
     """Size of one optimiser step over all ranks, in `batchUnit`s."""
     batch_unit: BatchUnit = BatchUnit.TRAJECTORIES
     """Whether a batch counts labels or whole trajectories."""
+    packing: Packing = Packing.TREES
+    """Trees trains a trajectory and all its labels in one pass, what they share once. Labels gives each label a sequence of its own:
+    the same result at many times the cost, to compare with."""
+    label_weights: LabelWeights = LabelWeights()
+    """Weight of a label's tokens in the loss; the paper's recipe counts all alike."""
     micro_batch_tokens: Annotated[int, Field(ge=64, le=8388608)] = 65536
-    """Most tokens, padding included, of one forward pass on one rank; sets memory, not the result."""
+    """Most tokens, padding included, of one forward pass on one rank, or on `sequenceParallel` ranks; sets memory, not the result."""
     max_sequence_tokens: Annotated[int, Field(ge=64, le=1048576)] = 65536
     """A state with its label that is longer is left out and counted."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-6
@@ -103,6 +135,8 @@ class Training(ApiModel):
     """Sharding over ranks."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Ranks that share each row of tokens (DeepSpeed-Ulysses), for contexts that are too long for one; divides the student's heads."""
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Training pods."""
     processes_per_node: Annotated[int, Field(ge=1, le=64)] = 8
@@ -126,4 +160,6 @@ class Training(ApiModel):
             raise Misfit(
                 "processesPerNode", self.processes_per_node, f"write {self.gpus_per_node} as in gpusPerNode, or gpusPerNode 0 for the CPU"
             )
+        if self.processes_per_node % self.sequence_parallel:
+            raise Misfit("sequenceParallel", self.sequence_parallel, _ROWS_STAY_ON_A_NODE)
         return self

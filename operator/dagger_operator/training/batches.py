@@ -54,43 +54,62 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of every rank. All have as many, and as many pieces in each, so that none waits for ever in a collective."""
+    """One forward pass of every group of ranks that share a row. All have as many, and as many pieces in each, so that none waits for
+    ever in a collective."""
 
     packs: tuple[tuple[int, ...], ...]
-    """By rank, indices of packs; none is a pass for company."""
+    """By group, indices of packs; none is a pass for company."""
     pieces: int
     """Parts in which every rank computes its logits."""
 
 
-def spread(packs: Sequence[Pack], ranks: int, micro_batch_tokens: int, targets_at_once: int) -> list[Pass]:
-    """The forward passes of one step: balanced by tokens, micro-batches bounded with padding counted. A pack above the bound goes
-    alone. `targets_at_once` bounds the targets of a piece."""
+@dataclass(frozen=True)
+class Limits:
+    """Of one forward pass on one rank."""
+
+    tokens: int
+    """Most tokens of a row."""
+    targets: int
+    """Most targets whose logits exist at a time."""
+    multiple: int = 1
+    """A row is padded to a multiple of so many tokens."""
+
+    def padding(self, tokens: int) -> int:
+        """Tokens that a row of so many gets on top."""
+        return -tokens % self.multiple
+
+
+def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:
+    """The forward passes of one step: balanced by tokens, rows bounded with padding counted. A pack above the bound goes alone."""
     longest_first = sorted(range(len(packs)), key=lambda index: (-len(packs[index]), index))
-    mine: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
+    mine: list[list[int]] = [[] for _ in range(groups)]
+    load = [0] * groups
     for index in longest_first:
-        rank = load.index(min(load))
-        mine[rank].append(index)
-        load[rank] += len(packs[index])
-    by_rank = [_micro_batches(indices, packs, micro_batch_tokens) for indices in mine]
+        group = load.index(min(load))
+        mine[group].append(index)
+        load[group] += len(packs[index])
     passes = []
-    for together in zip_longest(*by_rank, fillvalue=()):
+    for together in zip_longest(*(_rows(indices, packs, limits) for indices in mine), fillvalue=()):
         targets = max(sum(len(packs[index].targets) for index in indices) for indices in together)
-        passes.append(Pass(together, max(1, math.ceil(targets / targets_at_once))))
+        passes.append(Pass(together, max(1, math.ceil(targets / limits.targets))))
     return passes
 
 
-def padding(passes: Iterable[Pass], packs: Sequence[Pack]) -> int:
-    """Tokens by which the micro-batches of all ranks are larger than the packs in them."""
-    batches = [[len(packs[index]) for index in indices] for turn in passes for indices in turn.packs if indices]
-    return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
+def padding(passes: Iterable[Pass], packs: Sequence[Pack], limits: Limits) -> int:
+    """Tokens by which the rows of all groups are larger than the packs in them."""
+    return sum(limits.padding(sum(len(packs[index]) for index in indices)) for turn in passes for indices in turn.packs)
 
 
-def _micro_batches(indices: Sequence[int], packs: Sequence[Pack], bound: int) -> list[tuple[int, ...]]:
-    batches: list[list[int]] = []
-    for index in indices:  # longest first: the first of a micro-batch sets its width
-        if batches and (len(batches[-1]) + 1) * len(packs[batches[-1][0]]) <= bound:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return [tuple(batch) for batch in batches]
+def _rows(indices: Sequence[int], packs: Sequence[Pack], limits: Limits) -> list[tuple[int, ...]]:
+    """Packs, the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    taken: list[int] = []
+    for index in indices:
+        length = len(packs[index])
+        fitting = (row for row, tokens in enumerate(taken) if tokens + length + limits.padding(tokens + length) <= limits.tokens)
+        if (row := next(fitting, len(rows))) == len(rows):
+            rows.append([])
+            taken.append(0)
+        rows[row].append(index)
+        taken[row] += length
+    return [tuple(row) for row in rows]

@@ -1,4 +1,5 @@
-"""Trainer state in the store, from which a killed training goes on with the same losses, bit for bit, on the same layout.
+"""Trainer state in the store, from which a killed training goes on: with the same losses, bit for bit, on the same layout, and to
+rounding on another number of ranks.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
 restart fetches that again. The last two are kept: if one is damaged, the one before it serves.
@@ -20,6 +21,7 @@ from dagger_operator.store.policies import file_digest
 from dagger_operator.store.records import Record
 from dagger_operator.training.engine import Engine
 from dagger_operator.training.metrics import Step
+from dagger_operator.training.resharding import put_together, reading_whole
 
 T = TypeVar("T")
 
@@ -62,11 +64,24 @@ class StoredFile(Record):
     """Pod that wrote it."""
 
 
+class Cut(Record):
+    """How the state is dealt to files."""
+
+    zero_stage: int
+    ranks: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank has all of it."""
+        return self.zero_stage == 0
+
+
 class Checkpoint(Record):
     """Manifest of one checkpoint."""
 
-    layout: str
-    """Digest of everything that decides the course of training. Another one is another training."""
+    course: str
+    """Digest of everything that decides the course of training but for rounding. Another one is another training."""
+    cut: Cut
     tally: Tally
     files: dict[str, StoredFile]
 
@@ -74,9 +89,12 @@ class Checkpoint(Record):
 class Checkpoints:
     """This round's checkpoints, seen from one rank. `save` and `resume` are collective: every rank calls them."""
 
-    def __init__(self, store: Store, scratch: Path, round_number: int, layout_digest: str, *, node: int, every_steps: int) -> None:
+    def __init__(
+        self, store: Store, scratch: Path, round_number: int, course: str, *, zero_stage: int, node: int, every_steps: int
+    ) -> None:
         self._store, self._prefix = store, layout.checkpoint_prefix(round_number)
-        self._folder, self._layout, self._node, self._every = scratch / "checkpoints", layout_digest, node, every_steps
+        self._folder, self._course, self._node, self._every = scratch / "checkpoints", course, node, every_steps
+        self._cut = Cut(zero_stage=zero_stage, ranks=torch.distributed.get_world_size())
         self._rank = torch.distributed.get_rank()
         # One rank of each pod moves files; the pods' folders are not shared.
         nodes = _gathered(node)
@@ -101,7 +119,7 @@ class Checkpoints:
                 await self._store.upload(f"{self._prefix}{tag}/{name}", path)
         files = {name: file for part in _gathered(mine) for name, file in part.items()}
         if self._rank == 0:
-            manifest = Checkpoint(layout=self._layout, tally=tally, files=files)
+            manifest = Checkpoint(course=self._course, cut=self._cut, tally=tally, files=files)
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
             for old in (await self._tags())[:-_KEPT]:
                 await self._forget(old)
@@ -121,12 +139,25 @@ class Checkpoints:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
                 await self._give_up(tag, "damaged")
                 continue
-            engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False)
+            self._load(engine, tag, checkpoint.cut)
             torch.distributed.barrier()
             if self._carries:
-                shutil.rmtree(self._folder / tag)
+                shutil.rmtree(self._folder)
             return checkpoint.tally
         return Tally()
+
+    def _load(self, engine: Engine, tag: str, cut: Cut) -> None:
+        if cut == self._cut or cut.whole:
+            engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False)
+            return
+        whole = f"{tag}-whole"
+        if self._carries:
+            put_together(self._folder / tag, self._folder / whole)
+        torch.distributed.barrier()
+        with reading_whole(engine):
+            engine.load_checkpoint(str(self._folder), tag=whole, load_lr_scheduler_states=False)
+        if self._rank == 0:
+            self._log.info("checkpoint cut anew", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
 
     async def forget(self) -> None:
         """Removes all checkpoints of this round: it is done."""
@@ -144,8 +175,10 @@ class Checkpoints:
                 checkpoint = None
             if checkpoint is None:
                 await self._give_up(tag, "cut short")
-            elif checkpoint.layout != self._layout:
-                await self._give_up(tag, "of another training: other settings, ranks, data or software")
+            elif checkpoint.course != self._course:
+                await self._give_up(tag, "of another training: other settings, data or software")
+            elif checkpoint.cut.zero_stage != self._cut.zero_stage:
+                await self._give_up(tag, "cut for another training.deepspeed.zeroStage")
             else:
                 found.append((tag, checkpoint))
         return found
@@ -161,7 +194,7 @@ class Checkpoints:
         if not self._carries:
             return True
         for name, file in checkpoint.files.items():
-            if file.node not in (0, self._node):
+            if file.node not in (0, self._node) and checkpoint.cut == self._cut:
                 continue
             path = self._folder / tag / name
             path.parent.mkdir(parents=True, exist_ok=True)

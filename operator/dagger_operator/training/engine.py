@@ -14,6 +14,7 @@ import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.api.training import Offload, Precision
+from dagger_operator.training import attention, sequence
 from dagger_operator.training.loss import Objective
 
 Engine = Any
@@ -42,8 +43,8 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     return device
 
 
-def settings(training: Training, ranks: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+def settings(training: Training, groups: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration, for so many groups of ranks that share rows.
 
     BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast as they
     are used. Gradients are summed in FP32 either way.
@@ -57,7 +58,7 @@ def settings(training: Training, ranks: int, device: torch.device) -> dict[str, 
         zero |= {"reduce_bucket_size": 1 << 24, "allgather_bucket_size": 1 << 24}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": ranks,
+        "train_batch_size": groups,
         "gradient_accumulation_steps": 1,
         # `step()` ends an accumulation window, whatever number of micro-batches it has; the loss is normalised by us.
         "managed_gradient_accumulation": False,
@@ -89,27 +90,45 @@ def adamw(training: Training) -> MakeOptimizer:
 
 
 def build(training: Training, weights: Path, ranks: int, device: torch.device, make_optimizer: MakeOptimizer) -> Engine:
-    """The policy in folder `weights`, ready to train."""
+    """The policy in folder `weights`, ready to train. Collective."""
     import deepspeed
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not type it; a stage's log is lines of JSON
 
     low_precision = training.precision is Precision.BF16 and training.deepspeed.zero_stage > 0
+    config = AutoConfig.from_pretrained(weights, local_files_only=True)
+    groups = sequence.share_rows(config.get_text_config(), training.sequence_parallel)
     # Each rank holds the weights whole in host memory until DeepSpeed shards them.
     policy = AutoModelForCausalLM.from_pretrained(
-        weights, dtype=torch.bfloat16 if low_precision else torch.float32, attn_implementation="sdpa", local_files_only=True
+        weights,
+        config=config,
+        dtype=torch.bfloat16 if low_precision else torch.float32,
+        attn_implementation=attention.NAME,
+        local_files_only=True,
     )
     policy.config.use_cache = False
     if training.activation_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = Objective(policy)
     engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=make_optimizer(objective.parameters()), config=settings(training, ranks, device)
+        model=objective,
+        optimizer=make_optimizer(objective.parameters()),
+        config=settings(training, ranks // training.sequence_parallel, device),
+        mpu=groups,
     )
     engine.train()
     return engine
+
+
+def gradients_divided_by(engine: Engine, ranks: int, groups: int) -> int:
+    """What the engine divides the sum of all ranks' gradients by.
+
+    The ranks that share a row are not to be averaged over; ZeRO-3 does all the same where it scatters what it reduces, as it does by
+    default (`__avg_scatter_grads` in `runtime/zero/stage3.py`, 0.19).
+    """
+    return ranks if engine.zero_optimization_stage() == 3 else groups
 
 
 def gradient_norm(engine: Engine) -> float | None:

@@ -11,6 +11,13 @@ from dagger_operator.store.manifest import TrainingSet, training_set
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
+_NO_MATTER = frozenset({"checkpointEverySteps", "retries", "image", "mode", "pod"})
+"""Settings that cannot change the result."""
+_ROUNDING = frozenset(
+    {"nodes", "processesPerNode", "gpusPerNode", "sequenceParallel", "microBatchTokens", "packing", "activationCheckpointing", "deepspeed"}
+)
+"""Settings that change how sums are made, and may be changed while training is under way: fewer nodes, or less memory."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -19,13 +26,16 @@ class Inputs:
     data: TrainingSet
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """Everything that decides the course of training, as it is kept with the policy."""
+        """Everything that decides the result, as it is kept with the policy."""
         spec = stage.run.spec
-        training = spec.training.wire()
-        # What cannot change the result may change while it is made.
-        for name in ("checkpointEverySteps", "retries", "image", "mode"):
-            training.pop(name, None)
+        training = {name: value for name, value in spec.training.wire().items() if name not in _NO_MATTER}
         return {"training": training, "seed": spec.seed, "round": stage.round, "parent": self.parent, "data": self.data.digest}
+
+    def course(self, stage: Stage) -> dict[str, Any]:
+        """The part of it that decides more than rounding: what a checkpoint must agree with to be gone on from."""
+        settings = self.settings(stage)
+        training = {name: value for name, value in settings["training"].items() if name not in _ROUNDING}
+        return {**settings, "training": training}
 
 
 async def inputs(stage: Stage) -> Inputs:

@@ -1,30 +1,26 @@
 """The training loop."""
 
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+import structlog
 import torch
 import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.batches import Curriculum, padding, spread
+from dagger_operator.training.agreement import check_agreement
+from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
 from dagger_operator.training.checkpoints import Checkpoints, Tally
-from dagger_operator.training.engine import Engine, gradient_norm, set_learning_rate
-from dagger_operator.training.loss import collate
+from dagger_operator.training.engine import Engine, gradient_norm, gradients_divided_by, set_learning_rate
+from dagger_operator.training.guards import refuse_broken
+from dagger_operator.training.layout import Rank
 from dagger_operator.training.metrics import Step
-from dagger_operator.training.packing import pack
+from dagger_operator.training.packing import Pack, pack
+from dagger_operator.training.rows import collate
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class Rank:
-    index: int
-    of: int
-    device: torch.device
 
 
 async def train(
@@ -44,52 +40,67 @@ async def train(
 
     `targets_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
     """
+    limits = rank.limits(training, targets_at_once)
+    if tally.steps < curriculum.steps:
+        agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
+        if rank.index == 0 and agreement is not None:
+            structlog.get_logger().info("a tree's loss is that of its labels one by one", relative_difference=agreement)
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
         torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
         batch = [samples[index] for index in curriculum.batch(step)]
-        packs = pack(batch)
-        weight = sum(float(pack.weights.sum()) for pack in packs)
-
-        loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
-        passes = spread(packs, rank.of, training.micro_batch_tokens, targets_at_once)
-        for turn in passes:
-            mine = [packs[index] for index in turn.packs[rank.index]]
-            loss = engine(**collate(mine, rank.device), pieces=turn.pieces)
-            # DeepSpeed averages gradients over ranks: times ranks, by the targets of the whole step, is the mean over all targets.
-            engine.backward(loss * (rank.of / weight))
-            loss_sum += loss.detach()
-
-        # One small sum over ranks: the step's loss, whether a rank must end, whether a checkpoint is due.
-        stop, due = stopping(), checkpoints.due(step + 1)
-        word = torch.tensor([float(loss_sum) / weight, stop, due], dtype=torch.float64, device=rank.device)
-        torch.distributed.all_reduce(word)
-        mean, stops, dues = word.tolist()
-        if not math.isfinite(mean):
-            raise StageFailure(
-                "LossNotFinite",
-                f"the loss of step {step + 1} is {mean}: lower training.learningRate or training.gradientClip, or train with "
-                "precision FP32; the weights before this round are unharmed",
-            )
+        packs = pack(batch, training.micro_batch_tokens, training.packing)
+        passes = spread(packs, rank.groups, limits)
+        loss = _gradients(engine, packs, passes, rank, limits, stopping)
+        if loss is None:  # the step is not taken, so what is stored is the state before it
+            await checkpoints.save(engine, tally)
+            message = f"asked to end after step {tally.steps} of {curriculum.steps}; training goes on from its checkpoint"
+            raise StageFailure("Terminated", message, permanent=False)
+        refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
         set_learning_rate(engine, rate)
         engine.step()
 
         done = Step(
-            loss=mean,
+            loss=loss,
             labels=len(batch),
             tokens=sum(map(len, packs)),
-            padding=padding(passes, packs),
+            padding=padding(passes, packs, limits),
             unpacked=sum(len(sample.tokens) - 1 for sample in batch),
             learning_rate=rate,
             gradient_norm=gradient_norm(engine),
             seconds=time.monotonic() - started,
         )
         tally = tally.with_step(done)
-        if stops or (dues and tally.steps < curriculum.steps):
+        if tally.steps < curriculum.steps and _any(checkpoints.due(tally.steps)):
             done = replace(done, checkpoint_seconds=await checkpoints.save(engine, tally))
-        if stops:
-            message = f"asked to end after step {tally.steps} of {curriculum.steps}; training goes on from its checkpoint"
-            raise StageFailure("Terminated", message, permanent=False)
         await observe(tally, done)
     return tally
+
+
+def _gradients(
+    engine: Engine, packs: Sequence[Pack], passes: Sequence[Pass], rank: Rank, limits: Limits, stopping: Callable[[], bool]
+) -> float | None:
+    """Leaves the gradient of one step with the engine, and returns the mean loss over all its targets.
+
+    None where some rank has been asked to end: that is seen after every pass, since a step may take longer than a notice leaves.
+    """
+    weight = sum(float(one.weights.sum()) for one in packs)
+    total = torch.zeros((), dtype=torch.float64, device=rank.device)
+    for turn in passes:
+        mine = [packs[index] for index in turn.packs[rank.group]]
+        loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=turn.pieces)
+        # By the weight of the whole step, and times what DeepSpeed divides by, it is the mean over all targets.
+        engine.backward(loss * (gradients_divided_by(engine, rank.of, rank.groups) / weight))
+        total += loss.detach()
+        if _any(stopping()):
+            return None
+    torch.distributed.all_reduce(total)
+    return float(total) / weight
+
+
+def _any(word: bool) -> bool:
+    """Whether any rank says so. Of a tensor on the CPU, so that a GPU need not be waited for."""
+    said = torch.tensor(int(word))
+    torch.distributed.all_reduce(said)
+    return bool(said)

@@ -1,18 +1,14 @@
 """Cross-entropy on labelled positions only, summed: who calls it knows how many targets the whole step has."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.packing import Pack
-
-Batch = dict[str, Tensor]
+from dagger_operator.training.attention import Tree, refuse_unsuited
 
 
 class Objective(torch.nn.Module):
@@ -22,6 +18,7 @@ class Objective(torch.nn.Module):
         """`policy` is a causal language model of transformers, whose methods are not typed."""
         super().__init__()
         self.policy = policy
+        refuse_unsuited(policy.config)
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(policy.config, name, None) not in (None, 1.0):
                 raise StageFailure(
@@ -31,17 +28,18 @@ class Objective(torch.nn.Module):
                 )
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, prev: Tensor, targets: Tensor, weights: Tensor, pieces: int = 1
+        self, input_ids: Tensor, position_ids: Tensor, tree: Tree, prev: Tensor, targets: Tensor, weights: Tensor, pieces: int = 1
     ) -> Tensor:
         """Sum over k targets of weight times negative log-likelihood; a scalar in FP32.
 
-        `input_ids`, `position_ids`: (sequences, tokens), padded on the right, where causal attention lets nothing look.
-        `rows`, `prev`, `targets`, `weights`: (k,); target i is predicted at [rows[i], prev[i]].
+        `input_ids`, `position_ids`: (1, tokens), this rank's part of the row that `tree` describes whole.
+        `prev`, `targets`, `weights`: (k,); target i is predicted at [0, prev[i]].
         `pieces`: logits exist for one of so many parts of the targets at a time. Ranks must agree on it: where the head is sharded,
         each piece gathers it.
         """
-        hidden = self.policy.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        wanted = hidden[rows, prev]
+        decoder = self.policy.get_decoder()
+        hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, tree=tree).last_hidden_state
+        wanted = hidden[0, prev]
         if pieces == 1:
             return self._nll(wanted, targets, weights)
         parts = zip(*(torch.tensor_split(tensor, pieces) for tensor in (wanted, targets, weights)), strict=True)
@@ -52,23 +50,3 @@ class Objective(torch.nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = head(hidden.to(head.weight.dtype)).float()
             return (functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
-
-
-def collate(packs: Sequence[Pack], device: torch.device) -> Batch:
-    """One micro-batch. Of no packs it is one token whose target weighs nothing: the same collectives, no gradient."""
-    if not packs:
-        zero = torch.zeros(1, dtype=torch.long, device=device)
-        return {"input_ids": zero[None], "position_ids": zero[None], "rows": zero, "prev": zero, "targets": zero, "weights": zero.float()}
-    width = max(map(len, packs))
-    # Positions of the padding go on counting: a jump would look like another sequence packed into the row.
-    ids = np.stack([np.pad(pack.input_ids, (0, width - len(pack))) for pack in packs])
-    positions = np.stack([np.concatenate([pack.position_ids, np.arange(width - len(pack)) + len(pack)]) for pack in packs])
-    arrays = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "rows": np.repeat(np.arange(len(packs)), [len(pack.targets) for pack in packs]),
-        "prev": np.concatenate([pack.prev for pack in packs]),
-        "targets": np.concatenate([pack.targets for pack in packs]),
-        "weights": np.concatenate([pack.weights for pack in packs]),
-    }
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}

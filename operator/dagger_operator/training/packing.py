@@ -1,9 +1,9 @@
-"""Samples as sequences for one forward pass: the seam between labelled states and the model.
+"""Samples as trees for one forward pass: the seam between labelled states and the model.
 
-A pack says for itself which position predicts which target (`prev`), so a later packing may lay a trajectory out as a trunk with
-branches and nothing after it changes. This packing merges only what needs no mask: a sample whose input is a prefix of another's
-rides along in that one causal sequence. Where the teacher acted, a state with its label is the beginning of the next state, so a run
-of the teacher's turns costs one sequence.
+The labels of a trajectory share its conversation: that is the trunk, and each label is a branch that sees its prefix of the trunk and
+itself. Where the teacher acted and its turn reads the same in history, the label lies on the trunk and there is no branch. What no
+label needs (the trunk after the last labelled state) is not there. A pack says for itself which position predicts which target
+(`prev`): the first token of a branch is predicted from the trunk.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dagger_operator.api.training import Packing
 from dagger_operator.training.samples import Sample
-
-Ints = NDArray[np.int64]
+from dagger_operator.training.tree import Chain, Chains, Ints, TreeBuilder
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One sequence of n tokens with k targets."""
+    """One tree of n tokens with k targets."""
 
     input_ids: Ints
     """Shape (n,). No label's last token is among them, unless something follows it: it predicts nothing."""
     position_ids: Ints
-    """Shape (n,)."""
+    """Shape (n,): tokens before each one on its path."""
+    chains: Chains
+    """Which tokens see which."""
     prev: Ints
     """Shape (k,): the position whose logits predict each target."""
     targets: Ints
@@ -38,12 +40,16 @@ class Pack:
         return len(self.input_ids)
 
 
-def pack(samples: Iterable[Sample]) -> list[Pack]:
-    """Packs the samples of one optimiser step; loss and gradients are those of one sequence per sample."""
-    by_trajectory: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_trajectory.setdefault(sample.trajectory, []).append(sample)
-    return [_pack(group) for group_of_one in by_trajectory.values() for group in _riding(group_of_one)]
+def pack(samples: Iterable[Sample], most_tokens: int, packing: Packing = Packing.TREES) -> list[Pack]:
+    """Packs the samples of one optimiser step; loss and gradients are those of one sequence per sample.
+
+    A tree of more than `most_tokens` is parted, and each part repeats what it needs of the trunk. A sequence that alone is longer
+    stays whole.
+    """
+    groups: dict[object, list[Sample]] = {}
+    for number, sample in enumerate(sample for sample in samples if len(sample.targets)):
+        groups.setdefault(sample.trajectory if packing is Packing.TREES else number, []).append(sample)
+    return [_pack(part) for group in groups.values() for part in _parts(group, most_tokens)]
 
 
 def token_ratio(samples: Sequence[Sample], packs: Sequence[Pack]) -> float:
@@ -51,28 +57,46 @@ def token_ratio(samples: Sequence[Sample], packs: Sequence[Pack]) -> float:
     return sum(len(sample.tokens) - 1 for sample in samples) / max(1, sum(map(len, packs)))
 
 
-def _riding(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples in groups; the first of each is the longest, and the inputs of the others are prefixes of its tokens."""
-    groups: list[list[Sample]] = []
+def _parts(samples: Sequence[Sample], most_tokens: int) -> list[list[Sample]]:
+    """The longest first, as many to a tree as fit: late turns together, since they share the longest trunk."""
+    parts: list[list[Sample]] = []
+    tree = TreeBuilder()
     for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
-        inputs = sample.tokens[:-1]
-        for group in groups:
-            if np.array_equal(inputs, group[0].tokens[: len(inputs)]):
-                group.append(sample)
-                break
-        else:
-            groups.append([sample])
-    return groups
+        inputs = _inputs(sample)
+        if not parts or tree.length + tree.cost(inputs) > most_tokens:
+            tree = TreeBuilder()
+            parts.append([])
+        tree.add(inputs)
+        parts[-1].append(sample)
+    return parts
 
 
-def _pack(group: Sequence[Sample]) -> Pack:
-    inputs = group[0].tokens[:-1].astype(np.int64)
-    targets = np.concatenate([sample.targets for sample in group]).astype(np.int64)
+def _pack(samples: Sequence[Sample]) -> Pack:
+    tree = TreeBuilder()
+    prev = [tree.add(_inputs(sample))[sample.prompt - 1 :] for sample in samples]
+    weights = [np.full(len(sample.targets), sample.weight, dtype=np.float32) for sample in samples]
     return Pack(
-        input_ids=inputs,
-        position_ids=np.arange(len(inputs), dtype=np.int64),
-        prev=np.concatenate([np.arange(sample.prompt - 1, len(sample.tokens) - 1, dtype=np.int64) for sample in group]),
-        targets=targets,
-        weights=np.ones(len(targets), dtype=np.float32),
-        labels=len(group),
+        input_ids=tree.tokens(),
+        position_ids=tree.positions(),
+        chains=tuple(tree.chains),
+        prev=np.concatenate(prev),
+        targets=np.concatenate([sample.targets for sample in samples]).astype(np.int64),
+        weights=np.concatenate(weights),
+        labels=len(samples),
     )
+
+
+def _inputs(sample: Sample) -> Ints:
+    return sample.tokens[:-1].astype(np.int64)
+
+
+COMPANY = Pack(
+    input_ids=np.zeros(1, dtype=np.int64),
+    position_ids=np.zeros(1, dtype=np.int64),
+    chains=(Chain(0, 1),),
+    prev=np.zeros(1, dtype=np.int64),
+    targets=np.zeros(1, dtype=np.int64),
+    weights=np.zeros(1, dtype=np.float32),
+    labels=0,
+)
+"""For a rank that has nothing to do in a pass: the same collectives, no gradient."""

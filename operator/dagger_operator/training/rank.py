@@ -49,7 +49,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     # Heavy, and slow to import: only ranks do.
     import torch.distributed
 
-    from dagger_operator.training import checkpoints, engine, export, loop
+    from dagger_operator.training import checkpoints, engine, export, layout, loop
 
     spec = stage.run.spec
     given = await inputs(stage)
@@ -64,7 +64,8 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
         stage.store,
         stage.scratch,
         stage.round,
-        digest({**settings, "software": _software(), "device": device.type}),
+        digest({**given.course(stage), "software": _software(), "device": device.type}),
+        zero_stage=spec.training.deepspeed.zero_stage,
         node=stage.index,
         every_steps=spec.training.checkpoint_every_steps,
     )
@@ -82,7 +83,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
         tokenised.samples,
         curriculum,
         spec.training,
-        loop.Rank(rank, ranks, device),
+        layout.Rank(rank, ranks, device, spec.training.sequence_parallel),
         kept,
         tally,
         seed=spec.seed,
@@ -144,7 +145,8 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
         if position % ranks == rank:
             trajectories.append(trajectory)
         position += 1
-    mine = tokenise(trajectories, template, stage.run.spec.training.max_sequence_tokens)
+    training = stage.run.spec.training
+    mine = tokenise(trajectories, template, training.max_sequence_tokens, training.label_weights)
     parts: list[Tokenised | None] = [None] * ranks
     torch.distributed.all_gather_object(parts, mine)
     whole = [part for part in parts if part is not None]
@@ -153,7 +155,8 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
     if not samples:
         raise StageFailure(
             "NoLabels",
-            f"all {too_long} labelled states exceed training.maxSequenceTokens ({stage.run.spec.training.max_sequence_tokens}): raise it",
+            f"{too_long} labelled states exceed training.maxSequenceTokens ({training.max_sequence_tokens}), and training.labelWeights "
+            "leaves out all others: raise them",
         )
     return Tokenised(tuple(samples), too_long)
 

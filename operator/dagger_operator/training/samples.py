@@ -6,11 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dagger_operator.api.training import LabelWeights
 from dagger_operator.store.records import Actor, Trajectory, labelled_states
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.template import StudentTemplate
 
 Tokens = NDArray[np.int32]
+
+
+_ALIKE = LabelWeights()
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Sample:
     """Shape (prompt + label,): the state as the server renders it, then the label up to and with its end-of-turn token."""
     prompt: int
     """How many of them are the state."""
+    weight: float = 1.0
+    """What each target counts in the loss."""
 
     @property
     def targets(self) -> Tokens:
@@ -39,8 +45,8 @@ class Tokenised:
     """Labelled states left out because they exceed `maxSequenceTokens`."""
 
 
-def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_tokens: int) -> Tokenised:
-    """Every labelled state of these trajectories as a sample.
+def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_tokens: int, weights: LabelWeights = _ALIKE) -> Tokenised:
+    """Every labelled state of these trajectories that has a weight as a sample.
 
     Raises `StageFailure("TemplateMismatch")` where the student acted and the server counted another number of prompt tokens: then
     training would see other states than the student does.
@@ -50,7 +56,10 @@ def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_
     for trajectory in trajectories:
         name = f"{trajectory.round:04d}/{trajectory.rollout_id}"
         counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Actor.STUDENT}
+        students = {turn.index for turn in trajectory.turns if turn.actor is Actor.STUDENT}
         for state in labelled_states(trajectory):
+            if not (weight := weights.student_acted if state.turn in students else weights.teacher_acted):
+                continue
             prompt = template.prompt(state.messages, state.tools)
             served = counted.get(state.turn, 0)  # 0: the server did not say
             if served and served != len(prompt):
@@ -64,5 +73,5 @@ def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_
             if len(prompt) + len(label) > max_tokens:
                 too_long += 1
                 continue
-            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt)))
+            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt), weight))
     return Tokenised(tuple(samples), too_long)

@@ -1,0 +1,98 @@
+"""What one pass over a trajectory and all its labels saves: time, and memory, as ratios within one run.
+
+    python benchmarks/training.py [--turns 4,8,16,32] [--blocks 5] [--json FILE]
+
+A student of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learns from conversations in which every
+label branches off: the case that saves least a label. *Per label* is `training.packing: Labels`: the same code, a causal sequence for
+each label. Blocks of both alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from training_load import TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
+
+
+def times(turns: list[int], blocks: int) -> list[dict[str, float]]:
+    found = []
+    for count in turns:
+        load = Load(count)
+        measure(load, "trees"), measure(load, "labels")  # caches, threads and kernels
+        pairs = [(measure(load, "trees"), measure(load, "labels")) for _ in range(blocks)]
+        ratio = statistics.median(apart.seconds / together.seconds for together, apart in pairs)
+        fast: Measured = min((together for together, _ in pairs), key=lambda one: one.seconds)
+        found.append(
+            {
+                "turns": count,
+                "tokens per label": load.tokens("labels"),
+                "tokens as a tree": load.tokens("trees"),
+                "token ratio": load.tokens("labels") / load.tokens("trees"),
+                "time ratio": ratio,
+                "share of the token ratio": ratio * load.tokens("trees") / load.tokens("labels"),
+                "least": min(apart.seconds / together.seconds for together, apart in pairs),
+                "most": max(apart.seconds / together.seconds for together, apart in pairs),
+                "labels/s": load.labels / fast.seconds,
+                "tokens/s": load.tokens("trees") / fast.seconds,
+                "model FLOP utilisation": load.flops("trees") / fast.seconds / matmul_rate(),
+            }
+        )
+    return found
+
+
+def memory(blocks: int) -> list[dict[str, float | str]]:
+    """Peak of a step above what the process held before it."""
+    peaks: dict[str, list[Measured]] = {name: [] for name in VARIANTS}
+    for _ in range(blocks):
+        for name in VARIANTS:
+            told = subprocess.run([sys.executable, __file__, "--variant", name], check=True, capture_output=True, text=True)
+            peaks[name].append(Measured(**json.loads(told.stdout.splitlines()[-1])))
+    own = {name: statistics.median(one.peak for one in all_of_it) for name, all_of_it in peaks.items()}
+    return [
+        {
+            "variant": name,
+            "step MiB": own[name] / 2**20,
+            "by the trees' step": own[name] / own["trees"],
+            "whole process MiB": statistics.median(one.whole for one in peaks[name]) / 2**20,
+            "seconds": statistics.median(one.seconds for one in peaks[name]),
+        }
+        for name in VARIANTS
+    ]
+
+
+def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(f"{cell:.4g}" if isinstance(cell, float) else f"{cell}" for cell in row.values()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", default="4,8,16,32", help="turns of a conversation, each with a label")
+    parser.add_argument("--blocks", type=int, default=5, help="how often each pair is measured")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--variant", choices=VARIANTS, help="measure the memory of this one alone, in this process")
+    asked = parser.parse_args()
+    if asked.variant:
+        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant))))
+        return
+    print(f"load average {os.getloadavg()[0]:.2f}\n")
+    figures = {
+        "time": times([int(turns) for turns in asked.turns.split(",")], asked.blocks),
+        "memory": memory(3),
+        "resume": [measure_resume()],
+    }
+    for rows in figures.values():
+        print(table(rows), end="\n\n")
+    print(f"load average {os.getloadavg()[0]:.2f}")
+    if asked.json:
+        asked.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

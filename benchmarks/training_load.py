@@ -1,0 +1,221 @@
+"""Conversations, a student and a step of it, for `training.py`."""
+
+import asyncio
+import os
+import resource
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dagger_operator.api import Storage, Training
+from dagger_operator.api.training import Packing
+from dagger_operator.store.objects import Store
+from dagger_operator.training import attention, engine
+from dagger_operator.training.batches import Limits
+from dagger_operator.training.checkpoints import Checkpoints, Tally
+from dagger_operator.training.flex import BUCKET
+from dagger_operator.training.loss import Objective
+from dagger_operator.training.packing import Pack, pack
+from dagger_operator.training.rows import Share, collate
+from dagger_operator.training.samples import Sample
+from dagger_operator.training.tree import paths
+
+TURNS = 24
+"""Of the conversation that memory is measured with."""
+VARIANTS = ("trees", "labels", "checkpointing", "all logits")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FIRST, TURN, LABEL, VOCABULARY = 256, 128, 48, 8192
+"""Tokens of the first prompt; of an action with what came of it; of a label. A tenth of what they are in repairs of software."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    peak: int = 0
+    """Bytes above what was there before."""
+    whole: int = 0
+    """Bytes at the peak."""
+
+
+class Load:
+    """One conversation of the student's with a label of the teacher's at every turn, none of which is what the student did."""
+
+    def __init__(self, turns: int) -> None:
+        self.labels = turns
+        random = np.random.default_rng(turns)
+        conversation = random.integers(1, VOCABULARY, FIRST + turns * TURN, dtype=np.int32)
+        self.samples = []
+        for turn in range(turns):
+            state = conversation[: FIRST + turn * TURN]
+            label = random.integers(1, VOCABULARY, LABEL, dtype=np.int32)
+            self.samples.append(Sample("0001/00000", turn, np.concatenate([state, label]), len(state)))
+
+    def packs(self, variant: str) -> list[Pack]:
+        return self._apart if variant == "labels" else self._together
+
+    def tokens(self, variant: str) -> int:
+        return sum(map(len, self.packs(variant)))
+
+    def flops(self, variant: str) -> float:
+        """Of the model, forward and backward: 6 for each weight and token, 12 for each channel and pair that attends (PaLM, appendix B).
+
+        The head only where there is a target."""
+        config = student().policy.config
+        weights = sum(parameter.numel() for name, parameter in student().policy.named_parameters() if "embed" not in name)
+        pairs = sum(
+            len(chain) * (sum(end - start for start, end in before) + (len(chain) + 1) / 2)
+            for one in self.packs(variant)
+            for chain, before in zip(one.chains, paths(one.chains), strict=True)
+        )
+        channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        head = config.hidden_size * config.vocab_size
+        return 6 * (weights * self.tokens(variant) + head * self.labels * LABEL) + 12 * channels * pairs
+
+    @cached_property
+    def _together(self) -> list[Pack]:
+        return pack(self.samples, 1 << 20)
+
+    @cached_property
+    def _apart(self) -> list[Pack]:
+        return pack(self.samples, 1 << 20, Packing.LABELS)
+
+
+@cache
+def student() -> Objective:
+    attention.register()
+    torch.manual_seed(1)
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=VOCABULARY, head_dim=64, tie_word_embeddings=True, **shape)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    return Objective(Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)).to(DEVICE, dtype).train()
+
+
+def limits() -> Limits:
+    """A pass of at most 4,096 tokens, or one tree: what a bound on memory leaves to either way."""
+    return Limits(4096, 4096, BUCKET if DEVICE.type == "cuda" else 1)
+
+
+def measure(load: Load, variant: str) -> Measured:
+    """One step without its update."""
+    objective, bounds = student(), limits()
+    began = time.perf_counter()
+    rows: list[list[Pack]] = [[]]
+    for one in load.packs(variant):
+        if rows[-1] and sum(map(len, rows[-1])) + len(one) > bounds.tokens:
+            rows.append([])
+        rows[-1].append(one)
+    for row in rows:
+        batch = collate(row, bounds, Share(), DEVICE)
+        loss = _all_logits(objective, batch) if variant == "all logits" else objective(**batch)
+        loss.backward()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    objective.zero_grad()
+    return Measured(seconds)
+
+
+def _all_logits(objective: Objective, batch: dict[str, Any]) -> torch.Tensor:
+    """As a trainer does that masks labels: logits of every token, those without a target ignored."""
+    hidden = objective.policy.get_decoder()(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tree=batch["tree"]
+    ).last_hidden_state
+    logits = objective.policy.get_output_embeddings()(hidden)[0].float()
+    return torch.nn.functional.cross_entropy(logits[batch["prev"]], batch["targets"], reduction="sum")
+
+
+def measure_memory(load: Load, variant: str) -> Measured:
+    """The peak of a step, in a process that has taken a smaller one before."""
+    objective = student()
+    if variant == "checkpointing":
+        objective.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    measure(Load(1), variant)
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        took = measure(load, variant)
+        return Measured(took.seconds, torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated())
+    with peak_memory() as read:
+        took = measure(load, variant)
+    return Measured(took.seconds, *read())
+
+
+@contextmanager
+def peak_memory() -> Iterator[Any]:
+    """Resident memory, looked at every millisecond: the kernel's own mark cannot be set back."""
+    page, ended = resource.getpagesize(), threading.Event()
+    statm = Path("/proc/self/statm")
+
+    def resident() -> int:
+        return int(statm.read_text().split()[1]) * page
+
+    before = peak = resident()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.001):
+            peak = max(peak, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: (peak - before, peak)
+    finally:
+        ended.set()
+        thread.join()
+
+
+@cache
+def matmul_rate() -> float:
+    """FLOP/s of a large product of matrices here and now, in place of a data sheet."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    left, right = (torch.randn(2048, 2048, device=DEVICE, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        left @ right
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
+def measure_resume() -> dict[str, float]:
+    """One rank's checkpoint as training makes it: stored, fetched, verified and loaded, beside a step."""
+    step = measure(Load(TURNS), "trees").seconds
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(_store_and_resume(Path(folder), step))
+
+
+async def _store_and_resume(folder: Path, step: float) -> dict[str, float]:
+    weights = folder / "weights"
+    student().policy.save_pretrained(weights)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{probe.getsockname()[1]}", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")
+    os.environ.setdefault("DS_ACCELERATOR", DEVICE.type)
+    device = engine.join(0, 1, 0)
+    training = Training(precision="FP32", processes_per_node=1, gpus_per_node=int(DEVICE.type == "cuda"))
+    trainer = engine.build(training, weights, 1, device, engine.adamw(training))
+    trainer.backward(trainer(**collate(Load(1).packs("trees"), limits(), Share(), device)))
+    trainer.step()
+    store = Store.open(Storage(url=f"file://{folder}/store"))
+    kept = Checkpoints(store, folder, 1, "", zero_stage=training.deepspeed.zero_stage, node=0, every_steps=1)
+    stored = await kept.save(trainer, Tally(losses=(1.0,)))
+    began = time.perf_counter()
+    await kept.resume(trainer)
+    resumed = time.perf_counter() - began
+    size = sum(info.size for info in await store.list(""))
+    torch.distributed.destroy_process_group()
+    return {"step s": step, "store s": stored, "resume s": resumed, "MiB": size / 2**20}

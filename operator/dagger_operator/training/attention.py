@@ -1,0 +1,85 @@
+"""Attention over trees, registered with transformers' attention interface under a name of ours.
+
+The tree goes to the attention of every layer as an argument of the forward pass, and no mask is ever made by anybody else: whatever
+drops or replaces masks on the way (DeepSpeed's sequence parallelism does both) cannot touch it.
+
+Two ways to the same result: `segments` calls torch's attention once for each chain, on any device; `flex` is one kernel with a block
+mask that is made once for each pass, on CUDA (torch's FlexAttention has no backward pass on the CPU).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.training import flex, segments
+from dagger_operator.training.tree import Chains
+
+NAME = "dagger_tree"
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Who sees whom in one row of tokens, and what the attention keeps of it from layer to layer."""
+
+    chains: Chains
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return self.chains[-1].end
+
+    @cached_property
+    def segments(self) -> "list[segments.Segment]":
+        return segments.segments(self.chains, self.device)
+
+    @cached_property
+    def block_mask(self) -> Any:
+        return flex.block_mask(self.chains, self.device)
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree: Tree,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query (1, heads, tokens, size), key and value of fewer heads; gives (1, tokens, heads, size)."""
+    if attention_mask is not None or dropout or query.shape[0] != 1 or query.shape[2] != tree.tokens:
+        raise ValueError(
+            f"tree attention takes one row of {tree.tokens} tokens without mask and dropout, not {tuple(query.shape)}, {dropout=}"
+        )
+    attend = flex.attend if query.device.type == "cuda" else segments.attend
+    return attend(query, key, value, tree.block_mask if attend is flex.attend else tree.segments, scaling), None
+
+
+def register() -> None:
+    """Makes the name known to transformers. What stands under it may be another: see `sequence`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, tree_attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+def refuse_unsuited(config: Any) -> None:
+    """Raises `StageFailure` where a model's layers do more than attend to all that comes before."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        kinds.add("sliding_attention")
+    if kinds != {"full_attention"}:
+        raise StageFailure(
+            "UnsupportedStudent",
+            f"student.model: layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state from token to token or do not see "
+            "all of it, and labels that branch off a conversation need full attention: take a student such as Qwen3",
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise StageFailure("UnsupportedStudent", "student.model: config.attention_dropout must be 0: write 0 into its config.json")

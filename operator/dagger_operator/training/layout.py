@@ -1,0 +1,39 @@
+"""Where a rank stands: which rows are its own, and which part of them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dagger_operator.api import Training
+from dagger_operator.training.batches import Limits
+from dagger_operator.training.flex import BUCKET
+from dagger_operator.training.rows import Share
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process stands among all: so many ranks side by side share each row."""
+
+    index: int
+    of: int
+    device: torch.device
+    rows_shared_by: int = 1
+
+    @property
+    def group(self) -> int:
+        """Which rows are this rank's."""
+        return self.index // self.rows_shared_by
+
+    @property
+    def groups(self) -> int:
+        return self.of // self.rows_shared_by
+
+    @property
+    def share(self) -> Share:
+        """Which part of them."""
+        return Share(self.index % self.rows_shared_by, self.rows_shared_by)
+
+    def limits(self, training: Training, targets_at_once: int) -> Limits:
+        bucket = BUCKET if self.device.type == "cuda" else 1
+        return Limits(training.micro_batch_tokens, targets_at_once, math.lcm(bucket, self.rows_shared_by))

@@ -1,0 +1,34 @@
+"""A checkpoint that was cut for another number of ranks: DeepSpeed's universal format, made on the way back only.
+
+Checkpoints are stored as the ranks hold them, which costs nothing. Only when training goes on with another number of ranks is one put
+together by parameter, from which any number can take its part.
+"""
+
+import argparse
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from dagger_operator.training.engine import Engine
+
+
+def put_together(cut: Path, whole: Path) -> None:
+    """Makes folder `whole` from the files of all ranks in folder `cut`."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    whole.mkdir(parents=True, exist_ok=True)
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+    # It speaks to a terminal; a stage's log is lines of JSON.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(argparse.Namespace(input_folder=str(cut), output_folder=str(whole), **options))
+
+
+@contextlib.contextmanager
+def reading_whole(engine: Engine) -> Iterator[None]:
+    """Within it, the engine takes a folder that was put together."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False

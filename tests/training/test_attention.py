@@ -1,0 +1,146 @@
+"""Whatever computes it, attention over a tree is softmax over what a token sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dagger_operator.training.tree import Chain, Chains, TreeBuilder, forest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> Chains:
+    """Up to three trees with branches on several levels."""
+    parts = []
+    for _ in range(draw(st.integers(1, 3))):
+        lists = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), min_size=1, max_size=7))
+        tree = TreeBuilder()
+        for tokens in sorted(lists, key=len, reverse=True):
+            tree.add(np.array(tokens))
+        parts.append(tuple(tree.chains))
+    return forest(parts)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float) -> Tensor:
+    """Softmax under a whole mask that is built token by token, from the definition of a chain."""
+    import torch
+
+    tokens = query.shape[2]
+    sees = torch.zeros(tokens, tokens, dtype=torch.bool, device=query.device)
+    for chain in chains:
+        for token in range(chain.start, chain.end):
+            before = token - 1 if token > chain.start else chains[chain.parent].start + chain.at - 1 if chain.parent >= 0 else None
+            if before is not None:
+                sees[token] = sees[before]
+            sees[token, token] = True
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~sees, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def inputs(tokens: int, heads: int, kv_heads: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    import torch
+
+    made = torch.Generator().manual_seed(tokens)
+    shapes = [(1, count, tokens, 32) for count in (heads, kv_heads, kv_heads)]
+    query, key, value = (torch.randn(shape, generator=made, dtype=torch.float32).to(device).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def results(attend: Callable[..., Tensor], chains: Chains, how: Any, heads: int, kv_heads: int, device: str = "cpu") -> list[Tensor]:
+    """Output, and gradients with regard to query, key and value."""
+    given = inputs(chains[-1].end, heads, kv_heads, device)
+    out = attend(*given, how, 0.2)
+    (out * out.detach().cos()).sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in given if tensor.grad is not None)]
+
+
+@quick
+@given(forests(), st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+def test_segments_give_outputs_and_gradients_of_the_whole_mask(chains: Chains, heads: tuple[int, int]) -> None:
+    import torch
+
+    from dagger_operator.training import segments
+
+    expected = results(dense, chains, chains, *heads)
+    found = results(segments.attend, chains, segments.segments(chains, torch.device("cpu")), *heads)
+    assert len(found) == 4
+    for mine, right in zip(found, expected, strict=True):
+        assert (mine - right).abs().max() <= 2e-5 * max(1.0, float(right.abs().max()))
+
+
+@settings(quick, max_examples=5)
+@given(forests())
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_flex_attention_gives_the_outputs_of_the_whole_mask(chains: Chains) -> None:
+    """Forward only: FlexAttention has no backward pass on the CPU."""
+    import torch
+
+    from dagger_operator.training import flex
+
+    query, key, value = (tensor.detach() for tensor in inputs(chains[-1].end, 4, 2))
+    with torch.no_grad():
+        found = flex.attend(query, key, value, flex.block_mask(chains, torch.device("cpu")), 0.2)
+        expected = dense(query, key, value, chains, 0.2)
+    assert (found - expected).abs().max() <= 2e-5
+
+
+def long_forest(tokens: int) -> Chains:
+    """A conversation of half that many tokens with labels of 60 tokens, and padding."""
+    branches = tokens // 120 - 1
+    trunk = [Chain(0, tokens // 2)]
+    made = [Chain(tokens // 2 + 60 * turn, tokens // 2 + 60 * (turn + 1), 0, 1 + turn * 55) for turn in range(branches)]
+    end = made[-1].end
+    return (*trunk, *made, Chain(end, tokens))
+
+
+@pytest.mark.cuda
+def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask() -> None:
+    import torch
+
+    from dagger_operator.training import flex
+
+    chains = long_forest(2 * flex.BUCKET)
+    expected = results(dense, chains, chains, 4, 2, "cuda")
+    found = results(flex.attend, chains, flex.block_mask(chains, torch.device("cuda")), 4, 2, "cuda")
+    assert len(found) == 4
+    for mine, right in zip(found, expected, strict=True):
+        assert (mine - right).norm() <= 2e-3 * right.norm(), "TF32 rounds to three digits"
+
+
+def test_a_long_conversation_in_segments_is_exact_too() -> None:
+    import torch
+
+    from dagger_operator.training import segments
+
+    chains = long_forest(2048)
+    expected = results(dense, chains, chains, 2, 1)
+    for mine, right in zip(results(segments.attend, chains, segments.segments(chains, torch.device("cpu")), 2, 1), expected, strict=True):
+        assert (mine - right).norm() <= 1e-5 * right.norm()
+
+
+def test_a_row_that_is_not_the_trees_or_a_mask_is_refused() -> None:
+    import torch
+
+    from dagger_operator.training.attention import Tree, tree_attention
+
+    query, key, value = inputs(5, 2, 2)
+    tree = Tree((Chain(0, 4),), torch.device("cpu"))
+    with pytest.raises(ValueError, match="one row of 4 tokens"):
+        tree_attention(torch.nn.Identity(), query, key, value, None, tree=tree, scaling=1.0)
+    tree = Tree((Chain(0, 5),), torch.device("cpu"))
+    with pytest.raises(ValueError, match="without mask"):
+        tree_attention(torch.nn.Identity(), query, key, value, torch.ones(5, 5), tree=tree, scaling=1.0)

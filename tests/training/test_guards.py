@@ -1,0 +1,29 @@
+"""Training that comes apart ends, and says what it was learning."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.training.guards import refuse_broken
+from dagger_operator.training.samples import Sample
+
+BATCH = [Sample(f"0002/{number:05d}", turn, np.array([1, 2], dtype=np.int32), 1) for number in range(3) for turn in range(2)]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused_at_any_step(loss: float) -> None:
+    with pytest.raises(StageFailure, match=r"LossNotFinite: the loss of step 3 .*rollouts 0002/00000, 0002/00001, 0002/00002"):
+        refuse_broken(loss, [1.0, 0.9], BATCH)
+
+
+def test_a_spike_is_refused_once_there_is_something_to_hold_it_against() -> None:
+    refuse_broken(11.0, [1.0] * 31, BATCH)
+    with pytest.raises(StageFailure, match="LossSpike: the loss of step 33 is 11, of the 32 steps before it 1"):
+        refuse_broken(11.0, [1.0] * 32, BATCH)
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=40, max_size=60), st.floats(0.01, 5))
+def test_no_loss_that_the_round_has_seen_before_is_a_spike(before: list[float], loss: float) -> None:
+    refuse_broken(min(loss, max(before)), before, BATCH)

@@ -1,0 +1,137 @@
+"""A trajectory and all its labels in one pass: the loss and every gradient of one sequence for each label, whatever the trie."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from dagger_operator.training.batches import Limits
+from dagger_operator.training.packing import pack
+from dagger_operator.training.samples import Sample
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+VOCABULARY = 40
+
+
+def sample(tokens: Sequence[int], prompt: int, weight: float = 1.0, trajectory: int = 0) -> Sample:
+    return Sample(f"0001/{trajectory:05d}", 0, np.array(tokens, dtype=np.int32), prompt, weight)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[Sample]:
+    """Labels that branch off a conversation, off each other, or not at all; some equal, some empty, some with states of one token."""
+    token = st.integers(0, 3) if draw(st.booleans()) else st.integers(0, VOCABULARY - 1)
+    made = []
+    for trajectory in range(draw(st.integers(1, 3))):
+        trunk = draw(st.lists(token, min_size=2, max_size=60))
+        for _ in range(draw(st.integers(1, 7))):
+            cut = draw(st.integers(1, len(trunk) - 1))
+            label = draw(st.one_of(st.just(trunk[cut : cut + 9]), st.lists(token, max_size=9)))
+            if made and draw(st.booleans()):
+                stem = made[-1].tokens.tolist()  # off the label before: another level
+                cut, label = len(stem), draw(st.lists(token, max_size=5))
+                made.append(sample([*stem, *label], cut, trajectory=trajectory))
+            else:
+                made.append(sample([*trunk[:cut], *label], cut, draw(st.sampled_from([1.0, 0.25, 3.0])), trajectory))
+    return made if any(len(one.targets) for one in made) else [*made, sample([1, 2], 1)]
+
+
+@pytest.fixture(scope="module")
+def policies() -> tuple[Any, Any]:
+    """The same weights twice: under transformers' own attention, and as the trainer has them."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from dagger_operator.training import attention
+    from dagger_operator.training.loss import Objective
+
+    attention.register()
+    torch.manual_seed(3)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = Qwen3Config(**shape, num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+    plain = Qwen3ForCausalLM(copy.deepcopy(config))
+    ours = Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)
+    ours.load_state_dict(plain.state_dict())
+    return plain.train(), Objective(ours).train()
+
+
+def gradients(policy: Any) -> list[Any]:
+    found = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    return found
+
+
+def one_by_one(policy: Any, batch: Sequence[Sample]) -> tuple[float, list[Any]]:
+    """By transformers' own forward pass."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total = 0.0
+    for one in batch:
+        ids = torch.tensor(one.tokens, dtype=torch.long)
+        if len(one.targets):
+            logits = policy(input_ids=ids[None]).logits[0, one.prompt - 1 : -1]
+            loss = cross_entropy(logits, ids[one.prompt :], reduction="sum") * one.weight
+            loss.backward()
+            total += loss.item()
+    return total, gradients(policy)
+
+
+def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: int) -> tuple[float, list[Any]]:
+    import torch
+
+    from dagger_operator.training.rows import Share, collate
+
+    total, limits = 0.0, Limits(most_tokens, 4096, 8)
+    packs = pack(batch, most_tokens)
+    for rows in (packs[::2], packs[1::2]):
+        loss = objective(**collate(rows, limits, Share(), torch.device("cpu")), pieces=pieces)
+        loss.backward()
+        total += loss.item()
+    return total, gradients(objective.policy)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(batches(), st.sampled_from([24, 4096]), st.sampled_from([1, 3]), st.booleans())
+@example([sample([1, 2, 3], 2)], 4096, 1, False)
+@example([sample([1, 2, 3, 4], 2), sample([1, 2, 3, 4], 2), sample([1, 2], 2)], 4096, 1, True)
+def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
+    policies: tuple[Any, Any], batch: list[Sample], most_tokens: int, pieces: int, recompute: bool
+) -> None:
+    plain, objective = policies
+    if recompute:
+        objective.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        objective.policy.gradient_checkpointing_disable()
+    right, expected = one_by_one(plain, batch)
+    loss, found = in_trees(objective, batch, most_tokens, pieces)
+    assert loss == pytest.approx(right, rel=1e-5)
+    scale = sum(float(gradient.norm()) ** 2 for gradient in expected) ** 0.5
+    for mine, wanted in zip(found, expected, strict=True):
+        # Where a gradient all but vanishes (one token attends to itself alone), what is left is rounding of the terms that cancel.
+        assert float((mine - wanted).norm()) <= 1e-5 * max(float(wanted.norm()), 0.05 * scale)
+
+
+def test_a_model_whose_layers_do_not_see_all_is_refused(tmp_path: Path) -> None:
+    from transformers import Qwen3Config
+
+    from dagger_operator.store.stage import StageFailure
+    from dagger_operator.training.attention import refuse_unsuited
+
+    refuse_unsuited(Qwen3Config())
+    with pytest.raises(StageFailure, match="sliding_attention"):
+        refuse_unsuited(Qwen3Config(use_sliding_window=True, sliding_window=128, max_window_layers=1, num_hidden_layers=3))
+    linear = Qwen3Config(num_hidden_layers=2)
+    linear.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(StageFailure, match="linear_attention"):
+        refuse_unsuited(linear)
+    with pytest.raises(StageFailure, match="attention_dropout"):
+        refuse_unsuited(Qwen3Config(attention_dropout=0.1))
