@@ -44,7 +44,8 @@ async def operate(settings: Settings) -> None:
     async with Client.connect([metrics.trace()]) as client, contextlib.AsyncExitStack() as stack:
         leader = None
         if settings.lease != "-":
-            leader = Leader(client, settings.namespace, settings.lease, identity=f"{settings.pod}_{uuid.uuid4().hex[:8]}")
+            identity = f"{settings.pod}_{uuid.uuid4().hex[:8]}"
+            leader = Leader(client, lambda: Client.connect([metrics.trace()]), settings.namespace, settings.lease, identity)
         working = client.fenced(leader.fence) if leader else client
 
         cache, queue = Cache(), WorkQueue[RunKey](time.monotonic, spacing=SPACING)
