@@ -41,6 +41,8 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
         ("training", {"steps": {"type": "Constant", "value": 0}}, "spec.training.steps.value", "1..1000000"),
         ("training", {"gpusPerNode": 4}, "spec.training.processesPerNode", "write 4"),
         ("training", {"mode": "Sometimes"}, "spec.training.mode", "'Enabled' or 'Disabled'"),
+        ("training", {"loss": "ForwardKL"}, "spec.labels.topLogprobs", "such as 8, or training.loss CrossEntropy"),
+        ("labels", {"topLogprobs": 21}, "spec.labels.topLogprobs", "less than or equal to 20"),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3://bucket/prefix"),
         ("teacher", {"model": "t"}, "spec.teacher.endpoint", "exactly one"),
         ("rollouts", {"pod": {"labels": {"dagger-operator.dev/run": "x"}}}, "spec.rollouts.pod.labels", "choose another name"),

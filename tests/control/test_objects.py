@@ -239,7 +239,7 @@ def test_the_same_inputs_make_the_same_attempt_and_a_retry_another(make_run: Mak
 
 @pytest.mark.parametrize("command", sorted(READS))
 def test_what_a_command_is_told_is_a_valid_run_that_says_the_same(make_run: Make, command: str) -> None:
-    run = make_run(training={"learningRate": 1e-5}, sandbox={"commandTimeoutSeconds": 7})
+    run = make_run(training={"learningRate": 1e-5, "loss": "ForwardKL"}, labels={"topLogprobs": 4}, sandbox={"commandTimeoutSeconds": 7})
     told = load(json.loads(carried_run(run, command)))
     for section in READS[command] | (ALWAYS_READ if command != "serving" else {"tasks", "scaffold", "storage"}):
         assert getattr(told.spec, section) == getattr(run.spec, section)

@@ -215,6 +215,13 @@ async def test_a_teacher_that_tells_none_or_others_makes_hard_targets(examine: A
     assert checks["teacher.logprobs"].endswith("; labels are hard targets")
 
 
+@pytest.mark.parametrize(("token", "said"), [(None, "does not tell the log-probabilities"), ("token_id:0", "it has another one")])
+async def test_a_run_that_learns_them_stops_at_such_a_teacher(examine: Any, token: str | None, said: str) -> None:
+    with pytest.raises(StageFailure, match=rf"{said}.*write training\.loss CrossEntropy") as failed:
+        await examine(Endpoint("teach", token=token), labels=LABELS, training={"loss": "ForwardKL"})
+    assert (failed.value.reason, failed.value.permanent) == ("TeacherTellsNoSoftTargets", True)
+
+
 async def test_an_endpoint_that_refuses_to_be_asked_for_them_says_which_field(examine: Any) -> None:
     with pytest.raises(StageFailure, match=r"look at teacher\.sampling and labels\.topLogprobs, which it may not support"):
         await examine(Endpoint("teach", status=400), labels=LABELS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from dagger_operator.training.batches import Limits
 from dagger_operator.training.packing import pack
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.soft import Soft
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
@@ -42,6 +45,19 @@ def batches(draw: st.DrawFn) -> list[Sample]:
             else:
                 made.append(sample([*trunk[:cut], *label], cut, draw(st.sampled_from([1.0, 0.25, 3.0])), trajectory))
     return made if any(len(one.targets) for one in made) else [*made, sample([1, 2], 1)]
+
+
+def told(batch: Sequence[Sample], seed: int) -> list[Sample]:
+    """The same labels as a teacher told of most of them, each with as many tokens as it listed."""
+    dice = np.random.default_rng(seed)
+
+    def of(targets: int) -> Soft:
+        k = int(dice.integers(1, 6))
+        ids = np.stack([dice.permutation(VOCABULARY)[:k] for _ in range(targets)]).astype(np.int32)
+        p = dice.dirichlet(np.ones(k + 1), targets)[:, :k]
+        return Soft(ids, np.log(p).astype(np.float32))
+
+    return [replace(one, soft=of(len(one.targets))) if len(one.targets) and dice.random() < 0.7 else one for one in batch]
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +95,26 @@ def one_by_one(policy: Any, batch: Sequence[Sample]) -> tuple[float, list[Any]]:
         ids = torch.tensor(one.tokens, dtype=torch.long)
         if len(one.targets):
             logits = policy(input_ids=ids[None]).logits[0, one.prompt - 1 : -1]
-            loss = cross_entropy(logits, ids[one.prompt :], reduction="sum") * one.weight
+            if one.soft is None:
+                loss = cross_entropy(logits, ids[one.prompt :], reduction="sum") * one.weight
+            else:
+                loss = plain_divergence(logits, one.soft) * one.weight
             loss.backward()
             total += loss.item()
     return total, gradients(policy)
+
+
+def plain_divergence(logits: Any, soft: Soft) -> Any:
+    """Token by token, in FP64."""
+    import torch
+
+    total = torch.zeros((), dtype=torch.float64)
+    for row, ids, logprobs in zip(logits.double().log_softmax(-1), soft.ids.tolist(), soft.logprobs.tolist(), strict=True):
+        p_tail = 1 - sum(map(math.exp, logprobs))
+        rest = [token for token in range(VOCABULARY) if token not in ids]
+        total = total + sum(math.exp(log_p) * (log_p - row[token]) for token, log_p in zip(ids, logprobs, strict=True))
+        total = total + p_tail * (math.log(p_tail) - row[rest].logsumexp(0))
+    return total
 
 
 def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: int) -> tuple[float, list[Any]]:
@@ -100,17 +132,21 @@ def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: 
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(batches(), st.sampled_from([24, 4096]), st.sampled_from([1, 3]), st.booleans())
-@example([sample([1, 2, 3], 2)], 4096, 1, False)
-@example([sample([1, 2, 3, 4], 2), sample([1, 2, 3, 4], 2), sample([1, 2], 2)], 4096, 1, True)
+@given(batches(), st.sampled_from([24, 4096]), st.sampled_from([1, 3]), st.booleans(), st.none() | st.integers(0, 2**31))
+@example([sample([1, 2, 3], 2)], 4096, 1, False, None)
+@example([sample([1, 2, 3, 4], 2), sample([1, 2, 3, 4], 2), sample([1, 2], 2)], 4096, 1, True, None)
+@example([sample([1, 2, 3, 4], 2), sample([1, 2, 3, 4], 2), sample([1, 2, 5], 2)], 4096, 3, True, 1)
 def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
-    policies: tuple[Any, Any], batch: list[Sample], most_tokens: int, pieces: int, recompute: bool
+    policies: tuple[Any, Any], batch: list[Sample], most_tokens: int, pieces: int, recompute: bool, seed: int | None
 ) -> None:
+    """With a seed, most of the labels are soft targets."""
     plain, objective = policies
     if recompute:
         objective.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:
         objective.policy.gradient_checkpointing_disable()
+    if seed is not None:
+        batch = told(batch, seed)
     right, expected = one_by_one(plain, batch)
     loss, found = in_trees(objective, batch, most_tokens, pieces)
     assert loss == pytest.approx(right, rel=1e-5)

@@ -21,7 +21,7 @@ from dagger_operator.api.rollouts import Labels, Protocol, Rollouts, Sandbox, Sc
 from dagger_operator.api.status import RunStatus
 from dagger_operator.api.storage import Storage
 from dagger_operator.api.tasks import Tasks
-from dagger_operator.api.training import Training, TrainingMode
+from dagger_operator.api.training import Loss, Training, TrainingMode
 
 GROUP = "dagger-operator.dev"
 VERSION = "v1alpha1"
@@ -109,6 +109,7 @@ class Kueue(ApiModel):
 SPEC_BYTES = 96 * 1024
 """Most bytes of a spec as JSON: it travels to its stages in an environment variable, and Linux takes 128 KiB in one."""
 _TRAINED_ENDPOINT = "a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student"
+_UNTOLD = "ForwardKL learns the teacher's log-probabilities: write labels.topLogprobs, such as 8, or training.loss CrossEntropy"
 _NO_PARSER = "the ToolCall protocol needs toolCallParser, such as 'hermes' for Qwen3, wherever a policy is served here"
 
 
@@ -124,6 +125,7 @@ class RunSpec(ApiModel):
             "(!has(self.teacher.serving) || has(self.teacher.serving.toolCallParser)))",
             _NO_PARSER,
         ),
+        Rule("!has(self.training.loss) || self.training.loss != 'ForwardKL' || self.labels.topLogprobs > 0", _UNTOLD),
         *(immutable.rule() for immutable in IMMUTABLE),
     )
 
@@ -177,6 +179,8 @@ class RunSpec(ApiModel):
     def _fits_together(self) -> Self:
         if self.student.endpoint and self.training.mode is not TrainingMode.DISABLED:
             raise Misfit("training.mode", self.training.mode.value, _TRAINED_ENDPOINT)
+        if self.training.loss is Loss.FORWARD_KL and not self.labels.top_logprobs:
+            raise Misfit("labels.topLogprobs", self.labels.top_logprobs, _UNTOLD)
         if self.scaffold.protocol is Protocol.TOOL_CALL:
             for role, serving in (("student", self.student.served), ("teacher", self.teacher.serving)):
                 if serving is not None and serving.tool_call_parser is None:

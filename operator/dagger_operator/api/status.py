@@ -69,6 +69,8 @@ class TrainingSummary(ApiModel):
     """Tokens that one sequence for each label would have cost, by `tokens`."""
     too_long: int = 0
     """Labelled states left out because they exceed maxSequenceTokens."""
+    hard_labels: int = 0
+    """Labels of the training set that ForwardKL had to learn as hard targets."""
     first_loss: float | None = None
     """Mean over the first ten steps."""
     last_loss: float | None = None

@@ -31,6 +31,11 @@ class Packing(StrEnum):
     LABELS = "Labels"
 
 
+class Loss(StrEnum):
+    CROSS_ENTROPY = "CrossEntropy"
+    FORWARD_KL = "ForwardKL"
+
+
 class LearningRateSchedule(StrEnum):
     CONSTANT = "Constant"
     LINEAR = "Linear"
@@ -82,7 +87,7 @@ _STEPS = f"these are optimiser steps: write a number in 1..{MOST_STEPS}"
 
 
 class Training(ApiModel):
-    """Cross-entropy on the tokens of the teacher's turns, nothing else (paper, section 3)."""
+    """On the tokens of the teacher's turns, nothing else (paper, section 3)."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
         schedule_rule("steps", 1, MOST_STEPS, _STEPS),
@@ -109,6 +114,10 @@ class Training(ApiModel):
     packing: Packing = Packing.TREES
     """Trees trains a trajectory and all its labels in one pass, what they share once. Labels gives each label a sequence of its own:
     the same result at many times the cost, to compare with."""
+    loss: Loss = Loss.CROSS_ENTROPY
+    """CrossEntropy learns the tokens of the labels, as the paper does. ForwardKL learns the teacher's distribution over each of them, as
+    far as `labels.topLogprobs` tells it; teacher and student must have the same tokenizer, and labels of which nothing was told, or that
+    read otherwise in the student's tokens, are learned by cross-entropy and counted."""
     label_weights: LabelWeights = LabelWeights()
     """Weight of a label's tokens in the loss; the paper's recipe counts all alike."""
     micro_batch_tokens: Annotated[int, Field(ge=64, le=8388608)] = 65536

@@ -20,7 +20,7 @@ USER_ID = 10001
 
 READS: dict[str, frozenset[str]] = {
     "prepare": frozenset(),
-    "preflight": frozenset({"labels"}),
+    "preflight": frozenset({"labels", "training"}),
     "rollout": frozenset({"sandbox", "labels", "rollouts"}),
     "training": frozenset({"training"}),
     "publish": frozenset(),
@@ -42,8 +42,11 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
             section.pop("pod", None)  # where a pod runs is no business of what runs in it
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
-    if command != "training" and run.spec.student.endpoint:
-        spec["training"] = {"mode": run.spec.training.mode}  # without it the document would be refused
+    # Without these the document would be refused.
+    if "training" not in kept and run.spec.student.endpoint:
+        spec["training"] = {"mode": run.spec.training.mode}
+    if command == "training" and run.spec.labels.top_logprobs:
+        spec["labels"] = {"topLogprobs": run.spec.labels.top_logprobs}
     metadata = {"name": run.metadata.name, "namespace": run.metadata.namespace, "uid": run.metadata.uid}
     document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {k: v for k, v in metadata.items() if v is not None}, "spec": spec}
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from dagger_operator.api import Protocol, ScaffoldType, Serving, Student, Teacher
+from dagger_operator.api.training import Loss
 from dagger_operator.serving.agents import AgentStatus, said, wait_for
 from dagger_operator.serving.asking import Answer, Asker, Json, Policy
 from dagger_operator.serving.tokens import token_flaw
@@ -152,6 +153,12 @@ class Examination:
 
     async def _tells_logprobs(self, asker: Asker, answer: Answer) -> None:
         flaw = await token_flaw(answer, self._stage.store, self._student)
+        if flaw and self._stage.run.spec.training.loss is Loss.FORWARD_KL:
+            asker.fail(
+                "TellsNoSoftTargets",
+                f"{flaw}. ForwardKL needs a teacher with the student's tokenizer behind vLLM: write training.loss CrossEntropy, or another "
+                "teacher",
+            )
         told = f"{self._top_logprobs} at each token, which are the student's"
         self._checks["logprobs"] = f"warning: {flaw}; labels are hard targets" if flaw else told
 

@@ -1,4 +1,4 @@
-"""Cross-entropy on labelled positions only, summed: who calls it knows how many targets the whole step has."""
+"""Cross-entropy or divergence from the teacher on labelled positions only, summed: who calls it knows how many the step has."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.attention import Tree, refuse_unsuited
+from dagger_operator.training.divergence import forward_kl
 
 
 class Objective(torch.nn.Module):
@@ -28,25 +29,39 @@ class Objective(torch.nn.Module):
                 )
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, tree: Tree, prev: Tensor, targets: Tensor, weights: Tensor, pieces: int = 1
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        tree: Tree,
+        prev: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        soft_ids: Tensor | None = None,
+        soft_logprobs: Tensor | None = None,
+        pieces: int = 1,
     ) -> Tensor:
-        """Sum over k targets of weight times negative log-likelihood; a scalar in FP32.
+        """Sum over k targets of weight times negative log-likelihood, or of weight times divergence from what the teacher told; a scalar
+        in FP32.
 
         `input_ids`, `position_ids`: (1, tokens), this rank's part of the row that `tree` describes whole.
         `prev`, `targets`, `weights`: (k,); target i is predicted at [0, prev[i]].
+        `soft_ids`, `soft_logprobs`: (k, listed), what the teacher told of each target, where it told anything (`divergence.forward_kl`).
         `pieces`: logits exist for one of so many parts of the targets at a time. Ranks must agree on it: where the head is sharded,
         each piece gathers it.
         """
         decoder = self.policy.get_decoder()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, tree=tree).last_hidden_state
-        wanted = hidden[0, prev]
+        known = (targets,) if soft_ids is None or soft_logprobs is None else (soft_ids, soft_logprobs)
+        tensors = (hidden[0, prev], weights, *known)
         if pieces == 1:
-            return self._nll(wanted, targets, weights)
-        parts = zip(*(torch.tensor_split(tensor, pieces) for tensor in (wanted, targets, weights)), strict=True)
-        return torch.stack([checkpoint(self._nll, *part, use_reentrant=False) for part in parts]).sum()
+            return self._loss(*tensors)
+        parts = zip(*(torch.tensor_split(tensor, pieces) for tensor in tensors), strict=True)
+        return torch.stack([checkpoint(self._loss, *part, use_reentrant=False) for part in parts]).sum()
 
-    def _nll(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, weights: Tensor, *known: Tensor) -> Tensor:
+        """`known`: the targets alone, or what the teacher told of them."""
         head = self.policy.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):
             logits = head(hidden.to(head.weight.dtype)).float()
-            return (functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+            each = functional.cross_entropy(logits, *known, reduction="none") if len(known) == 1 else forward_kl(logits, *known)
+            return (each * weights).sum()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dagger_operator.api.training import Packing
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.soft import Soft, hard, joined
 from dagger_operator.training.tree import Chain, Chains, Ints, TreeBuilder
 
 
@@ -35,6 +36,8 @@ class Pack:
     """Shape (k,): each target's share in the loss; 1 in the paper's recipe."""
     labels: int
     """Labels in it."""
+    soft: Soft | None = None
+    """What the teacher told of each target; None where it told nothing of any, or the loss does not ask."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -83,7 +86,15 @@ def _pack(samples: Sequence[Sample]) -> Pack:
         targets=np.concatenate([sample.targets for sample in samples]).astype(np.int64),
         weights=np.concatenate(weights),
         labels=len(samples),
+        soft=soft_targets(samples),
     )
+
+
+def soft_targets(of: Sequence[Sample] | Sequence[Pack]) -> Soft | None:
+    """Of all of these, in order; those that have none have hard ones beside the others."""
+    if all(one.soft is None for one in of):
+        return None
+    return joined([hard(one.targets) if one.soft is None else one.soft for one in of])
 
 
 def _inputs(sample: Sample) -> Ints:

@@ -17,16 +17,17 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import TrainingSummary
+from dagger_operator.api.training import Loss
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
 from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import TrainingResult, save_result
-from dagger_operator.store.stage import Stage, StageFailure, main
+from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
 from dagger_operator.training.inputs import Inputs, digest, inputs, weights_folder
 from dagger_operator.training.metrics import Step, TrainerMetrics
-from dagger_operator.training.samples import Tokenised, tokenise
+from dagger_operator.training.samples import Tokenised, joined, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     await observer.begin(tally)
     if rank == 0:
         counts = {"steps": curriculum.steps, "from_step": tally.steps, "labels": len(tokenised.samples), "too_long": tokenised.too_long}
+        counts |= {"hard_labels": tokenised.hard_labels} if spec.training.loss is Loss.FORWARD_KL else {}
         observer.log.info("training", **counts, setup_seconds=round(time.monotonic() - started, 2))
 
     stopping = asyncio.Event()
@@ -121,6 +123,7 @@ async def _store(
         tokens=tally.tokens,
         token_ratio=round(tally.unpacked / tally.tokens, 3),
         too_long=tokenised.too_long,
+        hard_labels=tokenised.hard_labels,
         first_loss=_mean(tally.losses[:_MEAN_OF]),
         last_loss=_mean(tally.losses[-_MEAN_OF:]),
         checkpoint=made.version,
@@ -136,9 +139,8 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
     from transformers import AutoTokenizer
 
     served = stage.run.spec.student.served
-    template = StudentTemplate(
-        AutoTokenizer.from_pretrained(weights, local_files_only=True), template_options(served.extra_args if served else [])
-    )
+    tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
+    template = StudentTemplate(tokenizer, template_options(served.extra_args if served else []))
     trajectories: list[Trajectory] = []
     position = 0
     async for trajectory in given.data.trajectories():
@@ -146,19 +148,11 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
             trajectories.append(trajectory)
         position += 1
     training = stage.run.spec.training
-    mine = tokenise(trajectories, template, training.max_sequence_tokens, training.label_weights)
+    soft_below = len(tokenizer) if training.loss is Loss.FORWARD_KL else None
+    mine = tokenise(trajectories, template, training.max_sequence_tokens, training.label_weights, soft_below)
     parts: list[Tokenised | None] = [None] * ranks
     torch.distributed.all_gather_object(parts, mine)
-    whole = [part for part in parts if part is not None]
-    samples = sorted((sample for part in whole for sample in part.samples), key=lambda sample: (sample.trajectory, sample.turn))
-    too_long = sum(part.too_long for part in whole)
-    if not samples:
-        raise StageFailure(
-            "NoLabels",
-            f"{too_long} labelled states exceed training.maxSequenceTokens ({training.max_sequence_tokens}), and training.labelWeights "
-            "leaves out all others: raise them",
-        )
-    return Tokenised(tuple(samples), too_long)
+    return joined([part for part in parts if part is not None], training)
 
 
 class _Observer:

@@ -9,7 +9,7 @@ import torch
 
 from dagger_operator.training.attention import Tree
 from dagger_operator.training.batches import Limits
-from dagger_operator.training.packing import COMPANY, Pack
+from dagger_operator.training.packing import COMPANY, Pack, soft_targets
 from dagger_operator.training.tree import Chain, forest
 
 Batch = dict[str, Any]
@@ -45,5 +45,7 @@ def collate(packs: Sequence[Pack], limits: Limits, share: Share, device: torch.d
         "targets": np.concatenate([pack.targets for pack in packs])[mine],
         "weights": np.concatenate([pack.weights for pack in packs])[mine],
     }
+    if (soft := soft_targets(packs)) is not None:
+        arrays |= {"soft_ids": soft.ids[mine].astype(np.int64), "soft_logprobs": soft.logprobs[mine]}
     tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
     return {**tensors, "tree": Tree(forest(layouts), device)}

@@ -1,14 +1,15 @@
 """Labelled states as the student's tokens: one sample is a state's prompt and the teacher's turn at it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dagger_operator.api.training import LabelWeights
+from dagger_operator.api.training import LabelWeights, Loss, Training
 from dagger_operator.store.records import Actor, Trajectory, labelled_states
 from dagger_operator.store.stage import StageFailure
+from dagger_operator.training.soft import Soft, soft
 from dagger_operator.training.template import StudentTemplate
 
 Tokens = NDArray[np.int32]
@@ -30,6 +31,8 @@ class Sample:
     """How many of them are the state."""
     weight: float = 1.0
     """What each target counts in the loss."""
+    soft: Soft | None = None
+    """What the teacher told of each target, as the loss asks for it; None learns the tokens alone."""
 
     @property
     def targets(self) -> Tokens:
@@ -43,16 +46,31 @@ class Tokenised:
     """In the order of rounds, rollouts and turns."""
     too_long: int
     """Labelled states left out because they exceed `maxSequenceTokens`."""
+    untold: int = 0
+    """Samples that should have soft targets, and of which the teacher told nothing."""
+    foreign: int = 0
+    """Those of which it told other tokens than the student's."""
+
+    @property
+    def hard_labels(self) -> int:
+        return self.untold + self.foreign
 
 
-def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_tokens: int, weights: LabelWeights = _ALIKE) -> Tokenised:
-    """Every labelled state of these trajectories that has a weight as a sample.
+def tokenise(
+    trajectories: Iterable[Trajectory],
+    template: StudentTemplate,
+    max_tokens: int,
+    weights: LabelWeights = _ALIKE,
+    soft_below: int | None = None,
+) -> Tokenised:
+    """Every labelled state of these trajectories that has a weight as a sample. With `soft_below` what the teacher told is kept, of
+    token ids below it.
 
     Raises `StageFailure("TemplateMismatch")` where the student acted and the server counted another number of prompt tokens: then
     training would see other states than the student does.
     """
     samples: list[Sample] = []
-    too_long = 0
+    too_long = untold = foreign = 0
     for trajectory in trajectories:
         name = f"{trajectory.round:04d}/{trajectory.rollout_id}"
         counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Actor.STUDENT}
@@ -73,5 +91,31 @@ def tokenise(trajectories: Iterable[Trajectory], template: StudentTemplate, max_
             if len(prompt) + len(label) > max_tokens:
                 too_long += 1
                 continue
-            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt), weight))
-    return Tokenised(tuple(samples), too_long)
+            told = None
+            if soft_below is not None:
+                told = soft(label, state.logprobs, soft_below) if state.logprobs is not None else None
+                untold += state.logprobs is None
+                foreign += state.logprobs is not None and told is None
+            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt), weight, told))
+    return Tokenised(tuple(samples), too_long, untold, foreign)
+
+
+def joined(parts: Sequence[Tokenised], training: Training) -> Tokenised:
+    """What all ranks made, as one. Raises `StageFailure` where nothing of it can be learned as training asks."""
+    samples = sorted((sample for part in parts for sample in part.samples), key=lambda sample: (sample.trajectory, sample.turn))
+    too_long, untold, foreign = (sum(getattr(part, name) for part in parts) for name in ("too_long", "untold", "foreign"))
+    if not samples:
+        raise StageFailure(
+            "NoLabels",
+            f"{too_long} labelled states exceed training.maxSequenceTokens ({training.max_sequence_tokens}), and training.labelWeights "
+            "leaves out all others: raise them",
+        )
+    if training.loss is Loss.FORWARD_KL and untold + foreign == len(samples):
+        raise StageFailure(
+            "NoSoftTargets",
+            f"training.loss is ForwardKL, and of {len(samples)} labels not one is a soft target: of {untold} the teacher told no "
+            "log-probabilities (labels.topLogprobs was 0 when they were made, or its server tells none), "
+            f"of {foreign} those of other tokens than the student's (it has another tokenizer, or its turns read otherwise in its "
+            "chat template): write training.loss CrossEntropy, or labels.topLogprobs for the rounds to come",
+        )
+    return Tokenised(tuple(samples), too_long, untold, foreign)
