@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 
 from dagger_operator.api import Training
+from dagger_operator.api.training import Loss
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
@@ -40,7 +41,8 @@ async def train(
 
     `targets_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
     """
-    limits = rank.limits(training, targets_at_once)
+    # A divergence takes twice the memory: the tail needs the logits once more.
+    limits = rank.limits(training, targets_at_once // 2 if training.loss is Loss.FORWARD_KL else targets_at_once)
     if tally.steps < curriculum.steps:
         agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
         if rank.index == 0 and agreement is not None:
