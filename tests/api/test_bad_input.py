@@ -40,6 +40,10 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
         ("mixing", {"beta": {"type": "List", "values": []}}, "spec.mixing.beta.values", "at least 1 item"),
         ("training", {"steps": {"type": "Constant", "value": 0}}, "spec.training.steps.value", "1..1000000"),
         ("training", {"gpusPerNode": 4}, "spec.training.processesPerNode", "write 4"),
+        ("training", {"lora": {"rank": 0}}, "spec.training.lora.rank", "greater than or equal to 1"),
+        ("training", {"lora": {"rank": 513}}, "spec.training.lora.rank", "less than or equal to 512"),
+        ("training", {"lora": {"targetModules": []}}, "spec.training.lora.targetModules", "at least 1 item"),
+        ("training", {"lora": {"targetModules": ["all-linear"]}}, "spec.training.lora.targetModules[0]", "such as q_proj"),
         ("training", {"mode": "Sometimes"}, "spec.training.mode", "'Enabled' or 'Disabled'"),
         ("training", {"loss": "ForwardKL"}, "spec.labels.topLogprobs", "such as 8, or training.loss CrossEntropy"),
         ("labels", {"topLogprobs": 21}, "spec.labels.topLogprobs", "less than or equal to 20"),
@@ -99,6 +103,7 @@ EDITS: dict[str, Any] = {
     "tasks": {"source": {"type": "JSONL", "uri": "another"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
     "scaffold": {"maxTurns": 7},
     "training.mode": "Enabled",
+    "training.lora": {"rank": 8},
     "storage.url": "s3://bucket/another",
     "managedBy": "example.org/another",
 }

@@ -163,7 +163,7 @@ FULL: Json = {
     },
     "failurePolicy": {"rules": [{"stages": ["Training"], "reasons": ["OOMKilled"], "exitCodes": [9], "action": "FailRun"}]},
     "kueue": {"queueName": "q"},
-    "training": {"steps": {"type": "Constant", "value": 5}, "deepspeed": {"zeroStage": 3}, "learningRate": 1e-3},
+    "training": {"steps": {"type": "Constant", "value": 5}, "deepspeed": {"zeroStage": 3}, "lora": {"targetModules": ["q_proj"]}},
     "evaluation": {"confidence": 0.9, "maxTurns": 3},
     "storage": {"url": "gs://b/p", "secretRef": {"name": "s"}},
     "ttlSecondsAfterFinished": 5,

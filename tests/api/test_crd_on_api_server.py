@@ -55,6 +55,7 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
         ("mixing", {"beta": {"type": "List", "values": [1, -0.5]}}, "spec.mixing", "0..1"),
         ("training", {"steps": {"type": "Constant", "value": 0}}, "spec.training", "1..1000000"),
         ("training", {"gpusPerNode": 4}, "spec.training", "the same number"),
+        ("training", {"loss": "ForwardKL"}, "spec", "write labels.topLogprobs"),
         ("teacher", {"model": "t"}, "spec.teacher", "exactly one"),
         ("teacher", {"model": "t", "serving": {}, "endpoint": {"url": "http://x/v1"}}, "spec.teacher", "exactly one"),
         ("teacher", {"model": "t", "serving": {"nodes": 2, "gpus": 0}}, "spec.teacher.serving", "or nodes 1"),
@@ -106,6 +107,7 @@ def test_an_edit_that_would_make_finished_rounds_lie_is_refused_and_others_are_n
         "tasks": {**document["spec"]["tasks"], "firstRound": 3},
         "scaffold": {"maxTurns": 7},
         "training.mode": "Disabled",
+        "training.lora": {},
         "storage.url": "s3://bucket/another",
         "managedBy": "example.org/another",
     }

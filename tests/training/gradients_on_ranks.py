@@ -12,7 +12,7 @@ import torch
 
 from dagger_operator.api import Storage, Training
 from dagger_operator.store.objects import Store
-from dagger_operator.training import checkpoints, engine, export, layout, loop
+from dagger_operator.training import adapters, checkpoints, engine, export, layout, loop
 from dagger_operator.training.batches import Curriculum
 
 
@@ -28,7 +28,8 @@ def main(job_file: str, results: str) -> None:
     for name, settings in job["settings"].items():
         training = Training.model_validate({**job["training"], **settings})
         sgd = functools.partial(torch.optim.SGD, lr=1.0)
-        trainer = engine.build(training, job["weights"], ranks, device, sgd)
+        adapter = adapters.Adapter(training.lora, 1, "tiny", parent=job["adapter"]) if training.lora else None
+        trainer = engine.build(training, job["weights"], ranks, device, sgd, adapter)
         curriculum = Curriculum(job["samples"], training, seed=1, round_number=1)
         scratch = Path(results) / name
         store = Store.open(Storage(url=f"file://{scratch}/store"))

@@ -79,10 +79,11 @@ def plain(weights: Path, samples: list[Sample], training: Training) -> tuple[lis
 
 
 def under_deepspeed(
-    ranks: int, settings: dict[str, dict[str, Any]], weights: Path, samples: list[Sample], folder: Path
+    ranks: int, settings: dict[str, dict[str, Any]], weights: Path, samples: list[Sample], folder: Path, adapter: Path | None = None
 ) -> dict[str, tuple[float, ...]]:
     job = folder / "job.pickle"
-    job.write_bytes(pickle.dumps({"weights": weights, "samples": samples, "training": BASE, "settings": settings}))
+    given = {"weights": weights, "samples": samples, "training": BASE, "settings": settings, "adapter": adapter}
+    job.write_bytes(pickle.dumps(given))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -34,7 +34,7 @@ from dagger_operator.api.status import (
 )
 from dagger_operator.api.storage import Storage
 from dagger_operator.api.tasks import HeldOut, SourceType, Tasks, TaskSource
-from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Training, TrainingMode
+from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Lora, Training, TrainingMode
 
 __all__ = [
     "API_VERSION",
@@ -62,6 +62,7 @@ __all__ = [
     "LabelMode",
     "Labels",
     "LocalReference",
+    "Lora",
     "Metadata",
     "Mixing",
     "MixingStrategy",

@@ -81,6 +81,20 @@ class LabelWeights(ApiModel):
         return self
 
 
+Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=128)]
+
+
+class Lora(ApiModel):
+    """Low-rank adapters (LoRA): a round's policy is the run's first one plus a small part of its own, which alone is trained."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of the part that is added to each weight."""
+    alpha: Annotated[int, Field(ge=1, le=65536)] = 32
+    """What is added is scaled by alpha / rank."""
+    target_modules: Annotated[list[Module], Field(min_length=1, max_length=64)] | None = None
+    """Names of the linear layers that get an adapter, such as q_proj; default all linear layers of the decoder."""
+
+
 MOST_STEPS = 1_000_000
 _ROWS_STAY_ON_A_NODE = "the ranks that share a row are on one node: write a divisor of processesPerNode"
 _STEPS = f"these are optimiser steps: write a number in 1..{MOST_STEPS}"
@@ -118,6 +132,8 @@ class Training(ApiModel):
     """CrossEntropy learns the tokens of the labels, as the paper does. ForwardKL learns the teacher's distribution over each of them, as
     far as `labels.topLogprobs` tells it; teacher and student must have the same tokenizer, and labels of which nothing was told, or that
     read otherwise in the student's tokens, are learned by cross-entropy and counted."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of all weights: a fraction of the memory, and one server can hold every round's student."""
     label_weights: LabelWeights = LabelWeights()
     """Weight of a label's tokens in the loss; the paper's recipe counts all alike."""
     micro_batch_tokens: Annotated[int, Field(ge=64, le=8388608)] = 65536

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import structlog
 
-from dagger_operator.store.policies import load_policy
+from dagger_operator.store.policies import load_adapter, load_policy
 from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure, main
-from dagger_operator.training.inputs import inputs, weights_folder
+from dagger_operator.training.inputs import adapter_folder, inputs, weights_folder
 
 _GRACE_SECONDS = 10
 """How long ranks may go on after another one failed: they wait for it in a collective that will never end."""
@@ -38,7 +38,13 @@ async def body(stage: Stage) -> None:
         structlog.get_logger().info("already done")
         return
     given = await inputs(stage)
-    await load_policy(stage.store, given.parent, weights_folder(stage.scratch, given.parent))
+    await load_policy(stage.store, given.base, weights_folder(stage.scratch, given.base))
+    if given.adapted and not await load_adapter(stage.store, given.parent, adapter_folder(stage.scratch, given.parent)):
+        raise StageFailure(
+            "NoAdapter",
+            f"{given.parent}, the student of the round before, has no adapter, so training.lora cannot go on from it: training.lora may "
+            "not change in a run; make a new run with a new name",
+        )
     master = _master(stage)
     ranks = [await _start(stage, local, master) for local in range(stage.run.spec.training.processes_per_node)]
     # The ranks leave a checkpoint, then end.

@@ -110,7 +110,7 @@ class Checkpoints:
         """Stores the state after `tally.steps` steps, and returns the seconds that it took."""
         started = time.monotonic()
         tag = f"step-{tally.steps:08d}"
-        engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False)
+        engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         mine: dict[str, StoredFile] = {}
         if self._carries:
             for path in sorted((self._folder / tag).rglob("*")):
@@ -148,7 +148,9 @@ class Checkpoints:
 
     def _load(self, engine: Engine, tag: str, cut: Cut) -> None:
         if cut == self._cut or cut.whole:
-            engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False)
+            # What is frozen is in the base's files, and in no checkpoint.
+            everything = all(parameter.requires_grad for parameter in engine.module.parameters())
+            engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False, load_module_strict=everything)
             return
         whole = f"{tag}-whole"
         if self._carries:

@@ -14,7 +14,7 @@ import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.api.training import Offload, Precision
-from dagger_operator.training import attention, sequence
+from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
 
 Engine = Any
@@ -89,8 +89,15 @@ def adamw(training: Training) -> MakeOptimizer:
     )
 
 
-def build(training: Training, weights: Path, ranks: int, device: torch.device, make_optimizer: MakeOptimizer) -> Engine:
-    """The policy in folder `weights`, ready to train. Collective."""
+def build(
+    training: Training,
+    weights: Path,
+    ranks: int,
+    device: torch.device,
+    make_optimizer: MakeOptimizer,
+    adapter: adapters.Adapter | None = None,
+) -> Engine:
+    """The policy in folder `weights`, with an adapter where one is to be trained instead of it, ready to train. Collective."""
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -111,13 +118,16 @@ def build(training: Training, weights: Path, ranks: int, device: torch.device, m
     policy.config.use_cache = False
     if training.activation_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    exact = adapters.attach(policy, adapter, weights) if adapter else {}
     objective = Objective(policy)
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=make_optimizer(objective.parameters()),
+        optimizer=make_optimizer([weight for weight in objective.parameters() if weight.requires_grad]),
         config=settings(training, ranks // training.sequence_parallel, device),
         mpu=groups,
     )
+    if low_precision:
+        adapters.sharpen(engine, exact)
     engine.train()
     return engine
 

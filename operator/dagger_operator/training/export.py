@@ -7,24 +7,30 @@ import torch
 import torch.distributed
 from transformers import PreTrainedModel
 
+from dagger_operator.store.policies import ADAPTER
 from dagger_operator.store.stage import StageFailure
+from dagger_operator.training import adapters
 from dagger_operator.training.engine import Engine
+from dagger_operator.training.merging import merge
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
 _OTHER_THAN_POLICY = ("manifest.json",)
 
 
 def export(engine: Engine, base: Path, folder: Path) -> None:
-    """Writes the policy to `folder`, which appears whole. Collective; rank 0 writes.
+    """Writes the policy to `folder`, which appears whole. Collective; rank 0 writes. An adapter is merged, and kept beside by itself.
 
     Config, tokenizer, chat template and generation config are copied from `base`, so a server can exchange weights alone. Weights
     have the base's type; they come from the optimiser's FP32 master weights where it keeps any.
     """
     policy: PreTrainedModel = engine.module.policy
-    dtype = _stored_dtype(base)
-    state = {name: value.to(dtype) for name, value in _gathered(engine, policy).items()}
+    state = _gathered(engine, policy)
     if torch.distributed.get_rank() != 0:
         return
+    pairs = adapters.pairs(policy, state)
+    if not pairs:
+        dtype = _stored_dtype(base)
+        state = {name: value.to(dtype) for name, value in state.items()}
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise StageFailure(
@@ -34,7 +40,11 @@ def export(engine: Engine, base: Path, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     for leftover in (partial, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.save_pretrained(partial, state_dict=state)
+    if pairs:
+        adapters.save(policy, state, partial / ADAPTER)
+        merge(base, pairs, partial)
+    else:
+        policy.save_pretrained(partial, state_dict=state)
     for path in base.iterdir():
         if path.is_file() and path.name not in _OTHER_THAN_POLICY and not any(path.match(pattern) for pattern in _WEIGHT_FILES):
             shutil.copy(path, partial / path.name)
@@ -42,12 +52,14 @@ def export(engine: Engine, base: Path, folder: Path) -> None:
 
 
 def _gathered(engine: Engine, policy: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Whole weights by name on rank 0, in FP32 on the CPU; nothing on the other ranks."""
+    """Whole weights that were trained, by name on rank 0, in FP32 on the CPU; nothing on the other ranks."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     sharded = engine.zero_optimization_stage() > 0
     state: dict[str, torch.Tensor] = {}
     for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            continue
         whole = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
         if torch.distributed.get_rank() == 0:
             state[name] = whole.float().cpu()

@@ -22,7 +22,9 @@ _ROUNDING = frozenset(
 @dataclass(frozen=True)
 class Inputs:
     parent: str
-    """Policy version whose weights training starts from."""
+    """Policy version that training starts from."""
+    base: str
+    """Version whose weights are loaded: the parent, or with `training.lora` the run's first, to which all adapters belong."""
     data: TrainingSet
 
     def settings(self, stage: Stage) -> dict[str, Any]:
@@ -30,6 +32,11 @@ class Inputs:
         spec = stage.run.spec
         training = {name: value for name, value in spec.training.wire().items() if name not in _NO_MATTER}
         return {"training": training, "seed": spec.seed, "round": stage.round, "parent": self.parent, "data": self.data.digest}
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the parent's adapter is trained further."""
+        return self.parent != self.base
 
     def course(self, stage: Stage) -> dict[str, Any]:
         """The part of it that decides more than rounding: what a checkpoint must agree with to be gone on from."""
@@ -54,7 +61,8 @@ async def inputs(stage: Stage) -> Inputs:
         before = "the run's prepare stage" if prepared is None else f"the training stage of round {stage.round - 1}"
         raise StageFailure("StageMissing", f"{before} has no result in the store: it has to end before this one starts", permanent=False)
     fresh = previous is None or spec.training.aggregation is Aggregation.ALL_ROUNDS_FROM_BASE
-    return Inputs(parent=prepared.policy if fresh or previous is None else previous.policy, data=data)
+    parent = prepared.policy if fresh or previous is None else previous.policy
+    return Inputs(parent=parent, base=prepared.policy if spec.training.lora else parent, data=data)
 
 
 def digest(value: Any) -> str:
@@ -65,3 +73,8 @@ def digest(value: Any) -> str:
 def weights_folder(scratch: Path, version: str) -> Path:
     """Where the stage puts the weights that its ranks start from."""
     return scratch / "weights" / version
+
+
+def adapter_folder(scratch: Path, version: str) -> Path:
+    """Where it puts the adapter that is trained further."""
+    return scratch / "adapters" / version

@@ -25,12 +25,13 @@ from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import TrainingResult, save_result
 from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
-from dagger_operator.training.inputs import Inputs, digest, inputs, weights_folder
+from dagger_operator.training.inputs import Inputs, adapter_folder, digest, inputs, weights_folder
 from dagger_operator.training.metrics import Step, TrainerMetrics
 from dagger_operator.training.samples import Tokenised, joined, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
 if TYPE_CHECKING:
+    from dagger_operator.training.adapters import Adapter
     from dagger_operator.training.checkpoints import Tally
 
 _MEAN_OF = 10
@@ -54,18 +55,18 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
     spec = stage.run.spec
     given = await inputs(stage)
-    weights = weights_folder(stage.scratch, given.parent)
+    weights = weights_folder(stage.scratch, given.base)
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
     curriculum = Curriculum(tokenised.samples, spec.training, seed=spec.seed, round_number=stage.round)
-    policy = engine.build(spec.training, weights, ranks, device, engine.adamw(spec.training))
+    policy = engine.build(spec.training, weights, ranks, device, engine.adamw(spec.training), await _adapter(stage, given))
     settings = given.settings(stage)
     kept = checkpoints.Checkpoints(
         stage.store,
         stage.scratch,
         stage.round,
-        digest({**given.course(stage), "software": _software(), "device": device.type}),
+        digest({**given.course(stage), "software": _software(stage), "device": device.type}),
         zero_stage=spec.training.deepspeed.zero_stage,
         node=stage.index,
         every_steps=spec.training.checkpoint_every_steps,
@@ -102,6 +103,19 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
         observer.log.info("training done", **summary.wire())
 
 
+async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
+    """What is trained instead of all weights, where the run says so."""
+    from dagger_operator.training.adapters import Adapter
+
+    lora, spec = stage.run.spec.training.lora, stage.run.spec
+    if lora is None:
+        return None
+    name, model = (await policy_manifest(stage.store, given.base)).base_model, spec.student.model
+    revision = name.removeprefix(f"{model}@") if name.startswith(f"{model}@") else None  # a model on the hub is named with its commit
+    parent = adapter_folder(stage.scratch, given.parent) if given.adapted else None
+    return Adapter(lora, hash((spec.seed, stage.round)), model if revision else name, revision, parent)
+
+
 async def _store(
     stage: Stage, given: Inputs, settings: dict[str, Any], tokenised: Tokenised, tally: "Tally", folder: Path, started: float
 ) -> TrainingSummary:
@@ -115,7 +129,7 @@ async def _store(
         parent=given.parent,
         data_digest=given.data.digest,
         settings=settings,
-        software=_software(),
+        software=_software(stage),
     )
     summary = TrainingSummary(
         steps=tally.steps,
@@ -183,8 +197,9 @@ def _mean(numbers: tuple[float, ...]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _software() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("dagger-operator", "torch", "transformers", "deepspeed")}
+def _software(stage: Stage) -> dict[str, str]:
+    names = ["dagger-operator", "torch", "transformers", "deepspeed", *(["peft"] if stage.run.spec.training.lora else [])]
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 if __name__ == "__main__":

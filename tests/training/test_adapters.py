@@ -1,0 +1,213 @@
+"""Low-rank adapters: their steps are those of peft in a plain loop over labels, and what is merged is what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import Lora, Training
+from dagger_operator.store.records import Trajectory
+from dagger_operator.store.stage import StageFailure
+from dagger_operator.training.batches import Curriculum
+from dagger_operator.training.samples import Sample, tokenise
+from dagger_operator.training.template import StudentTemplate
+from training.test_gradients import BASE, SETTINGS, SHARED, under_deepspeed
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
+
+LORA = {"rank": 4, "alpha": 6}
+LAYOUTS = {name: {**SETTINGS[name], "lora": LORA} for name in ("zero0", "zero1", "zero2", "zero3", "offload", "labels", "recompute-zero3")}
+LAYOUTS |= {name: {**SETTINGS[name], "lora": LORA} for name in ("bf16-zero0", "bf16-zero2", "bf16-zero3")}
+SHARED_LAYOUTS = {name: {**SHARED[name], "lora": LORA} for name in ("shared-zero0", "shared-zero2", "shared-zero3", "shared-recompute")}
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> list[Sample]:
+    return list(tokenise(trajectories, StudentTemplate(tokenizer_with("qwen3_instruct")), 4096).samples)
+
+
+@pytest.fixture(scope="module")
+def parent(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that peft made, with something in both matrices."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(11)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("adapter") / "parent"
+    policy.save_pretrained(folder)
+    return folder
+
+
+def plain(weights: Path, parent: Path, samples: list[Sample], training: Training) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+    """Steps of gradient descent with rate 1 by peft and transformers' own label shift, one label at a time: losses, and the adapter
+    before and after."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    policy = PeftModel.from_pretrained(base, parent, is_trainable=True)
+    trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    curriculum, losses = Curriculum(samples, training, seed=1, round_number=1), []
+    for step in range(curriculum.steps):
+        batch = [samples[index] for index in curriculum.batch(step)]
+        total, loss_sum = sum(len(sample.targets) for sample in batch), 0.0
+        for sample in batch:
+            ids = torch.tensor(sample.tokens, dtype=torch.long)[None]
+            labels = ids.clone()
+            labels[:, : sample.prompt] = -100
+            loss = policy(input_ids=ids, labels=labels).loss * len(sample.targets) / total
+            loss.backward()
+            loss_sum += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss_sum)
+    return losses, before, {name: weight.detach() for name, weight in trained.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layouts"), [(1, LAYOUTS), (2, LAYOUTS), (2, SHARED_LAYOUTS)], ids=["one rank", "two ranks", "shared rows"]
+)
+def test_every_layout_takes_the_steps_of_peft_in_a_plain_loop(
+    ranks: int, layouts: dict[str, dict[str, Any]], policy_folder: Path, parent: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    found = under_deepspeed(ranks, layouts, policy_folder, samples, tmp_path, adapter=parent)
+    losses, before, after = plain(policy_folder, parent, samples, Training.model_validate({**BASE, "lora": LORA}))
+    for name in layouts:
+        low_precision = "bf16" in name
+        assert found[name] == pytest.approx(losses, rel=2e-2 if low_precision else 1e-5), name
+        made = load_file(tmp_path / name / "policy" / "adapter" / "adapter_model.safetensors")
+        made = {key.replace(".weight", ".default.weight"): value for key, value in made.items()}
+        assert made.keys() == after.keys()
+        moved = torch.cat([(after[key] - before[key]).flatten() for key in after])
+        missed = torch.cat([(made[key] - after[key]).flatten() for key in after])
+        assert moved.norm() > 0.01
+        assert missed.norm() / moved.norm() < (5e-2 if low_precision else 1e-5), name
+
+        # peft puts it together in the same way, of what it reads from the folder.
+        base = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+        by_peft = PeftModel.from_pretrained(base, tmp_path / name / "policy" / "adapter").merge_and_unload().state_dict()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy", dtype=torch.float32).state_dict()
+        assert merged.keys() == by_peft.keys()
+        for key, value in merged.items():
+            torch.testing.assert_close(value, by_peft[key], rtol=1e-6, atol=1e-6)
+
+
+def adapted(policy_folder: Path, dtype: Any, **given: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from dagger_operator.training.adapters import Adapter, attach
+
+    policy = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=dtype)
+    attach(policy, Adapter(Lora.model_validate(given.pop("lora", LORA)), **{"seed": 1, "base_model": "tiny", **given}), policy_folder)
+    return policy
+
+
+def trained(policy: Any) -> dict[str, Any]:
+    return {name: weight.detach() for name, weight in policy.named_parameters() if weight.requires_grad}
+
+
+def test_a_fresh_adapter_follows_from_its_seed_changes_nothing_and_alone_is_trained(policy_folder: Path) -> None:
+    import torch
+
+    state = torch.random.get_rng_state()
+    first, again, other = (trained(adapted(policy_folder, torch.float32, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(first) == 2 * 7 * 2, "both matrices, of seven linear layers, in two blocks"
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name, weight in first.items():
+        if "lora_B" in name:
+            assert not weight.any()
+        else:
+            assert weight.any() and not torch.equal(weight, other[name])
+
+
+def test_merged_weights_are_the_bases_plus_scaled_products_in_files_and_types_like_the_bases(tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from dagger_operator.training.merging import Pair, merge, tensor_names
+
+    torch.manual_seed(0)
+    base, made = tmp_path / "base", tmp_path / "made"
+    base.mkdir()
+    made.mkdir()
+    parts = {"model-1.safetensors": {"x.weight": torch.randn(6, 4).bfloat16(), "x.bias": torch.ones(6)}}
+    parts["model-2.safetensors"] = {"y.weight": torch.randn(4, 4).bfloat16(), "n.weight": torch.ones(4, dtype=torch.int8)}
+    for name, tensors in parts.items():
+        save_file(tensors, base / name, metadata={"format": "pt"})
+    save_file(parts["model-1.safetensors"], base / "consolidated.safetensors")
+    index = {"weight_map": {key: name for name, tensors in parts.items() for key in tensors}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert tensor_names(base) == {"x.weight", "x.bias", "y.weight"}
+
+    pair = Pair(torch.randn(2, 4), torch.randn(6, 2), 0.5)
+    merge(base, {"x": pair}, made)
+    assert sorted(path.name for path in made.iterdir()) == [*sorted(parts), "model.safetensors.index.json"]
+    merged = {key: value for name in parts for key, value in load_file(made / name).items()}
+    expected = (parts["model-1.safetensors"]["x.weight"].double() + 0.5 * pair.b.double() @ pair.a.double()).bfloat16()
+    assert torch.equal(merged["x.weight"], expected)
+    assert (made / "model-2.safetensors").read_bytes() == (base / "model-2.safetensors").read_bytes()
+    with safe_open(made / "model-1.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "self_attn", "q_prj", "proj"])
+def test_modules_that_cannot_have_an_adapter_are_refused(policy_folder: Path, module: str) -> None:
+    import torch
+
+    with pytest.raises(StageFailure, match=rf"targetModules: '{module}' .* down_proj, gate_proj, k_proj, o_proj") as refused:
+        adapted(policy_folder, torch.float32, lora={"targetModules": ["q_proj", module]})
+    assert refused.value.reason == "NoSuchModule"
+
+
+def test_only_the_named_modules_get_one(policy_folder: Path) -> None:
+    import torch
+
+    named = trained(adapted(policy_folder, torch.bfloat16, lora={"rank": 3, "targetModules": ["v_proj", "1.mlp.up_proj"]}))
+    assert {name.split(".lora_")[0].removeprefix("model.layers.") for name in named} == {
+        "0.self_attn.v_proj",
+        "1.self_attn.v_proj",
+        "1.mlp.up_proj",
+    }
+    assert {tuple(weight.shape) for name, weight in named.items() if "up_proj" in name} == {(3, 64), (128, 3)}
+
+
+def test_an_adapter_of_another_rank_is_not_trained_further(policy_folder: Path, parent: Path) -> None:
+    import torch
+
+    with pytest.raises(StageFailure, match="another rank"):
+        adapted(policy_folder, torch.float32, lora={"rank": 8}, parent=parent)
+
+
+def test_a_base_whose_files_name_other_tensors_is_refused_before_training(policy_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from dagger_operator.training.adapters import Adapter, attach
+
+    stored = load_file(policy_folder / "model.safetensors")
+    save_file({name.replace("q_proj", "query"): tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    policy = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    with pytest.raises(StageFailure, match=r"hold no model.layers.0.self_attn.q_proj.weight"):
+        attach(policy, Adapter(Lora(), 1, "tiny"), tmp_path)
