@@ -37,6 +37,18 @@ def test_without_zero_all_is_in_fp32() -> None:
     assert (memory.weights + memory.gradients + memory.optimiser) / FOUR.parameters == pytest.approx(16)
 
 
+def test_of_adapters_alone_there_are_gradients_and_an_optimiser() -> None:
+    adapters = FOUR.adapters(16)
+    assert adapters == pytest.approx(33.0e6, rel=0.01), "what peft makes of Qwen3-4B with rank 16 on all linear layers"
+    for stage in (1, 2, 3):
+        setup = replace(EIGHT_GPUS, stage=stage, adapter_rank=16)
+        memory, whole = training_memory(FOUR, setup), training_memory(FOUR, replace(setup, adapter_rank=0))
+        assert memory.optimiser == pytest.approx(12 * adapters / 8)
+        assert memory.gradients == pytest.approx(4 * adapters / (8 if stage > 1 else 1))
+        assert memory.weights == pytest.approx(whole.weights, rel=0.01)
+        assert (memory.activations, memory.logits) == (whole.activations, whole.logits)
+
+
 def test_an_offloaded_optimiser_is_in_host_memory() -> None:
     memory = training_memory(FOUR, replace(EIGHT_GPUS, stage=2, offload=True))
     assert (memory.optimiser, memory.gradients) == (0, 0)

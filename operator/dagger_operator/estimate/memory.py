@@ -29,6 +29,8 @@ class Setup:
     checkpointing: bool
     tokens: float
     """Tokens of a forward pass on one rank."""
+    adapter_rank: int = 0
+    """Of `training.lora`, taken to be on all linear layers; 0 trains all weights."""
 
     @classmethod
     def of(cls, training: Training) -> "Setup":
@@ -41,6 +43,7 @@ class Setup:
             bf16=training.precision is Precision.BF16,
             checkpointing=training.activation_checkpointing,
             tokens=longest / getattr(training, "sequence_parallel", 1),
+            adapter_rank=training.lora.rank if training.lora else 0,
         )
 
 
@@ -103,13 +106,16 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
 
     States as in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3), with what `training/engine.py` configures: weights in BF16,
     and in FP32 with both of Adam's moments in the optimiser; gradients summed in FP32, which ZeRO-1 does whole on each rank. Without ZeRO
-    all is FP32, with BF16 copies under autocast. Offloaded are optimiser and, from ZeRO-2 on, gradients.
+    all is FP32, with BF16 copies under autocast. Offloaded are optimiser and, from ZeRO-2 on, gradients. Where adapters are trained,
+    only they have gradients and a part in the optimiser.
     """
-    number, width = shape.parameters, 2 if setup.bf16 else 4
+    adapters, width = shape.adapters(setup.adapter_rank), 2 if setup.bf16 else 4
+    number = shape.parameters + adapters
+    trained = adapters or number
     over = {stage: setup.ranks if setup.stage >= stage else 1 for stage in (1, 2, 3)}
     weights = number * (width if setup.stage else 4) / over[3]
-    gradients = 0.0 if setup.offload and setup.stage >= 2 else 4 * number / over[2]
-    optimiser = (12 if setup.stage else 8) * number / over[1]
+    gradients = 0.0 if setup.offload and setup.stage >= 2 else 4 * trained / over[2]
+    optimiser = (12 if setup.stage else 8) * trained / over[1]
     kept = setup.tokens * activations(shape, width, setup.checkpointing)
     moments = {"layer": setup.tokens * (in_a_layer(shape, width) - (0 if setup.checkpointing else kept_by_a_layer(shape, width)))}
     moments["logits"] = logits(shape, min(TARGETS_AT_ONCE, setup.tokens))
@@ -121,18 +127,18 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
         activations=kept,
         layer=moments["layer"] if fuller == "layer" else 0.0,
         logits=moments["logits"] if fuller == "logits" else 0.0,
-        buffers=CONTEXT + _buffers(number, width, setup),
-        host=optimiser + 4 * number / over[1] if setup.offload else 0.0,
+        buffers=CONTEXT + _buffers(number, trained, width, setup),
+        host=optimiser + 4 * trained / over[1] if setup.offload else 0.0,
     )
 
 
-def _buffers(number: int, width: int, setup: Setup) -> float:
+def _buffers(number: int, trained: int, width: int, setup: Setup) -> float:
     """Buckets for reduction, which DeepSpeed allocates whole from ZeRO-2 on (two where it overlaps), and gathered weights."""
     match setup.stage:
         case 0:
-            return (width if setup.bf16 else 0) * number + 4 * min(number, BUCKET)
+            return (width if setup.bf16 else 0) * number + 4 * min(trained, BUCKET)
         case 1:
-            return 4 * min(number, BUCKET)
+            return 4 * min(trained, BUCKET)
         case 2:
             return 2 * width * BUCKET
     gathered = 0 if setup.ranks == 1 else width * min(number, LIVE)

@@ -71,6 +71,11 @@ class Shape:
         layer = self.attention + self.mlp * max(1, self.experts) + self.hidden * self.experts + norms
         return self.layers * layer + self.hidden + self.head * (1 if self.tied else 2)
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of low-rank adapters of all linear layers in the decoder; experts, each kind of them one tensor, get none."""
+        attention = 2 * (self.hidden + self.q_width) + 2 * (self.hidden + self.kv_width)
+        return self.layers * rank * (attention + (0 if self.experts else 3 * (self.hidden + self.intermediate)))
+
     @property
     def body(self) -> int:
         """Parameters that multiply each token outside of the head: of experts only those that a token visits, and the router."""
