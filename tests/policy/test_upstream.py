@@ -19,7 +19,7 @@ def stage(folder, teacher, **environment):
         "student": {"model": "Qwen/Qwen3-4B", "sampling": {"temperature": 0.4, "topP": 0.8, "maxTokens": 128}},
         "teacher": {"model": "big", **teacher},
         "tasks": {"source": source, "heldOut": {"source": {"type": "JSONL", "uri": "held-out.jsonl"}}},
-        "labels": {"attempts": 4},
+        "labels": {"attempts": 4, "topLogprobs": 8},
         "storage": {"url": f"file://{folder}"},
     }
     defaults = {
@@ -37,6 +37,7 @@ ENDPOINT = {"endpoint": {"url": TEACHER_URL, "model": "gpt-x", "timeoutSeconds":
 async def test_a_served_student_and_a_teacher_behind_an_endpoint(tmp_path):
     student, teacher = await upstreams(stage(tmp_path, ENDPOINT, DAGGER_TEACHER_TOKEN="key"), greedy=False)
     assert student.urls == ("http://127.0.0.2:8000/v1", "http://127.0.0.3:8000/v1")
+    assert (student.top_logprobs, teacher.top_logprobs) == (0, 8)
     assert (student.model, student.version, student.served) == ("r002-0123456789ab", "r002-0123456789ab", True)
     assert (student.sampling.temperature, student.attempts, student.timeout_seconds) == (0.4, 4, SERVED_TIMEOUT_SECONDS)
     assert (teacher.model, teacher.served, teacher.token, teacher.timeout_seconds) == ("gpt-x", False, "key", 33)

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dagger_operator.api import Storage
-from dagger_operator.store import layout, records
+from dagger_operator.store import layout, logprobs, records
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import close_round
 from dagger_operator.store.objects import Store
@@ -228,12 +228,14 @@ async def test_vllm_serves_the_policy_and_gives_it_the_tokens_that_it_was_traine
                 body = {"model": "policy", "messages": messages, "add_generation_prompt": True} | ({"tools": tools} if tools else {})
                 async with http.post(f"{url}/tokenize", json=body) as answer:
                     assert (await answer.json())["tokens"] == template.prompt(messages, tools)
-            ask = {"model": "policy", "messages": states[0][0], "temperature": 0, "max_tokens": 60}
+            ask = {"model": "policy", "messages": states[0][0], "temperature": 0, "max_tokens": 60, **logprobs.asked(2)}
             async with http.post(f"{url}/v1/chat/completions", json=ask) as answer:
                 said = await answer.json()
     assert re.fullmatch(LEARNED, said["choices"][0]["message"]["content"])
     assert said["choices"][0]["finish_reason"] == "stop"
     assert said["usage"]["prompt_tokens"] == len(template.prompt(*states[0]))
+    told, turn = logprobs.told(said["choices"][0], 2), template.label(*states[0], said["choices"][0]["message"])
+    assert told is not None and told.token_ids.tolist() == turn, "as a teacher it would give soft targets, the end of the turn included"
 
 
 @contextmanager
