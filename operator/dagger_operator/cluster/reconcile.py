@@ -42,6 +42,7 @@ class Reconciler:
         self.applier = Applier(client, cache)
         self._teller = Teller(client)
         self._refused: dict[RunKey, Trouble] = {}
+        self._read: dict[RunKey, tuple[str, DAggerRun]] = {}
 
     async def reconcile(self, key: RunKey) -> float | None:
         """Seconds until it should be asked again; None: when something changes. Raises `ApiError` where it has to be tried again."""
@@ -50,7 +51,7 @@ class Reconciler:
             self._forget(key)
             return None
         try:
-            run = _loaded(stored)
+            run = self._run(key, stored)
         except InvalidRun as error:
             shell = _shell(stored)
             await self._say(stored, shell, refused(shell, error.problems, datetime.now(UTC)))
@@ -58,7 +59,6 @@ class Reconciler:
         if run.spec.managed_by != MANAGER:
             self._forget(key)
             return None
-        run = self._completed(run)
 
         observed = await self._observer.observe(run, self._refused.get(key))
         planned = plan(run, observed)
@@ -71,7 +71,15 @@ class Reconciler:
             await self._delete(stored)
         if planned.status.phase in RESTING:
             self._stores.forget(key)
+            self._read.pop(key, None)
         return paced(planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL, self._cache.count(KIND))
+
+    def _run(self, key: RunKey, stored: Manifest) -> DAggerRun:
+        """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""
+        version = f"{stored['metadata']['uid']}/{stored['metadata']['resourceVersion']}"
+        if (read := self._read.get(key)) is None or read[0] != version:
+            read = self._read[key] = version, self._completed(_loaded(stored))
+        return read[1]
 
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan) -> Trouble | None:
         """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
@@ -128,6 +136,7 @@ class Reconciler:
     def _forget(self, key: RunKey) -> None:
         self._stores.forget(key)
         self._refused.pop(key, None)
+        self._read.pop(key, None)
 
 
 def paced(after: float | None, runs: int) -> float | None:
