@@ -51,7 +51,7 @@ def test_every_rounds_adapter_goes_beside_the_first_student_and_one_server_is_to
     base, *others = make_run(2, rank=12)
     answer = ctl("export", "small", "--adapters", "--to", "out")
     assert answer.returncode == 0, answer.stderr
-    command = f"vllm serve out/{base} --served-model-name {base} --enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules"
+    command = f"vllm serve out/{base} --served-model-name {base} --enable-lora --max-loras 3 --max-lora-rank 16 --lora-modules"
     assert answer.stdout == f"{command} {shlex.join(f'{version}=out/adapters/{version}' for version in others)}\n"
     assert (tmp_path / "out" / base / "model.safetensors").read_text() == "weights of round 0"
     for number, version in enumerate(others, 1):
