@@ -111,6 +111,22 @@ def test_every_layout_takes_the_steps_of_peft_in_a_plain_loop(
             torch.testing.assert_close(value, by_peft[key], rtol=1e-6, atol=1e-6)
 
 
+def test_what_the_round_before_left_is_trained_further_to_the_last_digit(
+    policy_folder: Path, parent: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """In BF16 too, of which the optimiser's FP32 weights know nothing. Three ranks: ZeRO-3 pads what it deals out."""
+    import torch
+    from safetensors.torch import load_file
+
+    still = {f"zero{stage}": {**LAYOUTS["bf16-zero2"], "deepspeed": {"zeroStage": stage}, "learningRate": 1e-30} for stage in (1, 2, 3)}
+    under_deepspeed(3, still, policy_folder, samples, tmp_path, adapter=parent)
+    given = load_file(parent / "adapter_model.safetensors")
+    for name in still:
+        made = load_file(tmp_path / name / "policy" / "adapter" / "adapter_model.safetensors")
+        assert made.keys() == given.keys()
+        assert all(torch.equal(made[key], given[key]) for key in given), name
+
+
 def adapted(policy_folder: Path, dtype: Any, **given: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
