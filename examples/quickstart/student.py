@@ -6,8 +6,10 @@ It has seen nothing: all that it will be able to do comes from the teacher's lab
 """
 
 import argparse
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    print(json.dumps({"folder": str(options.out), "parameters": make(options.out, options.seed)}))
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet on it, and who calls this reads JSON
+        parameters = make(options.out, options.seed)
+    print(json.dumps({"folder": str(options.out), "parameters": parameters}))
 
 
 if __name__ == "__main__":
