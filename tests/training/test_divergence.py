@@ -64,7 +64,8 @@ def test_value_and_gradient_are_those_of_the_plain_sum(case: tuple[Tensor, Tenso
     (value * weights).sum().backward()
     (expected * weights.double()).sum().backward()
     assert ours.grad is not None and theirs.grad is not None
-    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+    # Logits in the hundreds are rounded in the fifth place after the point, and probabilities with them.
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=3e-5)
 
 
 @thorough
@@ -76,10 +77,10 @@ def test_a_hard_target_is_the_cross_entropy(targets: int, vocabulary: int, seed:
     # As `soft.joined` widens them.
     ids, logprobs = tokens[:, None].expand(-1, 3), torch.tensor([[0.0, -math.inf, -math.inf]]).expand(targets, -1)
     value, expected = forward_kl(logits, ids, logprobs), functional.cross_entropy(logits, tokens, reduction="none")
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=3e-5)
     (mine,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
     (theirs,) = torch.autograd.grad(expected.sum(), logits)
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=3e-5)
 
 
 def test_a_student_that_is_as_the_teacher_has_nothing_to_learn_and_any_other_has() -> None:

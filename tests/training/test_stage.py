@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,11 +13,12 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -99,6 +101,16 @@ class Setting:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+    @contextmanager
+    def two_nodes(self, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """A pod on each of two nodes, on which nothing is left of pods before."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            master = {"DAGGER_MASTER_ADDR": "127.0.0.1", "DAGGER_MASTER_PORT": f"{probe.getsockname()[1]}", "GLOO_SOCKET_IFNAME": "lo"}
+        with ExitStack() as stack:
+            nodes = [{"JOB_COMPLETION_INDEX": f"{index}", "DAGGER_SCRATCH": f"{folder / str(index)}"} for index in range(2)]
+            yield [stack.enter_context(self.started(**master, **node)) for node in nodes]
 
     async def ended(self) -> int:
         with self.started() as process:
@@ -352,6 +364,35 @@ async def test_a_checkpoint_of_another_learning_rate_is_not_gone_on_from(
     assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
     assert '"why": "of another training' in setting.log.read_text()
     assert len((await setting.result()).losses) == 60
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undisturbed(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, nodes=2, processesPerNode=1, checkpointEverySteps=1)
+    await setting.prepare(policy_folder, trajectories)
+    chance = random.Random(4)
+    for _ in range(3):
+        with setting.two_nodes(tmp_path / f"{chance.random()}") as nodes:
+            before = await setting.checkpoints()
+
+            async def moves(before: list[str] = before) -> bool:
+                return (await setting.checkpoints())[-1:] > before[-1:]
+
+            await until(moves, nodes[0])
+            await asyncio.sleep(chance.uniform(0, 0.7))
+            (rank,) = psutil.Process(chance.choice(nodes).pid).children()
+            rank.kill()
+            ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
+        assert ExitCode.UNAVAILABLE in ended, setting.log.read_text()[-4000:]
+    with setting.two_nodes(tmp_path / "last") as nodes:
+        assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]
+    result, expected = await setting.result(), await undisturbed.result()
+    assert result.losses == expected.losses
+    made = [await policy_manifest(one.store, (await one.result()).policy) for one in (setting, undisturbed)]
+    assert made[0].files == made[1].files, "the weights are the same, bit for bit"
 
 
 async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:

@@ -92,7 +92,7 @@ def one_by_one(policy: Any, batch: Sequence[Sample]) -> tuple[float, list[Any]]:
 
     total = 0.0
     for one in batch:
-        ids = torch.tensor(one.tokens, dtype=torch.long)
+        ids = torch.tensor(one.tokens, dtype=torch.long, device=policy.device)
         if len(one.targets):
             logits = policy(input_ids=ids[None]).logits[0, one.prompt - 1 : -1]
             if one.soft is None:
@@ -118,14 +118,14 @@ def plain_divergence(logits: Any, soft: Soft) -> Any:
 
 
 def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: int) -> tuple[float, list[Any]]:
-    import torch
-
+    from dagger_operator.training.flex import BUCKET
     from dagger_operator.training.rows import Share, collate
 
-    total, limits = 0.0, Limits(most_tokens, 4096, 8)
+    device = objective.policy.device
+    total, limits = 0.0, Limits(most_tokens, 4096, BUCKET if device.type == "cuda" else 8)
     packs = pack(batch, most_tokens)
     for rows in (packs[::2], packs[1::2]):
-        loss = objective(**collate(rows, limits, Share(), torch.device("cpu")), pieces=pieces)
+        loss = objective(**collate(rows, limits, Share(), device), pieces=pieces)
         loss.backward()
         total += loss.item()
     return total, gradients(objective.policy)
@@ -154,6 +154,19 @@ def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
     for mine, wanted in zip(found, expected, strict=True):
         # Where a gradient all but vanishes (one token attends to itself alone), what is left is rounding of the terms that cancel.
         assert float((mine - wanted).norm()) <= 1e-5 * max(float(wanted.norm()), 0.05 * scale)
+
+
+@pytest.mark.cuda
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(batches())
+def test_one_kernel_on_cuda_gives_them_too(policies: tuple[Any, Any], batch: list[Sample]) -> None:
+    plain, objective = (copy.deepcopy(policy).to("cuda") for policy in policies)
+    right, expected = one_by_one(plain, batch)
+    loss, found = in_trees(objective, batch, 4096, 1)
+    assert loss == pytest.approx(right, rel=1e-3), "TF32 rounds to three digits"
+    scale = sum(float(gradient.norm()) ** 2 for gradient in expected) ** 0.5
+    for mine, wanted in zip(found, expected, strict=True):
+        assert float((mine - wanted).norm()) <= 1e-2 * max(float(wanted.norm()), 0.05 * scale)
 
 
 def test_a_model_whose_layers_do_not_see_all_is_refused(tmp_path: Path) -> None:
