@@ -219,7 +219,7 @@ def _served(command: list[str], log_file: Path) -> Iterator[tuple[subprocess.Pop
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("zero_stage", "after"), [(2, 2), (0, 1), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("zero_stage", "after"), [(2, 2), (3, 1)])
 async def test_killed_it_goes_on_from_a_small_checkpoint_to_the_same_losses(
     two_rounds: tuple[Rounds, list[str]],
     loud: Path,

@@ -374,7 +374,7 @@ async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undistu
     setting = Setting(tmp_path, nodes=2, processesPerNode=1, checkpointEverySteps=1)
     await setting.prepare(policy_folder, trajectories)
     chance = random.Random(4)
-    for _ in range(3):
+    for _ in range(2):
         with setting.two_nodes(tmp_path / f"{chance.random()}") as nodes:
             before = await setting.checkpoints()
 
