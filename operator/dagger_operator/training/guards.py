@@ -1,4 +1,4 @@
-"""What ends a training before it reaches the weights."""
+"""What ends a training that comes apart."""
 
 import math
 import statistics
@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import Sample
 
-_RECENT = 32
-"""Steps that a step's loss is held against."""
+_LASTING = 5
+"""Steps in a row. A single step ten times above the others is common: a batch of states that are new to the student, or one hard label."""
+_BEFORE = 32
+"""Steps before them, that they are held against."""
 _SPIKE = 10.0
-"""Times their median."""
+"""Times the median of those."""
 
 
 def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample]) -> None:
     """Raises `StageFailure` where a step's loss is no number, or tells that training has come apart.
 
-    A spike is ten times the median of the last 32 steps, and above all that the round has seen: a hard batch late in a round, when the
-    loss is small, is not taken for one.
+    It has where five steps in a row are above ten times the median of the 32 before them, and above all that the round has seen.
     """
     step = len(before) + 1
     if not math.isfinite(loss):
@@ -26,11 +27,15 @@ def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample])
             f"the loss of step {step} is {loss}: lower training.learningRate or training.gradientClip, or train with precision FP32; "
             f"the weights before this round are unharmed. {_learned(batch)}",
         )
-    if len(before) >= _RECENT and loss > _SPIKE * statistics.median(before[-_RECENT:]) and loss > max(before):
+    lasting, earlier = [*before[1 - _LASTING :], loss], before[: 1 - _LASTING]
+    if len(earlier) < _BEFORE:
+        return
+    usual = statistics.median(earlier[-_BEFORE:])
+    if min(lasting) > max(_SPIKE * usual, *earlier):
         raise StageFailure(
             "LossSpike",
-            f"the loss of step {step} is {loss:.4g}, of the {_RECENT} steps before it {statistics.median(before[-_RECENT:]):.4g}: lower "
-            f"training.learningRate or training.gradientClip, or look for broken labels. {_learned(batch)}",
+            f"the loss of steps {step - _LASTING + 1} to {step} is {min(lasting):.4g} or more, of the {_BEFORE} steps before them it was "
+            f"{usual:.4g}: lower training.learningRate or training.gradientClip, or look for broken labels. {_learned(batch)}",
         )
 
 
