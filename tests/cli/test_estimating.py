@@ -18,6 +18,7 @@ def paper() -> list[Any]:
 
 
 def test_the_table_answers_what_it_takes_and_what_was_assumed(ctl: Any, paper: list[Any]) -> None:
+    paper[0]["spec"]["rollouts"]["concurrency"] = 64
     answer = ctl("estimate", "run.yaml", "--gpu", "H100-80GB", documents=paper)
     assert (answer.returncode, answer.stderr) == (0, "")
     for said in ("8 H100-80GB at once", "GPU-hours", "teacher calls", "as trees", "optimiser", "KV cache", "utilisation 0.32", "beware:"):

@@ -107,7 +107,7 @@ def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str) -> None:
 
 
 def test_rollouts_that_the_kv_cache_holds_are_quicker_than_eight_times_as_many() -> None:
-    crowded = _estimate(_spec())
+    crowded = _estimate(_spec({"rollouts.concurrency": 64}))
     advice = next(finding for finding in crowded.findings if finding.field == "rollouts.concurrency")
     held = _estimate(_spec({"rollouts.concurrency": int(advice.remedy.split()[1].rstrip(","))}))
     assert not advice.fatal and not any(finding.field == "rollouts.concurrency" for finding in held.findings)
@@ -150,11 +150,18 @@ def test_a_context_beyond_the_models_own_is_refused_as_vllm_does() -> None:
 
 
 def test_a_tree_that_is_parted_is_pointed_out_with_the_value_that_keeps_it_whole() -> None:
-    finding = next(finding for finding in _estimate(_spec()).findings if finding.field == "training.microBatchTokens")
+    parted = _estimate(_spec({"training.microBatchTokens": 65536}))
+    finding = next(finding for finding in parted.findings if finding.field == "training.microBatchTokens")
     assert not finding.fatal
     whole = int(finding.remedy.split()[1].rstrip(","))
-    more, less = _estimate(_spec({"training.microBatchTokens": whole})), _estimate(_spec())
-    assert more.rounds[4].trees.tokens < less.rounds[4].trees.tokens / 1.25
+    kept = _estimate(_spec({"training.microBatchTokens": whole}))
+    assert kept.rounds[4].trees.tokens < parted.rounds[4].trees.tokens / 1.25
+
+
+@pytest.mark.parametrize("document", [run for path in SAMPLES for run in _runs(path)], ids=lambda run: run["metadata"]["name"])
+def test_no_sample_parts_a_tree_or_crowds_the_kv_cache(document: dict[str, Any]) -> None:
+    told = {finding.field for finding in _estimate(_spec(document=document)).findings}
+    assert not told & {"training.microBatchTokens", "rollouts.concurrency"}
 
 
 @pytest.mark.parametrize(
