@@ -46,7 +46,7 @@ async def train(
     if tally.steps < curriculum.steps:
         agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
         if rank.index == 0 and agreement is not None:
-            structlog.get_logger().info("a tree's loss is that of its labels one by one", relative_difference=agreement)
+            structlog.get_logger().info("a tree's loss is that of its labels one by one", difference=agreement)
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
         torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
