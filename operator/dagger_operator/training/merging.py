@@ -46,7 +46,7 @@ def merge(base: Path, pairs: Mapping[str, Pair], folder: Path) -> None:
 
     for path in _files(base):
         with safe_open(path, framework="pt") as file:
-            merged = {name: _added(file.get_tensor(name), pairs.get(name.removesuffix(".weight"))) for name in file.keys()}  # noqa: SIM118
+            merged = {name: _added(file.get_tensor(name), pairs.get(name.removesuffix(".weight"))) for name in file.keys()}  # noqa: SIM118 - as above
             save_file(merged, folder / path.name, metadata=file.metadata())
     if (base / _INDEX).exists():
         shutil.copy(base / _INDEX, folder / _INDEX)
