@@ -65,10 +65,11 @@ class Installation:
         self.kill(self.system, "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator")
 
     def kill(self, namespace: str, selector: str) -> None:
-        """Pods go at once, as when their node loses power. Fails where none runs."""
+        """Pods go at once, as when their node loses power. Fails where none runs; one that is about to end is not meant."""
 
         def running() -> bool:
-            return any(pod["status"].get("phase") == "Running" for pod in self.listed("pods", selector, namespace))
+            pods = [pod for pod in self.listed("pods", selector, namespace) if "deletionTimestamp" not in pod["metadata"]]
+            return any(pod["status"].get("phase") == "Running" for pod in pods)
 
         self.until(f"a pod with {selector} runs", running, 120)
         self.kubectl("--namespace", namespace, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
