@@ -45,9 +45,9 @@ def test_right_attention_agrees(policies: tuple[Any, Any], alone: None) -> None:
 def test_branches_that_do_not_see_their_prefix_end_the_training(
     policies: tuple[Any, Any], alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dagger_operator.training import segments
+    from dagger_operator.training import joined
 
-    monkeypatch.setattr(segments, "paths", lambda chains: [[] for _ in chains])
+    monkeypatch.setattr(joined, "paths", lambda chains: [[] for _ in chains])
     with pytest.raises(StageFailure, match=r"TreesDisagree: .*training.packing: Labels"):
         check(policies[1])
 

@@ -68,15 +68,24 @@ def results(attend: Callable[..., Tensor], chains: Chains, how: Any, heads: int,
     return [out.detach(), *(tensor.grad for tensor in given if tensor.grad is not None)]
 
 
-@quick
-@given(forests(), st.sampled_from([(2, 2), (4, 2), (3, 1)]))
-def test_segments_give_outputs_and_gradients_of_the_whole_mask(chains: Chains, heads: tuple[int, int]) -> None:
+def on_the_cpu(way: str, chains: Chains) -> tuple[Callable[..., Tensor], Any]:
+    """An attention, and what it wants to know of a tree."""
     import torch
 
-    from dagger_operator.training import segments
+    from dagger_operator.training import joined, segments
 
+    if way == "joined":
+        return joined.attend, joined.parts(chains)
+    return segments.attend, segments.segments(chains, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("way", ["joined", "segments"])
+@quick
+@given(forests(), st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+def test_outputs_and_gradients_are_those_of_the_whole_mask(way: str, chains: Chains, heads: tuple[int, int]) -> None:
+    attend, tree = on_the_cpu(way, chains)
     expected = results(dense, chains, chains, *heads)
-    found = results(segments.attend, chains, segments.segments(chains, torch.device("cpu")), *heads)
+    found = results(attend, chains, tree, *heads)
     assert len(found) == 4
     for mine, right in zip(found, expected, strict=True):
         assert (mine - right).abs().max() <= 2e-5 * max(1.0, float(right.abs().max()))
@@ -121,14 +130,12 @@ def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask() 
         assert (mine - right).norm() <= 2e-3 * right.norm(), "TF32 rounds to three digits"
 
 
-def test_a_long_conversation_in_segments_is_exact_too() -> None:
-    import torch
-
-    from dagger_operator.training import segments
-
+@pytest.mark.parametrize("way", ["joined", "segments"])
+def test_a_long_conversation_is_exact_too(way: str) -> None:
     chains = long_forest(2048)
+    attend, tree = on_the_cpu(way, chains)
     expected = results(dense, chains, chains, 2, 1)
-    for mine, right in zip(results(segments.attend, chains, segments.segments(chains, torch.device("cpu")), 2, 1), expected, strict=True):
+    for mine, right in zip(results(attend, chains, tree, 2, 1), expected, strict=True):
         assert (mine - right).norm() <= 1e-5 * right.norm()
 
 

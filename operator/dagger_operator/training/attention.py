@@ -3,8 +3,9 @@
 The tree goes to the attention of every layer as an argument of the forward pass, and no mask is ever made by anybody else: whatever
 drops or replaces masks on the way (DeepSpeed's sequence parallelism does both) cannot touch it.
 
-Two ways to the same result: `segments` calls torch's attention once for each chain, on any device; `flex` is one kernel with a block
-mask that is made once for each pass, on CUDA (torch's FlexAttention has no backward pass on the CPU).
+Three ways to the same result: `flex`, on CUDA, is one kernel with a block mask that is made once for each pass (torch's FlexAttention
+has no backward pass on the CPU); `joined`, on the CPU, joins what each chain gets from the spans of its path; `segments`, on any other
+device, calls torch's public attention once for each chain.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training import flex, segments
+from dagger_operator.training import flex, joined, segments
 from dagger_operator.training.tree import Chains
 
 NAME = "dagger_tree"
@@ -35,6 +36,10 @@ class Tree:
     @cached_property
     def segments(self) -> "list[segments.Segment]":
         return segments.segments(self.chains, self.device)
+
+    @cached_property
+    def parts(self) -> "list[joined.Part]":
+        return joined.parts(self.chains)
 
     @cached_property
     def block_mask(self) -> Any:
@@ -58,8 +63,13 @@ def tree_attention(
         raise ValueError(
             f"tree attention takes one row of {tree.tokens} tokens without mask and dropout, not {tuple(query.shape)}, {dropout=}"
         )
-    attend = flex.attend if query.device.type == "cuda" else segments.attend
-    return attend(query, key, value, tree.block_mask if attend is flex.attend else tree.segments, scaling), None
+    match query.device.type:
+        case "cuda":
+            return flex.attend(query, key, value, tree.block_mask, scaling), None
+        case "cpu":
+            return joined.attend(query, key, value, tree.parts, scaling), None
+        case _:
+            return segments.attend(query, key, value, tree.segments, scaling), None
 
 
 def register() -> None:

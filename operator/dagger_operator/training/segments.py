@@ -1,4 +1,4 @@
-"""Tree attention on any device: one call of torch's attention for each chain.
+"""Tree attention on any device: one call of torch's public attention for each chain.
 
 A trunk is plain causal attention. A branch attends to its prefix, which lies elsewhere and is laid before it, and causally to itself.
 """
