@@ -1,8 +1,8 @@
 """What one pass over a trajectory and all its labels saves: time, and memory, as ratios within one run.
 
-    python benchmarks/training.py [--turns 4,8,16,32] [--blocks 5] [--json FILE]
+    python benchmarks/training.py [--turns 4,8,16,32] [--widths narrow,wide] [--blocks 5] [--json FILE]
 
-A student of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learns from conversations in which every
+Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which every
 label branches off: the case that saves least a label. *Per label* is `training.packing: Labels`: the same code, a causal sequence for
 each label. Blocks of both alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own.
 """
@@ -15,15 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_load import TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
+from training_load import CHANNELS, TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
 
 
-def times(turns: list[int], blocks: int) -> list[dict[str, float]]:
+def times(turns: list[int], blocks: int, width: str) -> list[dict[str, float]]:
+    measure(Load(max(turns)), "trees", width), measure(Load(4), "labels", width)  # caches, threads and kernels
     found = []
     for count in turns:
         load = Load(count)
-        measure(load, "trees"), measure(load, "labels")  # caches, threads and kernels
-        pairs = [(measure(load, "trees"), measure(load, "labels")) for _ in range(blocks)]
+        pairs = [(measure(load, "trees", width), measure(load, "labels", width)) for _ in range(blocks)]
         ratio = statistics.median(apart.seconds / together.seconds for together, apart in pairs)
         fast: Measured = min((together for together, _ in pairs), key=lambda one: one.seconds)
         found.append(
@@ -32,38 +32,45 @@ def times(turns: list[int], blocks: int) -> list[dict[str, float]]:
                 "tokens per label": load.tokens("labels"),
                 "tokens as a tree": load.tokens("trees"),
                 "token ratio": load.tokens("labels") / load.tokens("trees"),
-                "FLOP ratio": load.flops("labels") / load.flops("trees"),
+                "FLOP ratio": load.flops("labels", width) / load.flops("trees", width),
                 "time ratio": ratio,
                 "share of the token ratio": ratio * load.tokens("trees") / load.tokens("labels"),
                 "least": min(apart.seconds / together.seconds for together, apart in pairs),
                 "most": max(apart.seconds / together.seconds for together, apart in pairs),
-                "share of the FLOP ratio": ratio * load.flops("trees") / load.flops("labels"),
+                "share of the FLOP ratio": ratio * load.flops("trees", width) / load.flops("labels", width),
                 "labels/s": load.labels / fast.seconds,
                 "tokens/s": load.tokens("trees") / fast.seconds,
-                "model FLOP utilisation": load.flops("trees") / fast.seconds / matmul_rate(),
+                "model FLOP utilisation": load.flops("trees", width) / fast.seconds / matmul_rate(),
             }
         )
     return found
 
 
-def memory(blocks: int) -> list[dict[str, float | str]]:
+def memory(blocks: int, width: str) -> list[dict[str, float | str]]:
     """Peak of a step above what the process held before it."""
     peaks: dict[str, list[Measured]] = {name: [] for name in VARIANTS}
     for _ in range(blocks):
         for name in VARIANTS:
-            told = subprocess.run([sys.executable, __file__, "--variant", name], check=True, capture_output=True, text=True)
+            told = subprocess.run(
+                [sys.executable, __file__, "--variant", name, "--widths", width], check=True, capture_output=True, text=True
+            )
             peaks[name].append(Measured(**json.loads(told.stdout.splitlines()[-1])))
     own = {name: statistics.median(one.peak for one in all_of_it) for name, all_of_it in peaks.items()}
     return [
         {
             "variant": name,
             "step MiB": own[name] / 2**20,
-            "by the trees' step": own[name] / own["trees"],
+            "by all logits": own[name] / own[ALL_LOGITS[name]] if name in ALL_LOGITS else "",
+            "by no checkpointing": own[name] / own["trees"] if name == "checkpointing" else "",
             "whole process MiB": statistics.median(one.whole for one in peaks[name]) / 2**20,
             "seconds": statistics.median(one.seconds for one in peaks[name]),
         }
         for name in VARIANTS
     ]
+
+
+ALL_LOGITS = {"trees": "all logits", "checkpointing": "all logits, checkpointing", "head": "head, all logits"}
+"""What each variant is compared with, that has logits of every token."""
 
 
 def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:
@@ -76,21 +83,20 @@ def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", default="4,8,16,32", help="turns of a conversation, each with a label")
+    parser.add_argument("--widths", default="narrow,wide", help=f"students: {', '.join(CHANNELS)}; memory and resume are the last one's")
     parser.add_argument("--blocks", type=int, default=5, help="how often each pair is measured")
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--variant", choices=VARIANTS, help="measure the memory of this one alone, in this process")
     asked = parser.parse_args()
+    widths = asked.widths.split(",")
     if asked.variant:
-        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant))))
+        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant, widths[-1]))))
         return
     print(f"load average {os.getloadavg()[0]:.2f}\n")
-    figures = {
-        "time": times([int(turns) for turns in asked.turns.split(",")], asked.blocks),
-        "memory": memory(3),
-        "resume": [measure_resume()],
-    }
-    for rows in figures.values():
-        print(table(rows), end="\n\n")
+    figures = {f"time, {width}": times([int(turns) for turns in asked.turns.split(",")], asked.blocks, width) for width in widths}
+    figures |= {f"memory, {widths[-1]}": memory(3, widths[-1]), f"resume, {widths[-1]}": [measure_resume(widths[-1])]}
+    for what, rows in figures.items():
+        print(what, table(rows), sep="\n\n", end="\n\n")
     print(f"load average {os.getloadavg()[0]:.2f}")
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1))

@@ -33,10 +33,13 @@ from dagger_operator.training.tree import paths
 
 TURNS = 24
 """Of the conversation that memory is measured with."""
-VARIANTS = ("trees", "labels", "checkpointing", "all logits")
+VARIANTS = ("trees", "labels", "all logits", "checkpointing", "all logits, checkpointing", "head", "head, all logits")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FIRST, TURN, LABEL, VOCABULARY = 256, 128, 48, 8192
-"""Tokens of the first prompt; of an action with what came of it; of a label. A tenth of what they are in repairs of software."""
+FIRST, TURN, LABEL = 256, 128, 28
+"""Tokens of the first prompt; of an action with what came of it; of a label. About a tenth of what they are in repairs of software: 50
+turns that end at 64K tokens, with labels of 280."""
+CHANNELS = {"narrow": 256, "wide": 512}
+"""Hidden sizes. At 32 turns attention has that share of the work which it has in Qwen3-8B at 64K tokens (narrow) and 32K (wide)."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Load:
 
     def __init__(self, turns: int) -> None:
         self.labels = turns
-        random = np.random.default_rng(turns)
-        conversation = random.integers(1, VOCABULARY, FIRST + turns * TURN, dtype=np.int32)
+        random, vocabulary = np.random.default_rng(turns), _vocabulary(min(CHANNELS.values()))
+        conversation = random.integers(1, vocabulary, FIRST + turns * TURN, dtype=np.int32)
         self.samples = []
         for turn in range(turns):
             state = conversation[: FIRST + turn * TURN]
-            label = random.integers(1, VOCABULARY, LABEL, dtype=np.int32)
+            label = random.integers(1, vocabulary, LABEL, dtype=np.int32)
             self.samples.append(Sample("0001/00000", turn, np.concatenate([state, label]), len(state)))
 
     def packs(self, variant: str) -> list[Pack]:
@@ -67,12 +70,12 @@ class Load:
     def tokens(self, variant: str) -> int:
         return sum(map(len, self.packs(variant)))
 
-    def flops(self, variant: str) -> float:
+    def flops(self, variant: str, width: str) -> float:
         """Of the model, forward and backward: 6 for each weight and token, 12 for each channel and pair that attends (PaLM, appendix B).
 
         The head only where there is a target."""
-        config = student().policy.config
-        weights = sum(parameter.numel() for name, parameter in student().policy.named_parameters() if "embed" not in name)
+        config = student(width).policy.config
+        weights = sum(parameter.numel() for name, parameter in student(width).policy.named_parameters() if "embed" not in name)
         pairs = sum(
             len(chain) * (sum(end - start for start, end in before) + (len(chain) + 1) / 2)
             for one in self.packs(variant)
@@ -91,12 +94,19 @@ class Load:
         return pack(self.samples, 1 << 20, Packing.LABELS)
 
 
+def _vocabulary(channels: int) -> int:
+    """In Qwen3-8B it is 37 for each channel."""
+    return 32 * channels
+
+
 @cache
-def student() -> Objective:
+def student(width: str) -> Objective:
     attention.register()
     torch.manual_seed(1)
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(vocab_size=VOCABULARY, head_dim=64, tie_word_embeddings=True, **shape)
+    channels = CHANNELS[width]
+    shape = {"hidden_size": channels, "intermediate_size": 3 * channels, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": channels // 64, "num_key_value_heads": channels // 128, "head_dim": 64}
+    config = Qwen3Config(vocab_size=_vocabulary(channels), tie_word_embeddings=True, **shape, **heads)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     return Objective(Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)).to(DEVICE, dtype).train()
 
@@ -106,9 +116,9 @@ def limits() -> Limits:
     return Limits(4096, 4096, BUCKET if DEVICE.type == "cuda" else 1)
 
 
-def measure(load: Load, variant: str) -> Measured:
+def measure(load: Load, variant: str, width: str) -> Measured:
     """One step without its update."""
-    objective, bounds = student(), limits()
+    objective, bounds = student(width), limits()
     began = time.perf_counter()
     rows: list[list[Pack]] = [[]]
     for one in load.packs(variant):
@@ -117,7 +127,7 @@ def measure(load: Load, variant: str) -> Measured:
         rows[-1].append(one)
     for row in rows:
         batch = collate(row, bounds, Share(), DEVICE)
-        loss = _all_logits(objective, batch) if variant == "all logits" else objective(**batch)
+        loss = _all_logits(objective, batch) if "all logits" in variant else objective(**batch)
         loss.backward()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -131,23 +141,43 @@ def _all_logits(objective: Objective, batch: dict[str, Any]) -> torch.Tensor:
     hidden = objective.policy.get_decoder()(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tree=batch["tree"]
     ).last_hidden_state
+    return _of_all_logits(objective, hidden, batch["prev"], batch["targets"])
+
+
+def _of_all_logits(objective: Objective, hidden: torch.Tensor, prev: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = objective.policy.get_output_embeddings()(hidden)[0].float()
-    return torch.nn.functional.cross_entropy(logits[batch["prev"]], batch["targets"], reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[prev], targets, reduction="sum")
 
 
-def measure_memory(load: Load, variant: str) -> Measured:
+def measure_head(load: Load, variant: str, width: str) -> Measured:
+    """The head and the loss alone, forward and backward, on what a decoder might have made."""
+    objective = student(width)
+    batch = collate(load.packs("trees"), limits(), Share(), DEVICE)
+    known = {name: batch[name] for name in ("prev", "targets")}
+    dtype = next(objective.parameters()).dtype
+    hidden = torch.randn(1, batch["input_ids"].shape[1], CHANNELS[width], device=DEVICE, dtype=dtype, requires_grad=True)
+    began = time.perf_counter()
+    if "all logits" in variant:
+        loss = _of_all_logits(objective, hidden, **known)
+    else:
+        loss = objective.of_hidden(hidden, **known, weights=batch["weights"], pieces=batch.get("pieces", 1))
+    loss.backward()
+    return Measured(time.perf_counter() - began)
+
+
+def measure_memory(load: Load, variant: str, width: str) -> Measured:
     """The peak of a step, in a process that has taken a smaller one before."""
-    objective = student()
-    if variant == "checkpointing":
-        objective.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    measure(Load(1), variant)
+    step = measure_head if variant.startswith("head") else measure
+    if "checkpointing" in variant:
+        student(width).policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step(Load(1), variant, width)
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        took = measure(load, variant)
+        took = step(load, variant, width)
         return Measured(took.seconds, torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated())
     with peak_memory() as read:
-        took = measure(load, variant)
+        took = step(load, variant, width)
     return Measured(took.seconds, *read())
 
 
@@ -191,16 +221,16 @@ def matmul_rate() -> float:
     return 2 * 2048**3 / best
 
 
-def measure_resume() -> dict[str, float]:
+def measure_resume(width: str) -> dict[str, float]:
     """One rank's checkpoint as training makes it: stored, fetched, verified and loaded, beside a step."""
-    step = measure(Load(TURNS), "trees").seconds
+    step = measure(Load(TURNS), "trees", width).seconds
     with tempfile.TemporaryDirectory() as folder:
-        return asyncio.run(_store_and_resume(Path(folder), step))
+        return asyncio.run(_store_and_resume(Path(folder), width, step))
 
 
-async def _store_and_resume(folder: Path, step: float) -> dict[str, float]:
+async def _store_and_resume(folder: Path, width: str, step: float) -> dict[str, float]:
     weights = folder / "weights"
-    student().policy.save_pretrained(weights)
+    student(width).policy.save_pretrained(weights)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{probe.getsockname()[1]}", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 
 from dagger_operator.store.records import Actor, Completion, LabelFlaw, Message, Outcome, Trajectory, Turn
+from dagger_operator.store.stage import ExitCode
+from dagger_operator.training.samples import Sample, tokenise
+from dagger_operator.training.template import StudentTemplate
+from training.stage import Setting
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -123,3 +128,21 @@ def trajectories() -> list[Trajectory]:
     flawed = made[2].turns[1].model_copy(update={"label_flaw": LabelFlaw.TRUNCATED})
     made[2] = made[2].model_copy(update={"turns": (made[2].turns[0], flawed, made[2].turns[2])})
     return made
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, trajectories: list[Trajectory]) -> Setting:
+    """A training that nothing happened to."""
+    setting = Setting(tmp_path_factory.mktemp("undisturbed"))
+
+    async def run() -> None:
+        await setting.prepare(policy_folder, trajectories)
+        assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+
+    asyncio.run(run())
+    return setting
+
+
+@pytest.fixture(scope="session")
+def samples(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> list[Sample]:
+    return list(tokenise(trajectories, StudentTemplate(tokenizer_with("qwen3_instruct")), 4096).samples)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dagger_operator.api import Lora, Training
-from dagger_operator.store.records import Trajectory
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.batches import Curriculum
-from dagger_operator.training.samples import Sample, tokenise
-from dagger_operator.training.template import StudentTemplate
-from training.test_gradients import BASE, SETTINGS, SHARED, under_deepspeed
+from dagger_operator.training.samples import Sample
+from training.steps import BASE, SETTINGS, SHARED, plain_steps, under_deepspeed
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
@@ -23,11 +19,6 @@ LORA = {"rank": 4, "alpha": 6}
 LAYOUTS = {name: {**SETTINGS[name], "lora": LORA} for name in ("zero0", "zero1", "zero2", "zero3", "offload", "labels", "recompute-zero3")}
 LAYOUTS |= {name: {**SETTINGS[name], "lora": LORA} for name in ("bf16-zero0", "bf16-zero2", "bf16-zero3")}
 SHARED_LAYOUTS = {name: {**SHARED[name], "lora": LORA} for name in ("shared-zero0", "shared-zero2", "shared-zero3", "shared-recompute")}
-
-
-@pytest.fixture(scope="module")
-def samples(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> list[Sample]:
-    return list(tokenise(trajectories, StudentTemplate(tokenizer_with("qwen3_instruct")), 4096).samples)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +41,7 @@ def parent(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def plain(weights: Path, parent: Path, samples: list[Sample], training: Training) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    """Steps of gradient descent with rate 1 by peft and transformers' own label shift, one label at a time: losses, and the adapter
-    before and after."""
+    """A plain loop by peft: losses, and the adapter before and after."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -60,21 +50,7 @@ def plain(weights: Path, parent: Path, samples: list[Sample], training: Training
     policy = PeftModel.from_pretrained(base, parent, is_trainable=True)
     trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     before = {name: weight.detach().clone() for name, weight in trained.items()}
-    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
-    curriculum, losses = Curriculum(samples, training, seed=1, round_number=1), []
-    for step in range(curriculum.steps):
-        batch = [samples[index] for index in curriculum.batch(step)]
-        total, loss_sum = sum(len(sample.targets) for sample in batch), 0.0
-        for sample in batch:
-            ids = torch.tensor(sample.tokens, dtype=torch.long)[None]
-            labels = ids.clone()
-            labels[:, : sample.prompt] = -100
-            loss = policy(input_ids=ids, labels=labels).loss * len(sample.targets) / total
-            loss.backward()
-            loss_sum += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss_sum)
+    losses = plain_steps(policy, trained.values(), samples, training)
     return losses, before, {name: weight.detach() for name, weight in trained.items()}
 
 

@@ -9,11 +9,9 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from dagger_operator.store.results import PrepareResult, TrainingResult, read_re
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.store.trajectories import write_trajectory
 from training.conftest import dialogue
-from training.test_stage import Setting, healthy, until
+from training.stage import Setting, healthy, until, vllm
 
 STEPS = 40
 LORA = {"rank": 4, "alpha": 16}
@@ -165,7 +163,9 @@ async def test_one_vllm_serves_every_rounds_student_under_its_own_name(
     command = shlex.split(subprocess.run(daggerctl, env=environ, check=True, capture_output=True, text=True).stdout)
     asked = [[dict(message) for message in next(iter(states(trajectory)))[1]] for trajectory in (trajectories[3], second_round[1])]
     answers: dict[str, list[dict[str, Any]]] = {}
-    with _served(command, run.folder / "vllm.log") as (process, url):
+    assert command[:2] == ["vllm", "serve"]
+    # The CPU build of vLLM lacks the name by which `vllm serve` asks for its version.
+    with vllm(run.folder / "vllm.log", *command[2:]) as (process, url):
         async with aiohttp.ClientSession() as http:
             await until(lambda: healthy(http, url), process, 400)
             async with http.get(f"{url}/v1/models") as answer:
@@ -194,27 +194,6 @@ async def test_one_vllm_serves_every_rounds_student_under_its_own_name(
             assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == pytest.approx(expected, abs=1e-3), version
     said_by = [tuple(choice["message"]["content"] for choice in answers[version]) for version in versions]
     assert len(set(said_by)) == 3, "the rounds' students differ, so each was asked for itself"
-
-
-@contextmanager
-def _served(command: list[str], log_file: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """vLLM by the command that `daggerctl export --adapters` says."""
-    assert command[:2] == ["vllm", "serve"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The CPU build of vLLM lacks the name by which `vllm serve` asks for its version.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
-    program += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"]
-    environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(program, env=environ, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield process, f"http://127.0.0.1:{port}"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 @pytest.mark.heavy

@@ -12,8 +12,8 @@ from dagger_operator.store.records import Trajectory
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.training.template import StudentTemplate
 from training.conftest import make_tokenizer
+from training.stage import Setting
 from training.test_soft import told_of
-from training.test_stage import Setting
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 

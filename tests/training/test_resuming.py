@@ -1,0 +1,127 @@
+"""Killed, interrupted, robbed of a checkpoint or of a node: training goes on to what it would have been."""
+
+import asyncio
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dagger_operator.store.policies import policy_manifest
+from dagger_operator.store.records import Trajectory
+from dagger_operator.store.results import TrainingResult, read_result
+from dagger_operator.store.stage import ExitCode
+from training.stage import Setting, until
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
+
+
+async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_same_losses_and_weights(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path)
+    await setting.prepare(policy_folder, trajectories)
+
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    first = await setting.checkpoints()
+    assert await read_result(setting.store, 1, "training", TrainingResult) is None
+
+    with setting.started() as process:  # a spot node gives notice while training goes on
+        await until(lambda: goes_on(setting, first), process)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 120) == ExitCode.UNAVAILABLE
+    assert setting.failure()["reason"] == "Terminated"
+    stored = await setting.checkpoints()
+    assert stored[-1] > first[0], "the notice was used for a checkpoint"
+    assert len(stored) == 2
+
+    files = [info.key for info in await setting.store.list(stored[-1].removesuffix("manifest.json"))]
+    damaged = next(key for key in files if not key.endswith("manifest.json"))
+    await setting.store.put(damaged, b"cut short")
+
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    assert '"why": "damaged"' in setting.log.read_text()
+    undisturbed_result, result = await undisturbed.result(), await setting.result()
+    assert result.losses == undisturbed_result.losses
+    assert result.policy == undisturbed_result.policy
+    assert (await policy_manifest(setting.store, result.policy)).files == (await policy_manifest(undisturbed.store, result.policy)).files
+
+
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (3, 2, 1), (2, 1, 2)])
+async def test_it_goes_on_with_another_number_of_ranks_to_the_same_losses_but_for_rounding(
+    zero_stage: int,
+    before: int,
+    after: int,
+    undisturbed: Setting,
+    policy_folder: Path,
+    trajectories: list[Trajectory],
+    tmp_path: Path,
+) -> None:
+    # Few steps: Adam takes differences in the last digit to the first within some forty.
+    few = {"type": "Constant", "value": 25}
+    setting = Setting(tmp_path, processesPerNode=before, deepspeed={"zeroStage": zero_stage}, steps=few)
+    await setting.prepare(policy_folder, trajectories)
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    # A node is gone, and what is left has less memory.
+    setting.run["spec"]["training"] |= {"processesPerNode": after, "microBatchTokens": 300, "activationCheckpointing": True}
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    said = setting.log.read_text()
+    assert "given up" not in said
+    assert ("checkpoint cut anew" in said) == (zero_stage > 0)
+    assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
+    result, expected = await setting.result(), await undisturbed.result()
+    assert result.losses == pytest.approx(expected.losses[:25], rel=1e-5)
+
+
+async def test_a_checkpoint_of_another_learning_rate_is_not_gone_on_from(
+    policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, processesPerNode=1, steps={"type": "Constant", "value": 60})
+    await setting.prepare(policy_folder, trajectories)
+    with setting.started() as process:
+        await until(setting.checkpoints, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    setting.run["spec"]["training"]["learningRate"] = 1e-3
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    assert '"why": "of another training' in setting.log.read_text()
+    assert len((await setting.result()).losses) == 60
+
+
+async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undisturbed(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, nodes=2, processesPerNode=1, checkpointEverySteps=1)
+    await setting.prepare(policy_folder, trajectories)
+    chance = random.Random(4)
+    for _ in range(2):
+        with setting.two_nodes(tmp_path / f"{chance.random()}") as nodes:
+            before = await setting.checkpoints()
+
+            async def moves(before: list[str] = before) -> bool:
+                return (await setting.checkpoints())[-1:] > before[-1:]
+
+            await until(moves, nodes[0])
+            await asyncio.sleep(chance.uniform(0, 0.7))
+            (rank,) = psutil.Process(chance.choice(nodes).pid).children()
+            rank.kill()
+            ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
+        assert ExitCode.UNAVAILABLE in ended, setting.log.read_text()[-4000:]
+    with setting.two_nodes(tmp_path / "last") as nodes:
+        assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]
+    result, expected = await setting.result(), await undisturbed.result()
+    assert result.losses == expected.losses
+    made = [await policy_manifest(one.store, (await one.result()).policy) for one in (setting, undisturbed)]
+    assert made[0].files == made[1].files, "the weights are the same, bit for bit"
+
+
+async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:
+    """Whether a stage that found a checkpoint has taken steps since."""
+    stored = await setting.checkpoints()
+    return bool(stored) and stored[-1] > from_checkpoints[-1]
