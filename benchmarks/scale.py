@@ -22,6 +22,10 @@ from scale_operator import Operator, Reading, quantile
 from scale_ranges import Figures, judged, table
 from scale_runs import NAMESPACE, Runs
 
+from dagger_operator.cluster.reconcile import LOOKS_A_SECOND
+from dagger_operator.cluster.stores import PROGRESS_A_SECOND
+from dagger_operator.control.plan import LOOK_AGAIN
+
 HERE = Path(__file__).resolve().parent
 SECONDS = 40.0
 """Of the phases in which nothing is waited for."""
@@ -40,7 +44,7 @@ async def measure(count: int, log: Path | None) -> Figures:
                 await until(lambda: operator.ready)
                 figures: Figures = {"runs": count, "load average before": os.getloadavg()[0]}
                 figures |= await burst(operator, cluster, runs, count)
-                figures |= await steady(operator)
+                figures |= await steady(operator, count)
                 figures |= counted(cluster, count)
                 operator.kill()
                 figures |= await restart(operator, count)
@@ -63,12 +67,12 @@ async def burst(operator: Operator, cluster: ScaleCluster, runs: Runs, count: in
     }
 
 
-async def steady(operator: Operator) -> Figures:
-    """Once nothing is written any more."""
+async def steady(operator: Operator, count: int) -> Figures:
+    """Once nothing is written any more, for as long as it takes until every run was looked at again and its progress was read."""
     seen = [operator.read()]
 
     async def quiet() -> bool:
-        await asyncio.sleep(10)
+        await asyncio.sleep(LOOK_AGAIN + count / LOOKS_A_SECOND + count / PROGRESS_A_SECOND)
         seen.append(operator.read())
         return seen[-1].writes == seen[-2].writes
 

@@ -133,7 +133,7 @@ def trajectories() -> list[Trajectory]:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, trajectories: list[Trajectory]) -> Setting:
     """A training that nothing happened to."""
-    setting = Setting(tmp_path_factory.mktemp("undisturbed"))
+    setting = Setting(tmp_path_factory.mktemp("undisturbed"), checkpointEverySteps=50)
 
     async def run() -> None:
         await setting.prepare(policy_folder, trajectories)

@@ -44,6 +44,7 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
     damaged = next(key for key in files if not key.endswith("manifest.json"))
     await setting.store.put(damaged, b"cut short")
 
+    seldom(setting)
     assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
     assert '"why": "damaged"' in setting.log.read_text()
     undisturbed_result, result = await undisturbed.result(), await setting.result()
@@ -89,6 +90,7 @@ async def test_a_checkpoint_of_another_learning_rate_is_not_gone_on_from(
         await until(setting.checkpoints, process)
         os.killpg(process.pid, signal.SIGKILL)
     setting.run["spec"]["training"]["learningRate"] = 1e-3
+    seldom(setting)
     assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
     assert '"why": "of another training' in setting.log.read_text()
     assert len((await setting.result()).losses) == 60
@@ -113,6 +115,7 @@ async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undistu
             rank.kill()
             ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
         assert ExitCode.UNAVAILABLE in ended, setting.log.read_text()[-4000:]
+    seldom(setting)
     with setting.two_nodes(tmp_path / "last") as nodes:
         assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]
     result, expected = await setting.result(), await undisturbed.result()
@@ -125,3 +128,8 @@ async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:
     """Whether a stage that found a checkpoint has taken steps since."""
     stored = await setting.checkpoints()
     return bool(stored) and stored[-1] > from_checkpoints[-1]
+
+
+def seldom(setting: Setting) -> None:
+    """From now on checkpoints are rare: nobody kills it any more."""
+    setting.run["spec"]["training"]["checkpointEverySteps"] = 50

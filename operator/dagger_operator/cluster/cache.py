@@ -139,6 +139,8 @@ def slim(manifest: Mapping[str, Any]) -> Manifest:
         kept["metadata"]["annotations"] = {name: text for name, text in annotations.items() if name not in _UNREAD}
     if manifest["kind"] == "Pod":
         kept["spec"] = _slim_pod(manifest.get("spec") or {})
+        kept["status"] = _slim_status(manifest.get("status") or {})
+        kept["metadata"].pop("annotations", None)
     elif "template" in (spec := manifest.get("spec") or {}) and manifest["kind"] != KIND:
         template = spec["template"]
         kept["spec"] = {**spec, "template": {**template, "spec": _slim_pod(template.get("spec") or {})}}
@@ -164,3 +166,16 @@ def _slim_pod(spec: Mapping[str, Any]) -> Manifest:
         if containers in spec:
             kept[containers] = [{name: one[name] for name in ("name", "resources") if name in one} for one in spec[containers]]
     return kept
+
+
+def _slim_status(status: Mapping[str, Any]) -> Manifest:
+    kept: Manifest = {name: status[name] for name in ("phase", "reason", "message") if name in status}
+    kept["conditions"] = [one for one in status.get("conditions") or () if one["type"] in _READ_CONDITIONS]
+    for containers in ("initContainerStatuses", "containerStatuses"):
+        if containers in status:
+            kept[containers] = [{name: one[name] for name in _READ_OF_CONTAINERS if one.get(name)} for one in status[containers]]
+    return kept
+
+
+_READ_CONDITIONS = frozenset({"PodScheduled", "Ready", "DisruptionTarget"})
+_READ_OF_CONTAINERS = ("name", "state", "lastState", "restartCount")
