@@ -146,3 +146,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, t
 @pytest.fixture(scope="session")
 def samples(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> list[Sample]:
     return list(tokenise(trajectories, StudentTemplate(tokenizer_with("qwen3_instruct")), 4096).samples)
+
+
+@pytest.fixture(scope="session")
+def parent(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that peft made, with something in both matrices."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(11)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("adapter") / "parent"
+    policy.save_pretrained(folder)
+    return folder

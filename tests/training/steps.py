@@ -5,7 +5,8 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,27 @@ SHARED: dict[str, dict[str, Any]] = {
     for name in ("zero0", "zero1", "zero2", "zero3", "offload", "one-row", "parted-trees", "recompute", "recompute-zero3", "bf16-zero2")
 }
 """Both ranks share every row."""
+LORA = {"rank": 4, "alpha": 6}
+"""What the tests' adapter is."""
 
 
-def plain_steps(policy: Any, trained: Iterable[Any], samples: Sequence[Sample], training: Training) -> list[float]:
-    """The losses of steps with transformers' own forward pass and label shift, one label at a time."""
+def cross_entropy(policy: Any, sample: Sample) -> Any:
+    """Summed over a label's tokens, by transformers' own label shift."""
+    import torch
+
+    ids = torch.tensor(sample.tokens, dtype=torch.long)[None]
+    labels = ids.clone()
+    labels[:, : sample.prompt] = -100
+    return policy(input_ids=ids, labels=labels).loss * len(sample.targets)
+
+
+Loss = Callable[[Any, Sample], Any]
+
+
+def plain_steps(
+    policy: Any, trained: Iterable[Any], samples: Sequence[Sample], training: Training, loss_of: Loss = cross_entropy
+) -> list[float]:
+    """The losses of steps with transformers' own forward pass, one label at a time."""
     import torch
 
     trained = list(trained)
@@ -53,10 +71,7 @@ def plain_steps(policy: Any, trained: Iterable[Any], samples: Sequence[Sample], 
         total = sum(len(sample.targets) for sample in batch)
         loss_sum = 0.0
         for sample in batch:
-            ids = torch.tensor(sample.tokens, dtype=torch.long)[None]
-            labels = ids.clone()
-            labels[:, : sample.prompt] = -100
-            loss = policy(input_ids=ids, labels=labels).loss * len(sample.targets) / total
+            loss = loss_of(policy, sample) / total
             loss.backward()
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, training.gradient_clip)
@@ -64,6 +79,53 @@ def plain_steps(policy: Any, trained: Iterable[Any], samples: Sequence[Sample], 
         optimizer.zero_grad()
         losses.append(loss_sum)
     return losses
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What a plain loop makes of a student, or of an adapter: by the names of its weights."""
+
+    losses: list[float]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def missed_by(self, made: Mapping[str, Any]) -> float:
+        """How far other steps came out elsewhere, by how far these went."""
+        import torch
+
+        assert made.keys() == self.after.keys()
+        moved = torch.cat([(self.after[key] - self.before[key]).flatten() for key in self.after])
+        missed = torch.cat([(made[key] - self.after[key]).flatten() for key in self.after])
+        assert moved.norm() > 0.01
+        return float(missed.norm() / moved.norm())
+
+
+def plain(weights: Path, samples: Sequence[Sample], training: Training, parent: Path | None = None, loss_of: Loss = cross_entropy) -> Plain:
+    """With the adapter `parent` it is trained, by peft, in place of the student."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    if parent is not None:
+        policy = PeftModel.from_pretrained(policy, parent, is_trainable=True)
+    trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    losses = plain_steps(policy, trained.values(), samples, training, loss_of)
+    return Plain(losses, before, {name: weight.detach() for name, weight in trained.items()})
+
+
+def made(folder: Path, adapted: bool = False) -> dict[str, Any]:
+    """The weights in an exported policy, or those of its adapter, by the names that they have in a plain loop."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    if not adapted:
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return {name: weight.detach() for name, weight in policy.named_parameters()}
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return {name.replace(".weight", ".default.weight"): weight for name, weight in stored.items()}
 
 
 def under_deepspeed(

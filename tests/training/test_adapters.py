@@ -11,47 +11,13 @@ import pytest
 from dagger_operator.api import Lora, Training
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import Sample
-from training.steps import BASE, SETTINGS, SHARED, plain_steps, under_deepspeed
+from training.steps import BASE, LORA, SETTINGS, SHARED, made, plain, under_deepspeed
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
-LORA = {"rank": 4, "alpha": 6}
 LAYOUTS = {name: {**SETTINGS[name], "lora": LORA} for name in ("zero0", "zero1", "zero2", "zero3", "offload", "labels", "recompute-zero3")}
 LAYOUTS |= {name: {**SETTINGS[name], "lora": LORA} for name in ("bf16-zero0", "bf16-zero2", "bf16-zero3")}
 SHARED_LAYOUTS = {name: {**SHARED[name], "lora": LORA} for name in ("shared-zero0", "shared-zero2", "shared-zero3", "shared-recompute")}
-
-
-@pytest.fixture(scope="module")
-def parent(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that peft made, with something in both matrices."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(11)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32), config)
-    with torch.no_grad():
-        for name, weight in policy.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.2)
-    folder = tmp_path_factory.mktemp("adapter") / "parent"
-    policy.save_pretrained(folder)
-    return folder
-
-
-def plain(weights: Path, parent: Path, samples: list[Sample], training: Training) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-    """A plain loop by peft: losses, and the adapter before and after."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    policy = PeftModel.from_pretrained(base, parent, is_trainable=True)
-    trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
-    before = {name: weight.detach().clone() for name, weight in trained.items()}
-    losses = plain_steps(policy, trained.values(), samples, training)
-    return losses, before, {name: weight.detach() for name, weight in trained.items()}
 
 
 @pytest.mark.parametrize(
@@ -62,21 +28,14 @@ def test_every_layout_takes_the_steps_of_peft_in_a_plain_loop(
 ) -> None:
     import torch
     from peft import PeftModel
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     found = under_deepspeed(ranks, layouts, policy_folder, samples, tmp_path, adapter=parent)
-    losses, before, after = plain(policy_folder, parent, samples, Training.model_validate({**BASE, "lora": LORA}))
+    expected = plain(policy_folder, samples, Training.model_validate({**BASE, "lora": LORA}), parent)
     for name in layouts:
         low_precision = "bf16" in name
-        assert found[name] == pytest.approx(losses, rel=2e-2 if low_precision else 1e-5), name
-        made = load_file(tmp_path / name / "policy" / "adapter" / "adapter_model.safetensors")
-        made = {key.replace(".weight", ".default.weight"): value for key, value in made.items()}
-        assert made.keys() == after.keys()
-        moved = torch.cat([(after[key] - before[key]).flatten() for key in after])
-        missed = torch.cat([(made[key] - after[key]).flatten() for key in after])
-        assert moved.norm() > 0.01
-        assert missed.norm() / moved.norm() < (5e-2 if low_precision else 1e-5), name
+        assert found[name] == pytest.approx(expected.losses, rel=2e-2 if low_precision else 1e-5), name
+        assert expected.missed_by(made(tmp_path / name / "policy", adapted=True)) < (5e-2 if low_precision else 1e-5), name
 
         # peft puts it together in the same way, of what it reads from the folder.
         base = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)

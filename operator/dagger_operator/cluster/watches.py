@@ -30,7 +30,7 @@ CHILDREN = (
 OPTIONAL = (("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet"),)
 """Watched where the cluster has it when the operator starts."""
 
-_IDLE_SECONDS = 0.5
+_IDLE_SECONDS = 0.05
 """kopf keeps what it heard of an object last for so long: at a start this is everything, in full."""
 _RECONNECT_SECONDS = 240
 """A watch is opened anew this often, so that each gives a sign of life even where nothing happens."""
