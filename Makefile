@@ -39,7 +39,7 @@ experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or mo
 
 images: setup ## All container images, from images/Dockerfile: an OCI layout, or with DOCKER=docker in Docker (images/README.md)
 ifdef DOCKER
-	for target in operator worker trainer quickstart vllm-cpu; do \
+	for target in operator worker sandbox-helper trainer quickstart vllm-cpu; do \
 	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) --build-arg VERSION=$(VERSION) . || exit; done
 else
 	@scripts/images build

@@ -1,8 +1,9 @@
 """Sandbox pods: what a command costs beyond its own process, by each way to send it, and how long a sandbox takes to its first command.
 
-    python benchmarks/sandboxes.py --image IMAGE [--namespace NAMESPACE] [--commands 50] [--sandboxes 1,8,32] [--blocks 3] [--cpus 0.1]
+    python benchmarks/sandboxes.py --image IMAGE --helper IMAGE [--namespace NAMESPACE] [--commands 50] [--sandboxes 1,8,32] [--blocks 3]
+        [--cpus 0.1]
 
-Needs KUBECONFIG, kubectl, and an image on the nodes that holds bash and `/opt/dagger/sandboxd` (it is sandbox and helper in one).
+Needs KUBECONFIG, kubectl, and two images on the nodes: one with bash for the sandboxes, and the project's `sandbox-helper`.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.pods import PodSandboxes
 
 
-def setting(image: str, cpus: float) -> Setting:
-    limits = SandboxLimits(cpus=cpus, memory_mib=64, disk_mib=64)
-    return Setting("bench", "bench", "worker-0", secrets.token_hex(4), image, limits, 900, image)
+def setting(given: argparse.Namespace) -> Setting:
+    limits = SandboxLimits(cpus=given.cpus, memory_mib=64, disk_mib=64)
+    return Setting("bench", "bench", "worker-0", secrets.token_hex(4), given.helper, limits, 900, given.image)
 
 
 async def timed(work: Awaitable[object]) -> float:
@@ -165,7 +166,7 @@ async def gone(kube: Kube, selector: str) -> None:
 async def measure(given: argparse.Namespace) -> None:
     async with (
         Kube.connect(given.namespace) as kube,
-        PodSandboxes(setting(given.image, given.cpus), given.namespace, most_alive=64) as provider,
+        PodSandboxes(setting(given), given.namespace, most_alive=64) as provider,
     ):
         print(json.dumps({"cores": os.cpu_count(), "load": os.getloadavg()}))
         if given.commands:
@@ -187,7 +188,8 @@ async def measure(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", required=True)
+    parser.add_argument("--image", required=True, help="of sandboxes and bare pods")
+    parser.add_argument("--helper", required=True, help="brings the helper to sandboxes")
     parser.add_argument("--namespace", default="sandbox-benchmark")
     parser.add_argument("--commands", type=int, default=50)
     parser.add_argument("--sandboxes", default="1,8,32")

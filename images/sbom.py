@@ -1,6 +1,7 @@
 """Writes what this image holds to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
 
     python sbom.py NAME
+    python sbom.py NAME --go VERSION    of an image that holds a program of Go's standard library alone, such as go1.19.8
 
 No time and no serial number: the same packages give the same file.
 """
@@ -12,8 +13,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 
-def main(name: str) -> None:
-    components = sorted([*debian_packages(), *python_packages()], key=lambda one: one["purl"])
+def main(name: str, *go: str) -> None:
+    held = [go_library(go[1])] if go else [*debian_packages(), *python_packages()]
+    components = sorted(held, key=lambda one: one["purl"])
     document = {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
@@ -36,10 +38,15 @@ def python_packages() -> list[dict[str, str]]:
     return [component(name, version, f"pkg:pypi/{name}@{version}") for name, version in found]
 
 
+def go_library(version: str) -> dict[str, str]:
+    number = version.removeprefix("go")
+    return component("stdlib", number, f"pkg:golang/stdlib@{number}")
+
+
 def component(name: str, version: str, purl: str) -> dict[str, str]:
     # A plus sign in a version means a space where it is not escaped.
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl.replace("+", "%2B")}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

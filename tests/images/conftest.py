@@ -24,21 +24,33 @@ def layout() -> Path:
     return Path(built.stdout.strip())
 
 
+def _blob(layout: Path, digest: str) -> Json:
+    found: Json = json.loads((layout / "blobs" / digest.replace(":", "/")).read_text())
+    return found
+
+
+def _manifest(layout: Path, name: str) -> Json:
+    """Of an image, by its name without registry."""
+    index = json.loads((layout / "index.json").read_text())
+    (found,) = [m for m in index["manifests"] if m["annotations"]["org.opencontainers.image.ref.name"] == f"docker.io/{name}"]
+    return _blob(layout, found["digest"])
+
+
 @pytest.fixture(scope="session")
 def image_config(layout: Path) -> Callable[[str], Json]:
-    """The configuration of an image, by its name without registry: environment, user, labels."""
+    """The configuration of an image: environment, user, labels."""
 
     def read(name: str) -> Json:
-        def blob(digest: str) -> Json:
-            found: Json = json.loads((layout / "blobs" / digest.replace(":", "/")).read_text())
-            return found
-
-        index = json.loads((layout / "index.json").read_text())
-        (found,) = [m for m in index["manifests"] if m["annotations"]["org.opencontainers.image.ref.name"] == f"docker.io/{name}"]
-        config: Json = blob(blob(found["digest"])["config"]["digest"])["config"]
+        config: Json = _blob(layout, _manifest(layout, name)["config"]["digest"])["config"]
         return config
 
     return read
+
+
+@pytest.fixture(scope="session")
+def image_size(layout: Path) -> Callable[[str], int]:
+    """Bytes of all layers of an image, not compressed."""
+    return lambda name: sum(layer["size"] for layer in _manifest(layout, name)["layers"])
 
 
 class Pods:

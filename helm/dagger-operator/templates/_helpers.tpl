@@ -37,7 +37,7 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 
 {{- define "dagger-operator.helperImage" -}}
-{{- .Values.sandbox.helperImage | default (printf "dagger-operator/worker:%s" .Chart.AppVersion) }}
+{{- .Values.sandbox.helperImage | default (printf "dagger-operator/sandbox-helper:%s" .Chart.AppVersion) }}
 {{- end }}
 
 {{- /* The chart's own pods satisfy the restricted pod security standard. */}}
