@@ -258,7 +258,8 @@ ROOMS = {
 @pytest.mark.parametrize("command", sorted(ROOMS))
 def test_a_command_reads_no_section_that_its_pods_do_not_carry(command: str) -> None:
     """Otherwise it would read defaults instead of what the user wrote."""
-    allowed = ALWAYS_READ | READS[command] | (READS["preflight"] if command == "serving" else set())
+    # Preflight is told of training what it reads: see the test below.
+    allowed = ALWAYS_READ | READS[command] | (READS["preflight"] | {"training"} if command == "serving" else set())
     root = Path(dagger_operator.__file__).parent
     read = {
         (node.attr, path.name)
@@ -271,3 +272,12 @@ def test_a_command_reads_no_section_that_its_pods_do_not_carry(command: str) -> 
     }
     assert {(section, file) for section, file in read if section not in allowed} == set(), "add it to READS"
     assert {section for section, _ in read} & allowed
+
+
+def test_preflight_is_told_the_loss_and_begins_anew_for_nothing_else_of_training(make_run: Make) -> None:
+    def told(**training: Any) -> str:
+        return carried_run(make_run(training=training, labels={"topLogprobs": 4}), "preflight")
+
+    assert load(json.loads(told(loss="ForwardKL"))).spec.training.loss == "ForwardKL"
+    assert told(loss="ForwardKL") == told(loss="ForwardKL", learningRate=1e-5, batchSize=3)
+    assert told() == told(learningRate=1e-5) != told(loss="ForwardKL")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint
+from dagger_operator.api.training import Loss
 from dagger_operator.control.names import Role, server_name
 
 Json = dict[str, Any]
@@ -20,7 +21,7 @@ USER_ID = 10001
 
 READS: dict[str, frozenset[str]] = {
     "prepare": frozenset(),
-    "preflight": frozenset({"labels", "training"}),
+    "preflight": frozenset({"labels"}),
     "rollout": frozenset({"sandbox", "labels", "rollouts"}),
     "training": frozenset({"training"}),
     "publish": frozenset(),
@@ -43,13 +44,22 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
     # Without these the document would be refused.
-    if "training" not in kept and run.spec.student.endpoint:
-        spec["training"] = {"mode": run.spec.training.mode}
+    if "training" not in kept and (part := _of_training(run, command)):
+        spec["training"] = part
     if command == "training" and run.spec.labels.top_logprobs:
         spec["labels"] = {"topLogprobs": run.spec.labels.top_logprobs}
     metadata = {"name": run.metadata.name, "namespace": run.metadata.namespace, "uid": run.metadata.uid}
     document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {k: v for k, v in metadata.items() if v is not None}, "spec": spec}
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def _of_training(run: DAggerRun, command: str) -> Json:
+    part: Json = {}
+    if run.spec.student.endpoint:
+        part["mode"] = run.spec.training.mode
+    if command == "preflight" and run.spec.training.loss is Loss.FORWARD_KL:  # which asks more of a teacher
+        part["loss"] = run.spec.training.loss
+    return part
 
 
 def _as_a_server_sees(policy: Json, *, own: bool) -> Json:
