@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,18 @@ class Installation:
     def kill_operator(self) -> None:
         self.kill(self.system, "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator")
 
-    def kill(self, namespace: str, selector: str) -> None:
-        """Pods go at once, as when their node loses power. Fails where none runs; one that is about to end is not meant."""
+    def kill_sandboxes(self) -> None:
+        """Also those that do not run yet: one may have done its work before the kubelet says that it runs."""
+        self.kill(self.sandboxes, "app.kubernetes.io/component=sandbox", phases=("Pending", "Running"))
 
-        def running() -> bool:
+    def kill(self, namespace: str, selector: str, phases: Sequence[str] = ("Running",)) -> None:
+        """Pods go at once, as when their node loses power. Fails where there is none in these phases that is not about to end anyway."""
+
+        def there() -> bool:
             pods = [pod for pod in self.listed("pods", selector, namespace) if "deletionTimestamp" not in pod["metadata"]]
-            return any(pod["status"].get("phase") == "Running" for pod in pods)
+            return any(pod["status"].get("phase") in phases for pod in pods)
 
-        self.until(f"a pod with {selector} runs", running, 120)
+        self.until(f"a pod with {selector} is there", there, 120)
         self.kubectl("--namespace", namespace, "delete", "pods", "--grace-period=0", "--force", "--selector", selector)
 
     def until(self, what: str, holds: Callable[[], Any], seconds: float) -> Any:

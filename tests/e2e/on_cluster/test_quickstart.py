@@ -49,7 +49,7 @@ def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: A
 
         def gone_and_counted() -> Any:
             if next(looks) % 15 == 0:  # again where those that went had just done their work: nobody misses them
-                installation.kill(installation.sandboxes, "app.kubernetes.io/component=sandbox")
+                installation.kill_sandboxes()
             return scraping.prometheus.value("sum(max_over_time(dagger_infrastructure_failures_total[1h]))")
 
         installation.until("its worker counts the sandboxes that are gone", gone_and_counted, 120)

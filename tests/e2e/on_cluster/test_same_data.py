@@ -113,7 +113,7 @@ def _workers(installation: Any) -> None:
 
 
 def _sandboxes(installation: Any) -> None:
-    installation.kill(installation.sandboxes, "app.kubernetes.io/component=sandbox")
+    installation.kill_sandboxes()
 
 
 def _storage(installation: Any) -> None:
