@@ -23,11 +23,15 @@ async def test_runs_of_one_bucket_share_a_client_and_runs_of_another_server_do_n
 
 
 def test_what_only_time_asks_for_comes_later_in_a_large_fleet_and_what_is_awaited_does_not() -> None:
-    assert paced(10.0, runs=500) == 10.0
-    assert paced(10.0, runs=1000) == 20.0
-    assert paced(3600.0, runs=1000) == 3600.0
-    assert paced(2.0, runs=1000) == 2.0
-    assert paced(None, runs=1000) is None
+    assert paced(10.0, runs=500, dice=0) == 10.0
+    assert paced(10.0, runs=1000, dice=0) == 20.0
+    assert paced(3600.0, runs=1000, dice=0) == 3600.0
+    assert paced(2.0, runs=1000, dice=0.5) == 2.0
+    assert paced(None, runs=1000, dice=0) is None
+
+
+def test_runs_that_were_made_together_are_not_looked_at_together_for_ever() -> None:
+    assert {paced(10.0, runs=1, dice=dice) for dice in (0.0, 0.5, 1.0)} == {10.0, 8.5, 7.0}
 
 
 async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_every_look(make_run: Callable[..., DAggerRun]) -> None:

@@ -3,6 +3,7 @@
 It is told a key, never what happened. It may be killed at any line and asked again; asked twice, the second time does nothing.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ AGAIN_AFTER_REFUSAL = 10.0
 """Seconds until what the API server refused is tried again."""
 LOOKS_A_SECOND = 50.0
 """Looks that nothing but time asks for, over all runs. Up to 500 runs are looked at every ten seconds, a thousand every twenty."""
+SPREAD_SECONDS = 3.0
+"""How much sooner a look may come, by chance: runs that were made together are not to be looked at together for ever."""
 
 Manifest = Mapping[str, Any]
 
@@ -72,7 +75,8 @@ class Reconciler:
         if planned.status.phase in RESTING:
             self._stores.forget(key)
             self._read.pop(key, None)
-        return paced(planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL, self._cache.count(KIND))
+        after = planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
+        return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - no secret
 
     def _run(self, key: RunKey, stored: Manifest) -> DAggerRun:
         """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""
@@ -139,9 +143,12 @@ class Reconciler:
         self._read.pop(key, None)
 
 
-def paced(after: float | None, runs: int) -> float | None:
-    """Seconds until a run is looked at again. A wait of ten seconds or more is longer in a large fleet; what is awaited sooner is not."""
-    return after if after is None or after < LOOK_AGAIN else max(after, runs / LOOKS_A_SECOND)
+def paced(after: float | None, runs: int, dice: float) -> float | None:
+    """Seconds until a run is looked at again; `dice` from 0 to 1.
+
+    A wait of ten seconds or more is longer in a large fleet, and spread; what is awaited sooner is not.
+    """
+    return after if after is None or after < LOOK_AGAIN else max(after, runs / LOOKS_A_SECOND) - SPREAD_SECONDS * dice
 
 
 def _loaded(stored: Manifest) -> DAggerRun:
