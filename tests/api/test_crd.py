@@ -193,8 +193,8 @@ def specs(draw: st.DrawFn) -> Json:
                 break
         else:
             change = draw(st.sampled_from(["replace", "replace", "remove", "misspell"]))
-            if not isinstance(parent, dict | list):
-                continue
+            if not isinstance(parent, dict if isinstance(path[-1], str) else list):
+                continue  # an earlier change has put something else in its place
             if change == "replace" and (isinstance(parent, dict) or path[-1] < len(parent)):
                 parent[path[-1]] = draw(JUNK)
             elif isinstance(parent, dict) and change == "remove":
