@@ -58,11 +58,14 @@ class Cluster:
 
     # What a controller does
 
-    def apply(self, manifest: Json) -> None:
+    def apply(self, manifest: Json, seen: str = "") -> bool:
+        """`seen`: uid of the object as the controller knows it. Where that one is gone the API server refuses: False."""
         manifest = json.loads(json.dumps(manifest))
         key = (manifest["kind"], manifest["metadata"]["name"])
         assert len(key[1]) <= 58
         old = self.objects.get(key)
+        if seen and (old is None or old["metadata"]["uid"] != seen):
+            return False
         if old is None:
             self.serial += 1
             manifest["metadata"] |= {"uid": f"uid-{self.serial}", "generation": 1}
@@ -70,7 +73,7 @@ class Cluster:
                 step = (int(manifest["metadata"]["labels"][ROUND]), manifest["metadata"]["labels"][COMPONENT])
                 assert step not in self.results, f"{key[1]} is made although its stage is done"
             self.objects[key] = manifest
-            return
+            return True
         if key[0] == "Job":
             fixed = [{**one["spec"], "suspend": None, "activeDeadlineSeconds": None} for one in (old, manifest)]
             assert fixed[0] == fixed[1], "a Job's spec is immutable"
@@ -79,17 +82,19 @@ class Cluster:
         if "deletionTimestamp" in old["metadata"]:
             manifest["metadata"]["deletionTimestamp"] = old["metadata"]["deletionTimestamp"]
         self.objects[key] = {**manifest, **({"status": old["status"]} if "status" in old else {})}
+        return True
 
-    def delete(self, kind: str, name: str, uid: str = "", *, foreground: bool = True) -> None:
+    def delete(self, kind: str, name: str, uid: str = "", *, foreground: bool = True) -> bool:
         manifest = self.objects.get((kind, name))
         if manifest is None or (uid and manifest["metadata"]["uid"] != uid):
-            return
+            return True  # it is gone, as was wanted
         if foreground:
             manifest["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         else:
             del self.objects[kind, name]
         for pod in self.of(manifest):
             self.terminate(pod)
+        return True
 
     # What the cluster's own controllers do, one step at a time
 

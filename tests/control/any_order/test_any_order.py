@@ -80,11 +80,14 @@ class AnyOrder(RuleBasedStateMachine):
             storage_problem=None if storage else "storage is away",
         )
 
-    def carry_out(self, planned: Plan, share: float = 1.0, *, told: bool = True) -> None:
-        actions = [lambda one=one: self.cluster.apply(one) for one in planned.objects]
+    def carry_out(self, planned: Plan, observed: Observed, share: float = 1.0, *, told: bool = True) -> None:
+        known = {(one.kind, one.name): one.uid for one in observed.children}
+        actions = [
+            lambda one=one: self.cluster.apply(one, known.get((one["kind"], one["metadata"]["name"]), "")) for one in planned.objects
+        ]
         actions += [lambda one=one: self.cluster.delete(one.kind, one.name, one.uid) for one in planned.remove]
-        for action in actions[: round(share * len(actions))]:
-            action()
+        if not all(action() for action in actions[: round(share * len(actions))]):
+            return  # a conflict: what was planned is given up, and the run looked at again
         self.previous = self.look()  # a controller sees its own writes
         if told:
             self.watch_status(planned)
@@ -111,14 +114,15 @@ class AnyOrder(RuleBasedStateMachine):
         planned = plan(self.run, observed)
         backwards = Observed(now=observed.now, children=tuple(reversed(observed.children)), results=observed.results)
         assert plan(self.run, observed) == planned == plan(self.run, backwards)
-        self.carry_out(planned, share, told=told)
+        self.carry_out(planned, observed, share, told=told)
 
     @rule()
     def reconcile_while_storage_is_away(self) -> None:
-        planned = plan(self.run, self.observe(storage=False))
+        observed = self.observe(storage=False)
+        planned = plan(self.run, observed)
         assert not [one for one in planned.objects if one["kind"] == "Job"]
         assert planned.status.reason == "StorageUnavailable"
-        self.carry_out(planned)
+        self.carry_out(planned, observed)
 
     @rule(seconds=st.integers(1, 90))
     def controllers_of_the_cluster(self, seconds: int) -> None:
@@ -252,7 +256,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(moments=st.integers(1, 8))
     def all_goes_well_for_a_while(self, moments: int) -> None:
         for _ in range(moments):
-            self.carry_out(plan(self.run, self.observe()))
+            observed = self.observe()
+            self.carry_out(plan(self.run, observed), observed)
             leaving = [pod for pod in self.cluster.pods.values() if "deletionTimestamp" in pod["metadata"]]
             self.cluster.clock += timedelta(seconds=5)
             self.cluster.reconcile()
