@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,43 +142,35 @@ def _all_logits(objective: Objective, batch: dict[str, Any]) -> torch.Tensor:
     hidden = objective.policy.get_decoder()(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tree=batch["tree"]
     ).last_hidden_state
-    return _of_all_logits(objective, hidden, batch["prev"], batch["targets"])
-
-
-def _of_all_logits(objective: Objective, hidden: torch.Tensor, prev: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = objective.policy.get_output_embeddings()(hidden)[0].float()
-    return torch.nn.functional.cross_entropy(logits[prev], targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits[batch["prev"]], batch["targets"], reduction="sum")
 
 
-def measure_head(load: Load, variant: str, width: str) -> Measured:
-    """The head and the loss alone, forward and backward, on what a decoder might have made."""
-    objective = student(width)
-    batch = collate(load.packs("trees"), limits(), Share(), DEVICE)
-    known = {name: batch[name] for name in ("prev", "targets")}
-    dtype = next(objective.parameters()).dtype
-    hidden = torch.randn(1, batch["input_ids"].shape[1], CHANNELS[width], device=DEVICE, dtype=dtype, requires_grad=True)
-    began = time.perf_counter()
-    if "all logits" in variant:
-        loss = _of_all_logits(objective, hidden, **known)
-    else:
-        loss = objective.of_hidden(hidden, **known, weights=batch["weights"], pieces=batch.get("pieces", 1))
-    loss.backward()
-    return Measured(time.perf_counter() - began)
+def leave_the_head_alone(width: str) -> None:
+    """From now on the student's decoder only makes something up: a step is the head and the loss."""
+    policy = student(width).policy
+
+    def decoder(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        size = (*input_ids.shape, CHANNELS[width])
+        return SimpleNamespace(last_hidden_state=torch.randn(size, device=DEVICE, dtype=policy.dtype, requires_grad=True))
+
+    policy.get_decoder = lambda: decoder
 
 
 def measure_memory(load: Load, variant: str, width: str) -> Measured:
     """The peak of a step, in a process that has taken a smaller one before."""
-    step = measure_head if variant.startswith("head") else measure
+    if variant.startswith("head"):
+        leave_the_head_alone(width)
     if "checkpointing" in variant:
         student(width).policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    step(Load(1), variant, width)
+    measure(Load(1), variant, width)
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        took = step(load, variant, width)
+        took = measure(load, variant, width)
         return Measured(took.seconds, torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_allocated())
     with peak_memory() as read:
-        took = step(load, variant, width)
+        took = measure(load, variant, width)
     return Measured(took.seconds, *read())
 
 

@@ -51,19 +51,6 @@ class Objective(torch.nn.Module):
         """
         decoder = self.policy.get_decoder()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, tree=tree).last_hidden_state
-        return self.of_hidden(hidden, prev, targets, weights, soft_ids, soft_logprobs, pieces)
-
-    def of_hidden(
-        self,
-        hidden: Tensor,
-        prev: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        soft_ids: Tensor | None = None,
-        soft_logprobs: Tensor | None = None,
-        pieces: int = 1,
-    ) -> Tensor:
-        """The same, of what the decoder makes of a row: (1, tokens, channels). Logits exist for labelled positions alone."""
         known = (targets,) if soft_ids is None or soft_logprobs is None else (soft_ids, soft_logprobs)
         tensors = (hidden[0, prev], weights, *known)
         if pieces == 1:
