@@ -1,7 +1,7 @@
 """Writes what this image holds to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
 
     python sbom.py NAME
-    python sbom.py NAME --go VERSION    of an image that holds a program of Go's standard library alone, such as go1.19.8
+    python sbom.py NAME GO_VERSION    of an image that holds a program of Go's standard library alone; such as go1.19.8
 
 No time and no serial number: the same packages give the same file.
 """
@@ -13,8 +13,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 
-def main(name: str, *go: str) -> None:
-    held = [go_library(go[1])] if go else [*debian_packages(), *python_packages()]
+def main(name: str, go: str | None = None) -> None:
+    held = [go_library(go)] if go else [*debian_packages(), *python_packages()]
     components = sorted(held, key=lambda one: one["purl"])
     document = {
         "bomFormat": "CycloneDX",

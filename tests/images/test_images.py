@@ -114,6 +114,8 @@ def test_the_helper_comes_in_an_image_of_some_megabytes_and_runs_in_any_other(
     said = pods.output(pod, "look", 120).splitlines()
     assert [line.split()[0] for line in said] == ["sandboxd:", "git", "bubblewrap"]
     assert image_size(images["sandbox-helper"]) < 16 * 2**20
+    sbom = json.loads((ROOT / "dist" / "sbom" / "sandbox-helper.cdx.json").read_text())
+    assert [one["name"] for one in sbom["components"]] == ["stdlib"]
 
 
 def test_vllm_serves_a_tiny_model_on_the_cpu(pods: Any, images: dict[str, str]) -> None:
