@@ -76,7 +76,7 @@ class Reconciler:
             self._stores.forget(key)
             self._read.pop(key, None)
         after = planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
-        return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - no secret
+        return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - it spreads looks; who guesses it gains nothing
 
     def _run(self, key: RunKey, stored: Manifest) -> DAggerRun:
         """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""

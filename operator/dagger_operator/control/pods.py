@@ -43,10 +43,9 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
             section.pop("pod", None)  # where a pod runs is no business of what runs in it
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
-    # Without these the document would be refused.
     if "training" not in kept and (part := _of_training(run, command)):
         spec["training"] = part
-    if command == "training" and run.spec.labels.top_logprobs:
+    if command == "training" and run.spec.labels.top_logprobs:  # without it ForwardKL would be refused
         spec["labels"] = {"topLogprobs": run.spec.labels.top_logprobs}
     metadata = {"name": run.metadata.name, "namespace": run.metadata.namespace, "uid": run.metadata.uid}
     document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {k: v for k, v in metadata.items() if v is not None}, "spec": spec}
@@ -54,10 +53,11 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
 
 
 def _of_training(run: DAggerRun, command: str) -> Json:
+    """Of `training`, for a command that does not read it all: what it reads, and what the document would be refused without."""
     part: Json = {}
-    if run.spec.student.endpoint:
+    if run.spec.student.endpoint:  # which is not trained
         part["mode"] = run.spec.training.mode
-    if command == "preflight" and run.spec.training.loss is Loss.FORWARD_KL:  # which asks more of a teacher
+    if command == "preflight" and run.spec.training.loss is Loss.FORWARD_KL:  # it asks more of a teacher
         part["loss"] = run.spec.training.loss
     return part
 
