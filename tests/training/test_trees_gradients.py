@@ -149,7 +149,8 @@ def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
         batch = told(batch, seed)
     right, expected = one_by_one(plain, batch)
     loss, found = in_trees(objective, batch, most_tokens, pieces)
-    assert loss == pytest.approx(right, rel=1e-5)
+    # A divergence near zero is a difference of numbers near one, which FP32 holds to seven digits.
+    assert loss == pytest.approx(right, rel=1e-5, abs=1e-6)
     scale = sum(float(gradient.norm()) ** 2 for gradient in expected) ** 0.5
     for mine, wanted in zip(found, expected, strict=True):
         # Where a gradient all but vanishes (one token attends to itself alone), what is left is rounding of the terms that cancel.
