@@ -29,7 +29,7 @@ fast: setup ## Tests that need no torch, no vLLM and no built tool
 	$(PYTEST) $(STREAMS) -m "not heavy and not cuda"
 
 heavy: setup tools $(if $(DAGGER_TEST_KUBECONFIG),,images) ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
-	$(PYTEST) -m "heavy and not cuda" # one stream: two whole runs at a time take longer on two cores than one after the other
+	$(PYTEST) $(STREAMS) -m "heavy and not cuda"
 
 tools: setup ## Go programs that tests need, built once for this machine
 	@for module in tests/tools/*/; do scripts/build-tool $$(basename $$module) >/dev/null || exit; done

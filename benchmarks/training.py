@@ -1,10 +1,11 @@
 """What one pass over a trajectory and all its labels saves: time, and memory, as ratios within one run.
 
-    python benchmarks/training.py [--turns 4,8,16,32] [--widths narrow,wide] [--blocks 5] [--json FILE]
+    python benchmarks/training.py [--turns 4,8,16,32] [--acted 0,0.5] [--widths narrow,wide] [--blocks 5] [--json FILE]
 
-Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which every
-label branches off: the case that saves least a label. *Per label* is `training.packing: Labels`: the same code, a causal sequence for
-each label. Blocks of both alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own.
+Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which the student
+alone acts (`--acted 0`: every label branches off, the case that saves least), and in which the teacher acts on a share of turns, whose
+labels lie on the trunk. *Per label* is `training.packing: Labels`: the same code, a causal sequence for each label. Blocks of both
+alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own.
 """
 
 import argparse
@@ -15,14 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_load import CHANNELS, TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
+from training_load import FOR_MEMORY, SIZES, TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
 
 
-def times(turns: list[int], blocks: int, width: str) -> list[dict[str, float]]:
+def times(turns: list[int], acted: float, blocks: int, width: str) -> list[dict[str, float]]:
     measure(Load(max(turns)), "trees", width), measure(Load(4), "labels", width)  # caches, threads and kernels
     found = []
     for count in turns:
-        load = Load(count)
+        load = Load(count, acted)
         pairs = [(measure(load, "trees", width), measure(load, "labels", width)) for _ in range(blocks)]
         ratio = statistics.median(apart.seconds / together.seconds for together, apart in pairs)
         fast: Measured = min((together for together, _ in pairs), key=lambda one: one.seconds)
@@ -46,14 +47,12 @@ def times(turns: list[int], blocks: int, width: str) -> list[dict[str, float]]:
     return found
 
 
-def memory(blocks: int, width: str) -> list[dict[str, float | str]]:
+def memory(blocks: int) -> list[dict[str, float | str]]:
     """Peak of a step above what the process held before it."""
     peaks: dict[str, list[Measured]] = {name: [] for name in VARIANTS}
     for _ in range(blocks):
         for name in VARIANTS:
-            told = subprocess.run(
-                [sys.executable, __file__, "--variant", name, "--widths", width], check=True, capture_output=True, text=True
-            )
+            told = subprocess.run([sys.executable, __file__, "--variant", name], check=True, capture_output=True, text=True)
             peaks[name].append(Measured(**json.loads(told.stdout.splitlines()[-1])))
     own = {name: statistics.median(one.peak for one in all_of_it) for name, all_of_it in peaks.items()}
     return [
@@ -83,18 +82,23 @@ def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", default="4,8,16,32", help="turns of a conversation, each with a label")
-    parser.add_argument("--widths", default="narrow,wide", help=f"students: {', '.join(CHANNELS)}; memory and resume are the last one's")
+    parser.add_argument("--acted", default="0,0.5", help="shares of turns on which the teacher acts")
+    parser.add_argument("--widths", default="narrow,wide", help=f"students: of {'; '.join(SIZES)}")
     parser.add_argument("--blocks", type=int, default=5, help="how often each pair is measured")
     parser.add_argument("--json", type=Path, help="a file for all figures")
     parser.add_argument("--variant", choices=VARIANTS, help="measure the memory of this one alone, in this process")
     asked = parser.parse_args()
-    widths = asked.widths.split(",")
     if asked.variant:
-        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant, widths[-1]))))
+        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant, FOR_MEMORY))))
         return
     print(f"load average {os.getloadavg()[0]:.2f}\n")
-    figures = {f"time, {width}": times([int(turns) for turns in asked.turns.split(",")], asked.blocks, width) for width in widths}
-    figures |= {f"memory, {widths[-1]}": memory(3, widths[-1]), f"resume, {widths[-1]}": [measure_resume(widths[-1])]}
+    widths, turns = asked.widths.split(","), [int(count) for count in asked.turns.split(",")]
+    figures = {
+        f"time, {width}, the teacher acts on {float(acted):.0%} of turns": times(turns, float(acted), asked.blocks, width)
+        for width in widths
+        for acted in asked.acted.split(",")
+    }
+    figures |= {f"memory, {FOR_MEMORY}": memory(3), f"resume, {FOR_MEMORY}": [measure_resume(FOR_MEMORY)]}
     for what, rows in figures.items():
         print(what, table(rows), sep="\n\n", end="\n\n")
     print(f"load average {os.getloadavg()[0]:.2f}")

@@ -39,8 +39,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIRST, TURN, LABEL = 256, 128, 28
 """Tokens of the first prompt; of an action with what came of it; of a label. About a tenth of what they are in repairs of software: 50
 turns that end at 64K tokens, with labels of 280."""
-CHANNELS = {"narrow": 256, "wide": 512}
-"""Hidden sizes. At 32 turns attention has that share of the work which it has in Qwen3-8B at 64K tokens (narrow) and 32K (wide)."""
+
+
+@dataclass(frozen=True)
+class Size:
+    channels: int
+    """Hidden size."""
+    tokens: int
+    """Of the vocabulary, for each channel."""
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokens * self.channels
+
+
+SIZES = {"narrow": Size(256, 4), "wide": Size(512, 4), "wide with a large vocabulary": Size(512, 32)}
+"""Of students of four layers. At 32 turns attention has that share of the work which it has in Qwen3-8B at 64K tokens (narrow) and 32K
+(wide). With 4 tokens a channel the head has the share of a token's work which it has below Qwen3-8B's 36 layers; it has 37 a channel."""
+FOR_MEMORY = "wide with a large vocabulary"
 
 
 @dataclass(frozen=True)
@@ -53,16 +69,19 @@ class Measured:
 
 
 class Load:
-    """One conversation of the student's with a label of the teacher's at every turn, none of which is what the student did."""
+    """One conversation with a label of the teacher's at every turn. Where the teacher acted (`acted`, a share of turns, spread evenly)
+    the label is what was done; where the student did, it never is."""
 
-    def __init__(self, turns: int) -> None:
+    def __init__(self, turns: int, acted: float = 0.0) -> None:
         self.labels = turns
-        random, vocabulary = np.random.default_rng(turns), _vocabulary(min(CHANNELS.values()))
+        random, vocabulary = np.random.default_rng(turns), min(size.vocabulary for size in SIZES.values())
         conversation = random.integers(1, vocabulary, FIRST + turns * TURN, dtype=np.int32)
         self.samples = []
         for turn in range(turns):
-            state = conversation[: FIRST + turn * TURN]
-            label = random.integers(1, vocabulary, LABEL, dtype=np.int32)
+            end = FIRST + turn * TURN
+            state, action = conversation[:end], conversation[end : end + LABEL]
+            teacher_acted = int((turn + 1) * acted) > int(turn * acted)
+            label = action if teacher_acted else random.integers(1, vocabulary, LABEL, dtype=np.int32)
             self.samples.append(Sample("0001/00000", turn, np.concatenate([state, label]), len(state)))
 
     def packs(self, variant: str) -> list[Pack]:
@@ -95,19 +114,15 @@ class Load:
         return pack(self.samples, 1 << 20, Packing.LABELS)
 
 
-def _vocabulary(channels: int) -> int:
-    """In Qwen3-8B it is 37 for each channel."""
-    return 32 * channels
-
-
 @cache
 def student(width: str) -> Objective:
     attention.register()
     torch.manual_seed(1)
-    channels = CHANNELS[width]
+    size = SIZES[width]
+    channels = size.channels
     shape = {"hidden_size": channels, "intermediate_size": 3 * channels, "num_hidden_layers": 4}
     heads = {"num_attention_heads": channels // 64, "num_key_value_heads": channels // 128, "head_dim": 64}
-    config = Qwen3Config(vocab_size=_vocabulary(channels), tie_word_embeddings=True, **shape, **heads)
+    config = Qwen3Config(vocab_size=size.vocabulary, tie_word_embeddings=True, **shape, **heads)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     return Objective(Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)).to(DEVICE, dtype).train()
 
@@ -151,7 +166,7 @@ def leave_the_head_alone(width: str) -> None:
     policy = student(width).policy
 
     def decoder(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
-        size = (*input_ids.shape, CHANNELS[width])
+        size = (*input_ids.shape, SIZES[width].channels)
         return SimpleNamespace(last_hidden_state=torch.randn(size, device=DEVICE, dtype=policy.dtype, requires_grad=True))
 
     policy.get_decoder = lambda: decoder

@@ -37,5 +37,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()) and stream(item.nodeid) != "cluster":
             raise pytest.UsageError(f"{item.nodeid} uses the cluster: its file has to be among ON_THE_CLUSTER in tests/conftest.py")
-    if hasattr(config, "workerinput"):  # side by side: the longest first, the cluster's, then the quickstart
-        items.sort(key=lambda item: (stream(item.nodeid) != "cluster", item.path.parts[-2:] != ("quickstart", "test_quickstart.py")))
+    if hasattr(config, "workerinput"):  # side by side
+        items.sort(key=lambda item: _place(stream(item.nodeid)))
+
+
+AT_LAST = ("quickstart/", "training/", "serving/", "e2e/")
+"""What keeps both cores busy, in this order: while the cluster's stream has its own whole run, the other one mostly waits."""
+
+
+def _place(stream: str) -> int:
+    if stream == "cluster":
+        return -1
+    return next((place for place, room in enumerate(AT_LAST, 1) if stream.startswith(room)), 0)
