@@ -129,7 +129,8 @@ def student(width: str) -> Objective:
 
 def limits() -> Limits:
     """A pass of at most 4,096 tokens, or one tree: what a bound on memory leaves to either way."""
-    return Limits(4096, 4096, BUCKET if DEVICE.type == "cuda" else 1)
+    compiled = DEVICE.type == "cuda"
+    return Limits(4096, 4096, BUCKET if compiled else 1, few_lengths=compiled)
 
 
 def measure(load: Load, variant: str, width: str) -> Measured:

@@ -82,7 +82,7 @@ def test_image_is_for_its_stages_alone(pods: Any, images: dict[str, str], target
         "user": USER_ID,
         "python": "/opt/venv/bin/python",
         "present": [],
-        "tools": [],
+        "tools": ["gcc", "cc"] if target == "trainer" else [],
         "caches": [],
         "root_writable": False,
         "home_writable": True,
@@ -116,6 +116,24 @@ def test_the_helper_comes_in_an_image_of_some_megabytes_and_runs_in_any_other(
     assert image_size(images["sandbox-helper"]) < 16 * 2**20
     sbom = json.loads((ROOT / "dist" / "sbom" / "sandbox-helper.cdx.json").read_text())
     assert [one["name"] for one in sbom["components"]] == ["stdlib"]
+
+
+def test_the_trainer_compiles_what_triton_starts_kernels_with(pods: Any, images: dict[str, str]) -> None:
+    """Its own way to do so; the launcher of a GPU's kernels is such a module, made at the first of them."""
+    said = pods.run(images["trainer"], "python", "-c", LAUNCHER, seconds=300)
+    assert said.splitlines()[-1] == "compiled"
+
+
+LAUNCHER = """
+from triton.runtime.build import compile_module_from_src
+source = '''
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcher", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&module); }
+'''
+compile_module_from_src(source, "launcher")
+print("compiled")
+"""
 
 
 def test_vllm_serves_a_tiny_model_on_the_cpu(pods: Any, images: dict[str, str]) -> None:

@@ -130,6 +130,19 @@ def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask() 
         assert (mine - right).norm() <= 2e-3 * right.norm(), "TF32 rounds to three digits"
 
 
+def test_flex_attention_is_compiled_for_more_lengths_than_torch_would_by_itself() -> None:
+    import torch
+
+    from dagger_operator.training import flex
+
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    kernel, cpu = flex.compiled("eager"), torch.device("cpu")
+    with torch.no_grad():
+        for tokens in range(128, 128 * 13, 128):
+            query, key, value = (tensor.detach() for tensor in inputs(tokens, 2, 1))
+            kernel(query, key, value, block_mask=flex.block_mask((Chain(0, tokens),), cpu), enable_gqa=True)
+
+
 @pytest.mark.parametrize("way", ["joined", "segments"])
 def test_a_long_conversation_is_exact_too(way: str) -> None:
     chains = long_forest(2048)

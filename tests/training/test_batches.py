@@ -94,12 +94,13 @@ def pack_of(length: int, targets: int) -> Pack:
     st.integers(1, 9),
     st.integers(64, 1000),
     st.sampled_from([1, 2, 16]),
+    st.booleans(),
 )
 def test_groups_share_every_pack_once_in_the_same_number_of_passes(
-    sizes: list[tuple[int, int]], groups: int, bound: int, multiple: int
+    sizes: list[tuple[int, int]], groups: int, bound: int, multiple: int, few_lengths: bool
 ) -> None:
     packs = [pack_of(length, targets) for length, targets in sizes]
-    limits = Limits(bound, 50, multiple)
+    limits = Limits(bound, 50, multiple, few_lengths)
     passes = spread(packs, groups, limits)
     assert all(len(one.packs) == groups for one in passes)
     assert sorted(index for one in passes for indices in one.packs for index in indices) == list(range(len(packs)))
@@ -107,13 +108,24 @@ def test_groups_share_every_pack_once_in_the_same_number_of_passes(
     for one in passes:
         for group, indices in enumerate(one.packs):
             tokens = sum(len(packs[index]) for index in indices)
-            padded = -(-tokens // multiple) * multiple
+            padded = tokens + limits.padding(tokens)
+            assert padded % multiple == 0
             assert padded <= bound or len(indices) == 1
             assert sum(len(packs[index].targets) for index in indices) <= 50 * one.pieces
             area += padded
             loads[group] += tokens
     assert max(loads) - min(loads) <= max(length for length, _ in sizes)
     assert padding(passes, packs, limits) == area - sum(map(len, packs))
+
+
+def test_rows_for_compiled_kernels_have_few_lengths_and_stay_within_the_bound() -> None:
+    limits = Limits(72 * 1024, 50, 1024, few_lengths=True)
+    lengths = {tokens: tokens + limits.padding(tokens) for tokens in range(1, limits.tokens + 1)}
+    assert len(set(lengths.values())) <= 24
+    assert all(tokens <= length <= max(1024 * -(-tokens // 1024), 1.25 * tokens, 1024) for tokens, length in lengths.items())
+    assert all(length <= limits.tokens and length % 1024 == 0 for length in lengths.values())
+    alone = 100 * 1024  # a tree beyond the bound
+    assert limits.padding(alone) == 12 * 1024
 
 
 @pytest.mark.parametrize("name", ["Constant", "Linear", "Cosine"])

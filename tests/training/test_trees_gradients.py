@@ -122,7 +122,7 @@ def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: 
     from dagger_operator.training.rows import Share, collate
 
     device = objective.policy.device
-    total, limits = 0.0, Limits(most_tokens, 4096, BUCKET if device.type == "cuda" else 8)
+    total, limits = 0.0, Limits(most_tokens, 4096, BUCKET if device.type == "cuda" else 8, few_lengths=True)
     packs = pack(batch, most_tokens)
     for rows in (packs[::2], packs[1::2]):
         loss = objective(**collate(rows, limits, Share(), device), pieces=pieces)

@@ -73,10 +73,16 @@ class Limits:
     """Most targets whose logits exist at a time."""
     multiple: int = 1
     """A row is padded to a multiple of so many tokens."""
+    few_lengths: bool = False
+    """Whether the multiple doubles with the row, beyond eight of it: each length costs a compiled kernel, more padding costs less."""
 
     def padding(self, tokens: int) -> int:
-        """Tokens that a row of so many gets on top."""
-        return -tokens % self.multiple
+        """Tokens that a row of so many gets on top; never beyond the bound because of `few_lengths`."""
+        step, most = self.multiple, self.tokens - self.tokens % self.multiple
+        while self.few_lengths and tokens > 8 * step:
+            step *= 2
+        padded = tokens + -tokens % step
+        return (min(padded, most) if tokens <= most else padded) - tokens
 
 
 def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:

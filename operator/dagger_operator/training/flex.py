@@ -11,7 +11,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from dagger_operator.training.tree import Chains, visits
 
 BUCKET = 1024
-"""Rows are padded to a multiple of so many tokens: each new length compiles a kernel."""
+"""Rows are padded to a multiple of so many tokens at least: each new length compiles a kernel (`Limits.few_lengths`)."""
+_MOST_KERNELS = 256
+"""For every length of rows and whether gradients are wanted. Where torch stops compiling, after eight by its default, it goes on with
+every score of a row in memory, 256 GiB at 64K tokens and 32 heads: rather end with an error."""
 
 
 def block_mask(chains: Chains, device: torch.device) -> Any:
@@ -35,5 +38,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float)
 @cache
 def _kernel(device: str) -> Callable[..., Tensor]:
     """Compiled where it is used in earnest; as it is, it materialises the whole mask."""
-    kernel: Any = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    return compiled() if device == "cuda" else flex_attention
+
+
+def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
+    """The kernel, compiled anew for each length of rows and never given up on."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _MOST_KERNELS
+    dynamo.fail_on_recompile_limit_hit = True
+    kernel: Any = torch.compile(flex_attention, dynamic=False, backend=backend)
     return kernel  # type: ignore[no-any-return]  # torch's overloads are more than can be said here

@@ -35,5 +35,6 @@ class Rank:
         return Share(self.index % self.rows_shared_by, self.rows_shared_by)
 
     def limits(self, training: Training, targets_at_once: int) -> Limits:
-        bucket = BUCKET if self.device.type == "cuda" else 1
-        return Limits(training.micro_batch_tokens, targets_at_once, math.lcm(bucket, self.rows_shared_by))
+        compiled = self.device.type == "cuda"
+        multiple = math.lcm(BUCKET if compiled else 1, self.rows_shared_by)
+        return Limits(training.micro_batch_tokens, targets_at_once, multiple, few_lengths=compiled)
