@@ -117,12 +117,13 @@ def long_forest(tokens: int) -> Chains:
 
 
 @pytest.mark.cuda
-def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask() -> None:
+@pytest.mark.parametrize("buckets", range(1, 11))
+def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask(buckets: int) -> None:
     import torch
 
     from dagger_operator.training import flex
 
-    chains = long_forest(2 * flex.BUCKET)
+    chains = long_forest(buckets * flex.BUCKET)
     expected = results(dense, chains, chains, 4, 2, "cuda")
     found = results(flex.attend, chains, flex.block_mask(chains, torch.device("cuda")), 4, 2, "cuda")
     assert len(found) == 4

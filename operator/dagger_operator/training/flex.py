@@ -38,7 +38,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float)
 @cache
 def _kernel(device: str) -> Callable[..., Tensor]:
     """Compiled where it is used in earnest; as it is, it materialises the whole mask."""
-    return compiled() if device == "cuda" else flex_attention
+    kernel: Any = compiled() if device == "cuda" else flex_attention
+    return kernel  # type: ignore[no-any-return]  # torch's overloads are more than can be said here
 
 
 def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
