@@ -49,10 +49,11 @@ def test_of_adapters_alone_there_are_gradients_and_an_optimiser() -> None:
         assert (memory.activations, memory.logits) == (whole.activations, whole.logits)
 
 
-def test_an_offloaded_optimiser_is_in_host_memory() -> None:
-    memory = training_memory(FOUR, replace(EIGHT_GPUS, stage=2, offload=True))
-    assert (memory.optimiser, memory.gradients) == (0, 0)
-    assert memory.host == pytest.approx(16 * FOUR.parameters / 8)
+def test_an_offloaded_optimiser_is_in_host_memory_and_gradients_where_deepspeed_moves_them() -> None:
+    for stage, bf16, left in [(3, True, 0), (3, False, 0), (2, False, 0), (2, True, 4 / 8), (1, True, 4)]:
+        memory = training_memory(FOUR, replace(EIGHT_GPUS, stage=stage, bf16=bf16, offload=True))
+        assert (memory.optimiser, memory.gradients) == (0, pytest.approx(left * FOUR.parameters))
+        assert memory.host == pytest.approx(16 * FOUR.parameters / 8)
 
 
 def test_logits_are_bounded_by_the_rows_that_exist_at_once() -> None:

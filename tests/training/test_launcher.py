@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from dagger_operator.store.stage import ExitCode, StageFailure
 from dagger_operator.training.__main__ import RankProcess, _watch
+from dagger_operator.training.rank import asked_to_end
 
 
 async def rank(index: int, folder: Path, code: str, words: dict[str, str] | None = None) -> RankProcess:
@@ -45,3 +48,13 @@ async def test_a_killed_rank_is_named_and_tried_again(tmp_path: Path) -> None:
 async def test_an_unexpected_end_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 0 ended with code 7"):
         await _watch([await rank(0, tmp_path, "raise SystemExit(7)")])
+
+
+async def test_a_rank_hears_of_sigterm_while_a_step_awaits_nothing() -> None:
+    asked = asked_to_end()
+    try:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -7,7 +7,7 @@ import pytest
 
 from dagger_operator.store import layout
 from dagger_operator.store.records import LabelFlaw, Trajectory
-from dagger_operator.store.stage import ExitCode
+from dagger_operator.store.stage import ExitCode, StageFailure
 from training.stage import Setting
 
 
@@ -78,3 +78,20 @@ def policy_folder_stub(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
+
+
+@pytest.mark.heavy
+def test_a_gpu_that_is_too_small_or_not_there_is_named_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from dagger_operator.training import engine
+
+    told = "GpuOutOfMemory: rank 3: CUDA out of memory: lower training.microBatchTokens"
+    with pytest.raises(StageFailure, match=told) as small, engine.within_memory(3):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert small.value.permanent
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    there = torch.cuda.device_count()
+    with pytest.raises(StageFailure, match=f"NoGpu: rank {there} shall have GPU {there} .* torch finds {there} ") as missing:
+        engine.join(there, there + 1, there)
+    assert not missing.value.permanent

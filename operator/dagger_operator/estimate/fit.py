@@ -79,8 +79,8 @@ def _changes(spec: RunSpec, shape: Shape, now: Setup) -> Iterator[Change]:
         for share in (2, 4, 8):
             if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
                 yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
-    if not now.offload:
-        yield "training.deepspeed.offload", "Optimizer", replace(now, offload=True, stage=max(2, now.stage))
+    if now.stage > 0 and not now.offload:
+        yield "training.deepspeed.offload", "Optimizer", replace(now, offload=True)
     for nodes in (2, 4, 8):
         ranks = nodes * training.nodes * training.processes_per_node
         if ranks > now.ranks and now.stage > 0:

@@ -106,15 +106,17 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
 
     States as in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3), with what `training/engine.py` configures: weights in BF16,
     and in FP32 with both of Adam's moments in the optimiser; gradients summed in FP32, which ZeRO-1 does whole on each rank. Without ZeRO
-    all is FP32, with BF16 copies under autocast. Offloaded are optimiser and, from ZeRO-2 on, gradients. Where adapters are trained,
-    only they have gradients and a part in the optimiser.
+    all is FP32, with BF16 copies under autocast. Offloaded are the optimiser and with ZeRO-3 gradients; with ZeRO-2 those of FP32 alone,
+    since sums in another precision than the weights' stay on the GPU (DeepSpeed 0.19, `_use_compact_grad_partition_buffer`). Where
+    adapters are trained, only they have gradients and a part in the optimiser.
     """
     adapters, width = shape.adapters(setup.adapter_rank), 2 if setup.bf16 else 4
     number = shape.parameters + adapters
     trained = adapters or number
     over = {stage: setup.ranks if setup.stage >= stage else 1 for stage in (1, 2, 3)}
     weights = number * (width if setup.stage else 4) / over[3]
-    gradients = 0.0 if setup.offload and setup.stage >= 2 else 4 * trained / over[2]
+    moved = setup.offload and setup.stage >= (3 if setup.bf16 else 2)
+    gradients = 0.0 if moved else 4 * trained / over[2]
     optimiser = (12 if setup.stage else 8) * trained / over[1]
     kept = setup.tokens * activations(shape, width, setup.checkpointing)
     moments = {"layer": setup.tokens * (in_a_layer(shape, width) - (0 if setup.checkpointing else kept_by_a_layer(shape, width)))}

@@ -6,6 +6,7 @@ and stands between a signal and the ranks.
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from dagger_operator.api.training import Offload
 from dagger_operator.store.policies import load_adapter, load_policy
 from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure, main
@@ -97,8 +99,10 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
     last_words = stage.scratch / "ranks" / f"{rank}.json"
     last_words.parent.mkdir(parents=True, exist_ok=True)
     last_words.unlink(missing_ok=True)
+    # The optimiser's update is the only work that a rank with a GPU has for processors.
+    threads = len(os.sched_getaffinity(0)) // training.processes_per_node if training.deepspeed.offload is Offload.OPTIMIZER else 1
     environ = {
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": f"{max(1, threads)}",
         **stage.environ,
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{local_rank}",

@@ -4,7 +4,8 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.api.training import Offload, Precision
+from dagger_operator.store.stage import StageFailure
 from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
 
@@ -22,13 +24,24 @@ Engine = Any
 
 
 def join(rank: int, ranks: int, local_rank: int) -> torch.device:
-    """Enters the process group that the environment names (as torchrun does) and returns this rank's device."""
+    """Enters the process group that the environment names (as torchrun does) and returns this rank's device.
+
+    Raises `StageFailure` (not permanent) where the GPU that it shall have is not there.
+    """
     import deepspeed
 
     # A stage's log is lines of JSON: what DeepSpeed says below an error, and torch about DeepSpeed's calls, only buries them.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    cuda = os.environ.get("DS_ACCELERATOR") == "cuda"
+    if cuda and torch.cuda.device_count() <= local_rank:
+        raise StageFailure(
+            "NoGpu",
+            f"rank {rank} shall have GPU {local_rank} of this node and torch finds {torch.cuda.device_count()} that it can use: "
+            "training.gpusPerNode must be no less than training.processesPerNode, and the node's driver new enough for CUDA "
+            f"{torch.version.cuda}",
+            permanent=False,
+        )
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at start (half a minute, and a compiler in the image) that training
         # never calls. It takes ops that are not in this table for absent.
@@ -41,6 +54,21 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks, timeout=timedelta(hours=1))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
+
+
+@contextmanager
+def within_memory(rank: int) -> Iterator[None]:
+    """Says what to change where a GPU's memory does not do. It would not at the next try either: the same rows come again."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition(". ")[0]
+        raise StageFailure(
+            "GpuOutOfMemory",
+            f"rank {rank}: {told}: lower training.microBatchTokens, set training.activationCheckpointing, raise "
+            "training.deepspeed.zeroStage or training.sequenceParallel, or set training.deepspeed.offload; `daggerctl estimate` says what "
+            "takes the memory. Training goes on from its last checkpoint",
+        ) from error
 
 
 def settings(training: Training, groups: int, device: torch.device) -> dict[str, Any]:

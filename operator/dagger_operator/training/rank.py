@@ -9,7 +9,9 @@ import importlib.metadata
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,8 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
     curriculum = Curriculum(tokenised.samples, spec.training, seed=spec.seed, round_number=stage.round)
-    policy = engine.build(spec.training, weights, ranks, device, engine.adamw(spec.training), await _adapter(stage, given))
+    with engine.within_memory(rank):
+        policy = engine.build(spec.training, weights, ranks, device, engine.adamw(spec.training), await _adapter(stage, given))
     settings = given.settings(stage)
     kept = checkpoints.Checkpoints(
         stage.store,
@@ -79,20 +82,19 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
         counts |= {"hard_labels": tokenised.hard_labels} if spec.training.loss is Loss.FORWARD_KL else {}
         observer.log.info("training", **counts, setup_seconds=round(time.monotonic() - started, 2))
 
-    stopping = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-    tally = await loop.train(
-        policy,
-        tokenised.samples,
-        curriculum,
-        spec.training,
-        layout.Rank(rank, ranks, device, spec.training.sequence_parallel),
-        kept,
-        tally,
-        seed=spec.seed,
-        stopping=stopping.is_set,
-        observe=observer.observe,
-    )
+    with engine.within_memory(rank):
+        tally = await loop.train(
+            policy,
+            tokenised.samples,
+            curriculum,
+            spec.training,
+            layout.Rank(rank, ranks, device, spec.training.sequence_parallel),
+            kept,
+            tally,
+            seed=spec.seed,
+            stopping=asked_to_end(),
+            observe=observer.observe,
+        )
 
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
@@ -101,6 +103,15 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
         summary = await _store(stage, given, settings, tokenised, tally, folder, started)
         await kept.forget()
         observer.log.info("training done", **summary.wire())
+
+
+def asked_to_end() -> Callable[[], bool]:
+    """Tells, from now on, whether SIGTERM has come. Python looks for it between any two instructions; an event loop would hear of it
+    only once a step, which awaits nothing, is over."""
+    asked = threading.Event()
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked.is_set
 
 
 async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
@@ -183,7 +194,6 @@ class _Observer:
             await self._reporter.tell(tally.steps, self._steps, seconds=tally.seconds)
 
     async def observe(self, tally: "Tally", step: Step) -> None:
-        await asyncio.sleep(0)  # lets a signal that arrived during the step be seen
         if self._metrics is None:
             return
         self._metrics.stepped(step, tally.steps / self._steps)
