@@ -146,6 +146,38 @@ def test_a_pods_status_is_told_in_its_own_words(status: dict[str, Any], stand: S
     assert seen(status) == (stand, reason)
 
 
+KILLED = [container("sandbox", terminated={"reason": "OOMKilled", "exitCode": 137})]
+LOW = "The node was low on resource: memory. Threshold quantity: 100Mi, available: 98892Ki. "
+USING = "Container sandbox was using 2Gi, request is 1Gi, has larger consumption of memory. "
+
+
+@pytest.mark.parametrize(
+    ("status", "exceeded"),
+    [
+        # A kubelet's own words, as of Kubernetes 1.34.
+        ({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 10304Mi. "}, True),
+        ({"reason": "Evicted", "message": 'Container sandbox exceeded its local ephemeral storage limit "10304Mi". '}, True),
+        ({"reason": "Evicted", "message": 'Usage of EmptyDir volume "workdir" exceeds the limit "10Gi". '}, True),
+        ({"containerStatuses": KILLED}, True),
+        # No command can write there.
+        ({"reason": "Evicted", "message": 'Usage of EmptyDir volume "dagger" exceeds the limit "64Mi". '}, False),
+        ({"initContainerStatuses": [KILLED[0] | {"name": "helper"}]}, False),
+        # The node's want, whoever caused it.
+        ({"reason": "Evicted", "message": LOW + USING}, False),
+        ({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage. "}, False),
+        ({"reason": "Evicted", "message": LOW + USING, "containerStatuses": KILLED}, False),
+        ({"reason": "Evicted"}, False),
+        ({"conditions": PREEMPTED, "containerStatuses": KILLED}, False),
+        ({"reason": "DeadlineExceeded", "containerStatuses": KILLED}, False),
+        ({"containerStatuses": [container("sandbox", terminated={"reason": "Error", "exitCode": 137})]}, False),
+    ],
+)
+def test_a_pod_that_its_own_limits_ended_is_told_from_one_that_its_node_gave_up(status: dict[str, Any], exceeded: bool) -> None:
+    for metadata in ({}, {"deletionTimestamp": "2026-01-01T00:00:00Z"} if exceeded else {}):
+        state = state_of({"metadata": {"name": "p", **metadata}, "status": {"phase": "Failed", **status}})
+        assert (state.stand, state.exceeded) == (Stand.ENDED, exceeded)
+
+
 def test_a_pod_that_is_being_deleted_is_over_though_it_still_runs() -> None:
     status = {"phase": "Running", "containerStatuses": RUNNING, "podIP": "10.1.1.1"}
     assert seen(status, deletionTimestamp="2026-01-01T00:00:00Z") == (Stand.ENDED, "PodDeleted")

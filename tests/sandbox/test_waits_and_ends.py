@@ -13,7 +13,7 @@ from aiohttp import web
 from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox import pods
 from dagger_operator.sandbox.helper_line import Network
-from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.interface import LimitExceeded, SandboxError, SandboxRequest
 from dagger_operator.sandbox.pod_manifest import Setting
 from dagger_operator.sandbox.pods import PodSandboxes
 from fixtures.api_server import ApiServer, refusal
@@ -130,3 +130,23 @@ async def test_what_will_not_pass_is_not_waited_for(
     server.fault = refusing(refusal(code, reason, message))
     with pytest.raises(SandboxError, match=f"^{reason}: "):
         await asyncio.wait_for(provider.create(SandboxRequest("one"), timeout=60), 5)
+
+
+FULL = "Pod ephemeral local storage usage exceeds the total limit of containers 10304Mi. "
+PRESSURE = "The node was low on resource: ephemeral-storage. "
+
+
+@pytest.mark.parametrize(("message", "kind"), [(FULL, LimitExceeded), (PRESSURE, SandboxError)])
+async def test_who_filled_a_pods_disk_is_told_from_the_message_that_evicts_it(
+    server: ApiServer, provider: PodSandboxes, message: str, kind: type[SandboxError]
+) -> None:
+    creating = asyncio.create_task(provider.create(SandboxRequest("one"), timeout=20))
+    name = await begun(server)
+    sandbox = await creating
+    running = asyncio.create_task(sandbox.execute("cat /dev/zero > full", timeout=60))
+    await asyncio.sleep(0.1)
+    await server.change("pods", name, status={"phase": "Failed", "reason": "Evicted", "message": message})
+    for lost in (running, sandbox.execute("git diff", timeout=60), sandbox.read("f")):
+        with pytest.raises(SandboxError, match=message) as caught:
+            await asyncio.wait_for(lost, 10)
+        assert type(caught.value) is kind
