@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from aiohttp import web
 
 from dagger_operator.evaluation.stage import evaluate
 from dagger_operator.rollout.round import rollout
+from dagger_operator.sandbox import isolation
 from dagger_operator.sandbox.interface import CommandResult, LimitExceeded
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
 from dagger_operator.store import layout
@@ -233,6 +235,24 @@ async def test_a_task_that_exceeds_its_sandboxs_limits_before_the_agent_acts_is_
     evicted_at(monkeypatch, "")
     with pytest.raises(StageFailure, match=r"infrastructure broke 1 of 1 rollouts \(1 Evicted"):
         await rollout(ground.stage(ground.run(train=1, rollouts={"infrastructureRetries": 0})))
+
+
+@pytest.fixture
+def no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without it."""
+    real = shutil.which
+    monkeypatch.setattr(isolation.shutil, "which", lambda name, *more: None if name == "bwrap" else real(name, *more))
+
+
+async def test_nothing_is_run_unconfined_unless_the_spec_allows_it(ground: Any, no_bubblewrap: None) -> None:
+    with pytest.raises(StageFailure) as caught:
+        await rollout(ground.stage(ground.run(train=1)))
+    assert (caught.value.reason, caught.value.permanent) == ("NoNamespaces", True)
+    assert "bwrap is not installed" in caught.value.message and "spec.sandbox.allowUnconfined: true" in caught.value.message
+    assert not ground.policies.requests
+    run = ground.run(train=1, sandbox={"commandTimeoutSeconds": 20, "limits": {"processes": 64}, "allowUnconfined": True})
+    await rollout(ground.stage(run))
+    assert (await _result(ground.store(run))).summary.rollouts == 1
 
 
 async def _result(store: Store) -> RolloutResult:
