@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from aiohttp import web
 
+from dagger_operator.local.processes import MARK
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
@@ -24,6 +26,26 @@ async def test_the_environment_is_clean(provider: ProcessSandboxes, monkeypatch:
     assert names == {"PATH", "HOME", "LANG", "GIVEN", "ALSO", "PWD", "SHLVL", "_"}
     assert "GIVEN=a b'c\n" in result.output
     assert "secret-of-the-worker" not in (await sandbox.execute("cat /proc/*/environ /proc/*/cmdline", timeout=60)).output
+
+
+async def test_what_holds_a_command_is_known_by_the_mark_of_its_worker(provider: ProcessSandboxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK, "the-worker")
+    sandbox = await provider.create(SandboxRequest("marked"), timeout=60)
+    command = asyncio.create_task(sandbox.execute("sleep 60; env", timeout=60))
+    try:
+        async with asyncio.timeout(30):
+            while not [one for one in psutil.process_iter() if one.name() == "bwrap" and environment(one).get(MARK) == "the-worker"]:
+                await asyncio.sleep(0.05)
+    finally:
+        command.cancel()
+        await asyncio.gather(command, return_exceptions=True)
+    assert MARK not in (await sandbox.execute("env", timeout=60)).output
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.Error):
+        return process.environ()
+    return {}
 
 
 async def test_no_descriptor_is_inherited(sandbox: ProcessSandbox, tmp_path: Path) -> None:

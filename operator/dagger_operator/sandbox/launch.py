@@ -16,6 +16,9 @@ from dagger_operator.sandbox.isolation import Isolation, namespaces
 
 _MIB = 1 << 20
 _OPEN_FILES = 4096
+_MARK = "DAGGER_CONTAINER"
+"""What this process belongs to on one machine (`local.processes`). A bwrap that is killed before its child is set up leaves that waiting
+for ever; by the mark, which commands do not get, it is found."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Launcher:
             os.lseek(described, 0, os.SEEK_SET)
             outer = [self.isolation.bubblewrap, "--args", str(described), "--json-status-fd", str(write_status), "--", *inner]
             passed = (described, write_status, *inherit)
-            yield Start(self._join(outer), {"PATH": filesystem.PATH}, Path("/"), passed, status)
+            mark = {_MARK: os.environ[_MARK]} if _MARK in os.environ else {}
+            yield Start(self._join(outer), {"PATH": filesystem.PATH, **mark}, Path("/"), passed, status)
         finally:
             for descriptor in (described, status, write_status):
                 os.close(descriptor)
