@@ -123,6 +123,12 @@ async def test_what_may_pass_is_tried_again_and_counted(student, upstream, behav
         (status(400, '{"error": {"code": "context_length_exceeded"}}'), PolicyRefused, "ContextTooLong"),
         (status(400), PolicyRefused, "BadRequest"),
         (status(422), PolicyRefused, "BadRequest"),
+        (status(413), PolicyRefused, "ContextTooLong"),
+        # What is not about the state is the infrastructure's, and never the end of an agent.
+        (status(402), PolicyUnavailable, "PaymentRequired"),
+        (status(407), PolicyUnavailable, "TurnedAway"),
+        (status(423), PolicyUnavailable, "TurnedAway"),
+        (status(451), PolicyUnavailable, "TurnedAway"),
     ],
 )
 async def test_what_stays_is_not_tried_again(student, upstream, behaviour, error, reason):

@@ -295,6 +295,32 @@ async def test_finish_drops_a_turn_that_nobody_will_execute_and_starts_no_other(
     assert (len(student.requests), len(teacher.requests)) == (1, 0)
 
 
+async def test_a_turn_dropped_while_its_policy_fails_is_the_policys_failure(student, teacher, rig):
+    student.always = fail(500)
+    async with rig(student, teacher, student_changes={"attempts": 1000}) as r:
+        session = r.open(mixing=beta(0.0))
+        asking = asyncio.create_task(r.ask(session, STATE))
+        while len(student.requests) < 2:
+            await asyncio.sleep(0.01)
+        recording = await asyncio.wait_for(session.finish(), timeout=10)
+        assert (await asking)[0] == 410
+    assert recording.failure is not None and recording.failure.reason == "ServerError"
+
+
+async def test_a_turn_dropped_while_its_policy_is_slow_is_nobodys_failure(student, teacher, rig):
+    student.script.append(fail(500))  # a turn that came after all is forgotten
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0))
+        await r.rollout(session, 1)
+        student.delay = 60
+        asking = asyncio.create_task(r.ask(session, [*STATE, {"role": "user", "content": "on"}]))
+        while not student.active:
+            await asyncio.sleep(0.01)
+        recording = await asyncio.wait_for(session.finish(), timeout=10)
+        assert (await asking)[0] == 410
+    assert (len(recording.turns), recording.failure, recording.policy_error) == (1, None, None)
+
+
 async def test_a_bug_in_a_label_check_comes_out_and_is_no_flaw(student, teacher, rig):
     def broken(message):
         raise KeyError("content")

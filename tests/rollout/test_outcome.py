@@ -24,6 +24,7 @@ def recording(
 
 
 WHY = Failure(reason="Because", message="it broke")
+TOO_LONG = Failure(reason="ContextTooLong", message="it has too many tokens")
 SUBMITTED = ScaffoldEnd("Submitted")
 
 
@@ -58,6 +59,16 @@ def test_what_infrastructure_broke_is_judged_by_nobody(end: ScaffoldEnd, seen: R
     with pytest.raises(InfrastructureFailed) as caught:
         verdict(end, seen, min_coverage=0.95)
     assert caught.value.failure.reason == reason
+
+
+def test_a_prompt_that_is_too_long_is_the_policys_own_end_even_before_its_first_turn() -> None:
+    found = verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=TOO_LONG), min_coverage=0.95)
+    assert found == Verdict(Outcome.POLICY_ERROR, "ContextTooLong")
+
+
+def test_a_first_request_that_never_fitted_the_policy_is_nobodys_zero() -> None:
+    with pytest.raises(InfrastructureFailed, match="Because"):
+        verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=WHY), min_coverage=0.95)
 
 
 def test_a_few_lost_labels_are_a_matter_of_coverage_only() -> None:

@@ -146,6 +146,14 @@ async def test_a_teacher_that_is_away_fails_the_round_and_a_resume_runs_what_it_
     assert (await _result(store)).summary.outcomes.get("InfrastructureFailure", 0) == 0
 
 
+async def test_a_policy_that_fails_until_a_rollouts_deadline_is_infrastructure_and_no_limit(ground: Any) -> None:
+    settings = {"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "timeoutSeconds": 3}
+    run = ground.run(held_out=2, labels={"attempts": 20}, rollouts=settings)
+    ground.policies.fault = unavailable("student")
+    with pytest.raises(StageFailure, match=r"2 of 2 rollouts \(2 ServerError"):
+        await evaluate(ground.stage(run, kind="evaluation"))
+
+
 async def test_a_round_goes_on_without_the_few_that_infrastructure_broke(ground: Any) -> None:
     run = ground.run(train=4, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 1, "minValidFraction": 0.5})
     ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from dagger_operator.api import Labels
 from dagger_operator.policy.act import Act, TurnDropped
 from dagger_operator.policy.client import Client
-from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.failures import CONTEXT_TOO_LONG, PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.labels import Labeller
 from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.request import ChatRequest, UnsupportedRequest, chat_request
@@ -148,7 +148,7 @@ class Gateway:
         except PolicyUnavailable as error:
             return _refused(503, "policy_unavailable", str(error))
         except PolicyRefused as error:
-            return _refused(400, "context_length_exceeded" if error.reason == "ContextTooLong" else "policy_refused", str(error))
+            return _refused(400, "context_length_exceeded" if error.reason == CONTEXT_TOO_LONG else "policy_refused", str(error))
         except TurnDropped:
             return _refused(410, "session_closed", "this rollout has ended")
 
