@@ -245,6 +245,16 @@ async def test_a_replica_that_dies_moves_its_own_rollouts_only(policies, upstrea
     assert Counter(before.values())[dead] > 0
 
 
+async def test_a_replica_that_restarts_sends_its_rollouts_to_another(policies, upstream):
+    stubs = [await policies(f"replica{i}") for i in range(2)]
+    stubs[0].always = status(503, Retry_After="0")
+    async with Client(upstream(*(stub.url for stub in stubs), attempts=2), GatewayMetrics(CollectorRegistry())) as client:
+        for rollout in range(20):
+            answer = await client.complete(STATE, seed=0, priority=0, affinity=f"{rollout:05}")
+            assert answer.completion.message["content"] == "replica1 at 1"
+    assert len(stubs[0].requests) == 1
+
+
 async def test_a_host_name_stands_for_all_its_addresses_until_one_fails(monkeypatch):
     """The name server is the one thing replaced here: no test machine has a headless Service."""
     answers = [["127.0.0.2", "127.0.0.3"], ["127.0.0.3", "127.0.0.4"]]

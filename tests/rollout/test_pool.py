@@ -18,6 +18,7 @@ from dagger_operator.store.layout import Kind
 from dagger_operator.store.objects import Store
 from dagger_operator.store.progress import read_progress
 from dagger_operator.store.records import Failure, Outcome, Trajectory
+from dagger_operator.store.stage import StageFailure
 from dagger_operator.store.trajectories import finished, read_trajectories
 from dagger_operator.tasks.deal import Assignment
 from dagger_operator.tasks.task import ScriptGrading, Task
@@ -39,6 +40,8 @@ class Bench:
         self.failing: Counter[str] = Counter()
         self.under_way = self.most_under_way = 0
         self.seconds = 0.02
+        self.policy = asyncio.Event()
+        self.policy.set()
 
     def pool(self, index: int = 0, *, workers: int = 1, concurrency: int = 3, retries: int = 2, lease: float = 2.0) -> Pool:
         share = Share(
@@ -54,7 +57,7 @@ class Bench:
             retries=retries,
             most_backoff_seconds=0.05,
         )
-        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded)
+        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded, self.recovered)
 
     async def attempt(self, assignment: Assignment, tries: int) -> Trajectory:
         self.started[assignment.rollout_id] += 1
@@ -64,10 +67,15 @@ class Bench:
             await asyncio.sleep(self.seconds)
         finally:
             self.under_way -= 1
+        if not self.policy.is_set():
+            raise InfrastructureFailed(AWAY)
         if self.failing[assignment.rollout_id] > 0:
             self.failing[assignment.rollout_id] -= 1
             raise InfrastructureFailed(AWAY)
         return self.record(assignment, tries, Outcome.RESOLVED)
+
+    async def recovered(self) -> None:
+        await self.policy.wait()
 
     def excluded(self, assignment: Assignment, tries: int, failure: Failure) -> Trajectory:
         return self.record(assignment, tries, Outcome.INFRASTRUCTURE_FAILURE, failure)
@@ -108,6 +116,28 @@ async def test_what_infrastructure_broke_is_tried_again_on_its_own_budget(bench:
     assert (lost.outcome, lost.failure, lost.tries) == (Outcome.INFRASTRUCTURE_FAILURE, AWAY, 3)
     assert bench.started["t00002-a0"] == 3
     assert {a.outcome for i, a in ended.items() if i != "t00002-a0"} == {Outcome.RESOLVED}
+
+
+async def test_a_policy_that_is_away_for_long_costs_a_rollout_one_try(bench: Bench) -> None:
+    bench.policy.clear()
+    running = [asyncio.create_task(bench.pool(index, workers=2, retries=1).run()) for index in range(2)]
+    await asyncio.sleep(2)  # the pauses are over long before
+    bench.policy.set()
+    await asyncio.wait_for(asyncio.gather(*running), 60)
+    ended = await bench.ended()
+    assert {t.outcome for t in ended.values()} == {Outcome.RESOLVED}
+    assert sorted(bench.started.values()) == [1] * 14 + [2] * 6  # the six that were under way
+
+
+async def test_a_policy_that_stays_away_ends_the_worker_and_costs_no_try(bench: Bench) -> None:
+    async def given_up() -> None:
+        raise StageFailure("StudentNotServed", "not served after 1800 s", permanent=False)
+
+    bench.policy.clear()
+    bench.recovered = given_up  # type: ignore[method-assign]  # patience that is over
+    with pytest.raises(StageFailure, match="StudentNotServed"):
+        await asyncio.wait_for(bench.pool(retries=0).run(), 60)
+    assert await bench.ended() == {}
 
 
 async def test_a_cancelled_worker_gives_its_rollouts_back_at_once(bench: Bench) -> None:

@@ -146,6 +146,30 @@ async def test_a_teacher_that_is_away_fails_the_round_and_a_resume_runs_what_it_
     assert (await _result(store)).summary.outcomes.get("InfrastructureFailure", 0) == 0
 
 
+async def test_a_student_that_restarts_for_longer_than_all_pauses_breaks_no_rollout(ground: Any) -> None:
+    settings = {"concurrency": 4, "leaseSeconds": 4, "infrastructureRetries": 1}
+    run = ground.run(train=6, student={"model": "student", "serving": {"gpus": 0}}, rollouts=settings)
+    stage, server = ground.stage(run), ground.policies
+    server.serves = stage.policy
+
+    def restarting(model: str, messages: list[dict[str, Any]]) -> web.Response | None:
+        if model != stage.policy:
+            return None
+        server.serves = None
+        return web.json_response({"error": "away"}, status=503)
+
+    server.fault = restarting
+    working = asyncio.create_task(rollout(stage))
+    await _until(lambda: server.serves is None)
+    await asyncio.sleep(6)
+    assert not working.done(), "its tries were spent while the student was away"
+    server.serves, server.fault = stage.policy, lambda model, messages: None
+    await asyncio.wait_for(working, 60)
+    result = await _result(ground.store(run))
+    assert (result.excluded, result.summary.label_coverage) == ({}, 1.0)
+    assert max(t.tries for t in await trajectories(ground.store(run))) == 2
+
+
 async def test_a_policy_that_fails_until_a_rollouts_deadline_is_infrastructure_and_no_limit(ground: Any) -> None:
     settings = {"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "timeoutSeconds": 3}
     run = ground.run(held_out=2, labels={"attempts": 20}, rollouts=settings)

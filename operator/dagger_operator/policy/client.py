@@ -147,7 +147,9 @@ class Client:
         status, message = response.status, f"HTTP {response.status}: {text[:500]}"
         if status == 429 or status in (408, 409, 425) or status >= 500:
             retry_after = retry_after_seconds(response.headers.get("Retry-After"))
-            return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after)
+            # The agent of a replica says so while its vLLM restarts: another replica may serve meanwhile.
+            away = status == 503 and self.upstream.served
+            return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after, unreachable=away)
         message = self._say(url, message)
         if status in _REFUSALS:
             too_long = status == 413 or any(sign in text.lower() for sign in _TOO_LONG)

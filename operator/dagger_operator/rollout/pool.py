@@ -44,7 +44,8 @@ class Share:
 
 
 class Pool:
-    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try."""
+    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try;
+    `recovered` waits, after a try that broke, until the policies of the run are there, or raises `StageFailure`."""
 
     def __init__(
         self,
@@ -52,8 +53,9 @@ class Pool:
         metrics: WorkerMetrics,
         attempt: Callable[[Assignment, int], Awaitable[Trajectory]],
         excluded: Callable[[Assignment, int, Failure], Trajectory],
+        recovered: Callable[[], Awaitable[None]],
     ) -> None:
-        self._share, self._metrics, self._attempt, self._excluded = share, metrics, attempt, excluded
+        self._share, self._metrics, self._attempt, self._excluded, self._recovered = share, metrics, attempt, excluded, recovered
         self._claims = Claims(share.store, share.round, share.kind, share.worker, share.lease_seconds)
         self._under_way: set[str] = set()
         self._waiting: deque[Assignment] = deque()
@@ -65,7 +67,7 @@ class Pool:
         self._before: int | None = None
 
     async def run(self) -> None:
-        """Ends when every rollout is finished. Raises `StoreUnavailable`; cancelled, it gives its claims back."""
+        """Ends when every rollout is finished. Raises `StoreUnavailable`, `StageFailure`; cancelled, it gives its claims back."""
         slots = [asyncio.create_task(self._slot()) for _ in range(min(self._share.concurrency, len(self._share.assignments)))]
         reporter = asyncio.create_task(self._report_on())
         try:
@@ -130,6 +132,9 @@ class Pool:
             async with lease:
                 with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.time():
                     trajectory, failure = await self._try(assignment, lease)
+                if failure is not None:
+                    # Under the lease: while a policy is away nobody spends a second try on this rollout.
+                    await self._recovered()
                 if trajectory is None:
                     await lease.release(failure)
                 elif await write_trajectory(self._share.store, self._share.kind, trajectory):
