@@ -1,6 +1,7 @@
 """What the gateway promises a scaffold and the record, whatever the scaffold, the network and the policies do."""
 
 import asyncio
+from io import BytesIO
 
 import aiohttp
 import pytest
@@ -8,6 +9,8 @@ from aiohttp import web
 
 from dagger_operator.api import LabelMode, Mixing, Schedule, ScheduleType
 from dagger_operator.policy.coins import coin
+from dagger_operator.policy.gateway import LARGEST_REQUEST
+from dagger_operator.serving import proxy
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, states
 
 STATE = [{"role": "user", "content": "task"}]
@@ -346,6 +349,42 @@ async def test_what_cannot_be_honoured_is_a_400_that_names_the_field_and_costs_n
             assert response.status == 400
         assert (await session.finish()).turns == ()
     assert not student.requests + teacher.requests
+
+
+async def test_a_request_that_no_policy_would_take_is_a_413_and_costs_no_turn(student, teacher, rig):
+    assert LARGEST_REQUEST == proxy.LARGEST_REQUEST
+    async with rig(student, teacher) as r:
+        session = r.open()
+        headers = {"Authorization": f"Bearer {session.token}"}
+        body = BytesIO(b" " * LARGEST_REQUEST + b"{}")
+        async with r.http.post(f"{session.base_url}/chat/completions", data=body, headers=headers) as response:
+            assert response.status == 413
+            assert (await response.json())["error"]["code"] == "request_too_large"
+        assert (await r.ask(session, STATE))[0] == 200
+        assert len((await session.finish()).turns) == 1
+
+
+async def test_a_rollouts_requests_are_read_one_at_a_time(student, teacher, rig):
+    rest = asyncio.Event()
+
+    async def halting():
+        yield b'{"messages": [{"role": "user", '
+        await rest.wait()
+        yield b'"content": "task"}]}'
+
+    async with rig(student, teacher) as r:
+        session, other = r.open(), r.open(rollout_id="00001")
+        url, headers = f"{session.base_url}/chat/completions", {"Authorization": f"Bearer {session.token}"}
+        first = asyncio.create_task(r.http.post(url, data=halting(), headers=headers))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(r.ask(session, [*STATE, {"role": "user", "content": "more"}]))
+        assert (await r.ask(other, STATE))[0] == 200
+        await asyncio.sleep(0.2)
+        assert not second.done(), "a second body was read beside the first"
+        rest.set()
+        assert ((await first).status, (await second)[0]) == (200, 200)
+        turns = (await session.finish()).turns
+    assert [len(turn.messages) for turn in turns] == [1, 1] and len(turns) == 2
 
 
 async def test_what_a_gateway_cannot_do_is_refused_when_the_rollout_is_opened(student, rig):

@@ -10,9 +10,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import Storage
+from dagger_operator.control.failures import RETRIES
 from dagger_operator.rollout.metrics import WorkerMetrics
 from dagger_operator.rollout.outcome import InfrastructureFailed
-from dagger_operator.rollout.pool import Pool, Share
+from dagger_operator.rollout.pool import MOST_DEATHS, Pool, Share
 from dagger_operator.store.claims import Claims
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.objects import Store
@@ -161,6 +162,27 @@ async def test_a_silent_workers_rollouts_are_taken_over(bench: Bench) -> None:
     assert await silent.take("t00000-a0") is not None
     await asyncio.wait_for(bench.pool(1, workers=2, lease=1.0).run(), 60)
     assert len(await bench.ended()) == 3
+
+
+async def test_a_rollout_that_kills_its_workers_is_excluded_and_the_others_are_run(bench: Bench) -> None:
+    for _ in range(MOST_DEATHS + 1):  # lives that end over it; the last one ends over another, too
+        life = Claims(bench.store, 1, Kind.ROLLOUT, "rollout-0000", 60)
+        assert await life.take("t00003-a0") is not None
+    assert await life.take("t00004-a0") is not None
+    for _ in range(MOST_DEATHS + 1):  # drains are no deaths
+        lease = await life.take("t00005-a0")
+        assert lease is not None
+        await lease.release()
+    await asyncio.wait_for(bench.pool().run(), 60)
+    ended = await bench.ended()
+    lost = ended.pop("t00003-a0")
+    assert (lost.outcome, bench.started["t00003-a0"]) == (Outcome.INFRASTRUCTURE_FAILURE, 0)
+    assert lost.failure == Failure(reason="WorkerDied", message="its worker died 6 times")
+    assert {t.outcome for t in ended.values()} == {Outcome.RESOLVED} and len(ended) == 19
+
+
+def test_a_rollout_that_kills_its_worker_is_excluded_before_its_stage_is_given_up() -> None:
+    assert MOST_DEATHS + 1 <= RETRIES
 
 
 async def test_a_worker_that_lost_its_claim_writes_nothing_and_goes_on(bench: Bench) -> None:

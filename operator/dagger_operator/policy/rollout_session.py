@@ -39,6 +39,8 @@ class RolloutSession:
     ) -> None:
         """`teacher` and `labeller` are None in evaluation."""
         self.base_url, self.token = base_url, token
+        self.admission = asyncio.Lock()
+        """Held while a request is read and gets its turn: one at a time."""
         self._request, self._student, self._teacher, self._labeller = request, student, teacher, labeller
         self._metrics, self._on_close = metrics, on_close
         self._mixer = Mixer(request.mixing, request.seed, request.round, request.task_id, request.rollout_id)

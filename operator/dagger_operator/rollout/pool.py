@@ -21,6 +21,9 @@ from dagger_operator.store.trajectories import finished, write_trajectory
 from dagger_operator.tasks.deal import Assignment
 
 log = structlog.get_logger(__name__)
+MOST_DEATHS = 5
+"""A rollout over which more workers died is excluded: it may be what kills them. That costs a stage of one worker no more pods than its
+own tries allow (`control.failures.RETRIES`), and is more than the nodes under one rollout are likely to be lost."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,14 @@ class Pool:
             await asyncio.sleep(min(self._share.most_backoff_seconds, 0.5 * 2 ** min(self._failures_in_a_row - 1, 16)))
 
     async def _try(self, assignment: Assignment, lease: Lease) -> tuple[Trajectory | None, Failure | None]:
-        try:
-            return await self._attempt(assignment, lease.tries), None
-        except InfrastructureFailed as error:
-            failure = error.failure
-        last = lease.failures >= self._share.retries
+        if last := lease.deaths > MOST_DEATHS:
+            failure = Failure(reason="WorkerDied", message=f"its worker died {lease.deaths} times")
+        else:
+            try:
+                return await self._attempt(assignment, lease.tries), None
+            except InfrastructureFailed as error:
+                failure = error.failure
+            last = lease.failures >= self._share.retries
         self._metrics.broken(failure.reason)
         self._counts["broken_tries"] += 1
         log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)
