@@ -120,11 +120,14 @@ async def test_flawed_labels_are_recorded_as_such(student, teacher, rig):
         teacher.always = fail(500)
         messages = [*STATE, {"role": "user", "content": "more"}, {"role": "user", "content": "and more"}]
         assert (await r.ask(session, messages))[0] == 200
+        teacher.always = fail(400, "This model's maximum context length is 64 tokens")
+        assert (await r.ask(session, [*messages, {"role": "user", "content": "too much"}]))[0] == 200
         recording = await session.finish()
         registry = r.registry
-    assert [turn.label_flaw for turn in recording.turns] == [LabelFlaw.TRUNCATED, LabelFlaw.UNPARSABLE, LabelFlaw.REQUEST_FAILED]
-    assert [turn.label is None for turn in recording.turns] == [False, False, True]
-    assert recording.failure is None
+    flaws = [LabelFlaw.TRUNCATED, LabelFlaw.UNPARSABLE, LabelFlaw.REQUEST_FAILED, LabelFlaw.REFUSED]
+    assert [turn.label_flaw for turn in recording.turns] == flaws
+    assert [turn.label is None for turn in recording.turns] == [False, False, True, True]
+    assert (recording.failure, recording.policy_error) == (None, None)
     for flaw in LabelFlaw:
         assert registry.get_sample_value("dagger_gateway_labels_total", {"flaw": flaw.value}) == 1
 
