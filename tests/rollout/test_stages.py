@@ -22,7 +22,7 @@ from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import RoundManifest, read_manifest, training_set
 from dagger_operator.store.objects import Store
-from dagger_operator.store.records import Actor, Outcome, Trajectory, labelled_states
+from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure
 from dagger_operator.store.trajectories import finished, read_trajectories
@@ -198,8 +198,35 @@ async def test_a_teacher_whose_turns_cannot_be_run_is_named_as_the_cause(ground:
     ground.policies.fault = lambda model, messages: web.json_response(answer | {"choices": [choice]}) if model == "teacher" else None
     with pytest.raises(StageFailure) as caught:
         await rollout(ground.stage(run))
-    assert caught.value.reason == "LabelCoverageTooLow"
-    assert "Unparsable" in caught.value.message
+    assert (caught.value.reason, caught.value.permanent) == ("LabelCoverageTooLow", True)
+    assert "Unparsable (make a new run, " in caught.value.message and "0 of 2 rollouts are made again" in caught.value.message
+    assert len(await finished(ground.store(run), 1, Kind.ROLLOUT)) == 2, "no edit mends them, and they were forgotten"
+
+
+@pytest.mark.parametrize("flaw", [LabelFlaw.TRUNCATED, LabelFlaw.REFUSED])
+async def test_who_does_what_is_said_of_low_coverage_gets_a_whole_round(ground: Any, flaw: LabelFlaw) -> None:
+    def run(max_tokens: int) -> Any:
+        teacher = {"model": "teacher", "endpoint": {"url": ground.policies.url}, "sampling": {"maxTokens": max_tokens}}
+        return ground.run(train=3, mixing={"beta": {"type": "Constant", "value": 0.0}}, teacher=teacher)
+
+    def short(model: str, messages: list[dict[str, Any]]) -> web.Response | None:
+        if model != "teacher" or "right 1" not in str(messages) or ground.policies.requests[-1][2]["max_tokens"] > 100:
+            return None
+        if flaw is LabelFlaw.REFUSED:
+            return web.json_response({"error": {"code": "context_length_exceeded"}}, status=400)
+        choice = {"index": 0, "message": {"role": "assistant", "content": "First I"}, "finish_reason": "length"}
+        return web.json_response({"id": "x", "object": "chat.completion", "model": model, "choices": [choice]})
+
+    ground.policies.fault = short
+    with pytest.raises(StageFailure, match=rf"LabelCoverageTooLow.*{flaw}.*1 of 3 rollouts") as caught:
+        await rollout(ground.stage(run(10)))
+    assert caught.value.permanent
+    ground.policies.requests.clear()
+    await rollout(ground.stage(run(4096)))
+    result = await _result(ground.store(run(4096)))
+    assert (result.summary.rollouts, result.summary.label_coverage, result.excluded) == (3, 1.0, {})
+    assert all("right 1" in str(messages) for _, messages, _ in ground.policies.requests), "whole rollouts were made again"
+    assert {t.tries for t in await trajectories(ground.store(run(4096)))} == {1}
 
 
 async def test_a_context_that_is_too_long_is_the_policys_own_error_and_not_tried_again(ground: Any) -> None:
