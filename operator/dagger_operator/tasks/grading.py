@@ -32,7 +32,7 @@ class Grade:
 async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str, create_timeout: float, timeout: float) -> Grade:
     """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it is unresolved.
 
-    Raises `SandboxError` where the sandbox, or by swebench's own classification its environment, is to blame.
+    Raises `SandboxError` where the sandbox is to blame.
     """
     if patch.startswith(NO_PATCH):
         return Grade(False, None, patch)
