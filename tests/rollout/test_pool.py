@@ -16,7 +16,7 @@ from dagger_operator.rollout.outcome import InfrastructureFailed
 from dagger_operator.rollout.pool import MOST_DEATHS, Pool, Share
 from dagger_operator.store.claims import Claims
 from dagger_operator.store.layout import Kind
-from dagger_operator.store.objects import Store
+from dagger_operator.store.objects import Object, Store
 from dagger_operator.store.progress import read_progress
 from dagger_operator.store.records import Failure, Outcome, Trajectory
 from dagger_operator.store.stage import StageFailure
@@ -154,6 +154,33 @@ async def test_a_cancelled_worker_gives_its_rollouts_back_at_once(bench: Bench) 
     await asyncio.wait_for(bench.pool(1, workers=2, lease=60).run(), 60)
     assert time.monotonic() - began < 30, "the next worker waited for the leases of the first"
     assert len(await bench.ended()) == 20
+
+
+class Slow(Store):
+    """A real store where some writes take a while."""
+
+    slow = False
+
+    async def swap(self, key: str, data: bytes, expected: Object | None) -> Object | None:
+        if self.slow and "t00002" in key:
+            await asyncio.sleep(0.5)
+        return await super().swap(key, data, expected)
+
+
+async def test_a_claim_that_is_slow_to_give_back_is_given_back_too(bench: Bench) -> None:
+    given = bench.store
+    bench.store = slow = Slow(given._backend, given.url, scheme=given._scheme, folder=given._folder)
+    bench.seconds = 60
+    running = asyncio.create_task(bench.pool(lease=60).run())
+    while bench.under_way < 3:
+        await asyncio.sleep(0.01)
+    slow.slow = True
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    next_worker = Claims(given, 1, Kind.ROLLOUT, "rollout-0001", 60)
+    leases = [await next_worker.take(a.rollout_id) for a in bench.assignments[:3]]
+    assert [lease.deaths for lease in leases if lease is not None] == [0, 0, 0]
 
 
 async def test_a_silent_workers_rollouts_are_taken_over(bench: Bench) -> None:

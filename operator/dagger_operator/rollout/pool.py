@@ -77,7 +77,8 @@ class Pool:
             await asyncio.gather(*slots)
         finally:
             for task in (*slots, reporter):
-                task.cancel()
+                if not task.cancelling():  # else it is giving its claim back already, which a second cancellation would stop
+                    task.cancel()
             await asyncio.gather(*slots, reporter, return_exceptions=True)
         await self._report()
 
