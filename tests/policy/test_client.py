@@ -123,6 +123,12 @@ async def test_what_may_pass_is_tried_again_and_counted(student, upstream, behav
         (status(400, '{"error": {"code": "context_length_exceeded"}}'), PolicyRefused, "ContextTooLong"),
         (status(400), PolicyRefused, "BadRequest"),
         (status(422), PolicyRefused, "BadRequest"),
+        (status(413), PolicyRefused, "ContextTooLong"),
+        # What is not about the state is the infrastructure's, and never the end of an agent.
+        (status(402), PolicyUnavailable, "PaymentRequired"),
+        (status(407), PolicyUnavailable, "TurnedAway"),
+        (status(423), PolicyUnavailable, "TurnedAway"),
+        (status(451), PolicyUnavailable, "TurnedAway"),
     ],
 )
 async def test_what_stays_is_not_tried_again(student, upstream, behaviour, error, reason):
@@ -237,6 +243,16 @@ async def test_a_replica_that_dies_moves_its_own_rollouts_only(policies, upstrea
             answer = await client.complete(STATE, seed=0, priority=0, affinity=rollout)
             assert url == dead or answer.completion.message["content"] == f"{names[url]} at 1"
     assert Counter(before.values())[dead] > 0
+
+
+async def test_a_replica_that_restarts_sends_its_rollouts_to_another(policies, upstream):
+    stubs = [await policies(f"replica{i}") for i in range(2)]
+    stubs[0].always = status(503, Retry_After="0")
+    async with Client(upstream(*(stub.url for stub in stubs), attempts=2), GatewayMetrics(CollectorRegistry())) as client:
+        for rollout in range(20):
+            answer = await client.complete(STATE, seed=0, priority=0, affinity=f"{rollout:05}")
+            assert answer.completion.message["content"] == "replica1 at 1"
+    assert len(stubs[0].requests) == 1
 
 
 async def test_a_host_name_stands_for_all_its_addresses_until_one_fails(monkeypatch):

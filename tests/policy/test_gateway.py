@@ -1,6 +1,7 @@
 """What the gateway promises a scaffold and the record, whatever the scaffold, the network and the policies do."""
 
 import asyncio
+from io import BytesIO
 
 import aiohttp
 import pytest
@@ -8,6 +9,8 @@ from aiohttp import web
 
 from dagger_operator.api import LabelMode, Mixing, Schedule, ScheduleType
 from dagger_operator.policy.coins import coin
+from dagger_operator.policy.gateway import LARGEST_REQUEST
+from dagger_operator.serving import proxy
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, states
 
 STATE = [{"role": "user", "content": "task"}]
@@ -117,11 +120,14 @@ async def test_flawed_labels_are_recorded_as_such(student, teacher, rig):
         teacher.always = fail(500)
         messages = [*STATE, {"role": "user", "content": "more"}, {"role": "user", "content": "and more"}]
         assert (await r.ask(session, messages))[0] == 200
+        teacher.always = fail(400, "This model's maximum context length is 64 tokens")
+        assert (await r.ask(session, [*messages, {"role": "user", "content": "too much"}]))[0] == 200
         recording = await session.finish()
         registry = r.registry
-    assert [turn.label_flaw for turn in recording.turns] == [LabelFlaw.TRUNCATED, LabelFlaw.UNPARSABLE, LabelFlaw.REQUEST_FAILED]
-    assert [turn.label is None for turn in recording.turns] == [False, False, True]
-    assert recording.failure is None
+    flaws = [LabelFlaw.TRUNCATED, LabelFlaw.UNPARSABLE, LabelFlaw.REQUEST_FAILED, LabelFlaw.REFUSED]
+    assert [turn.label_flaw for turn in recording.turns] == flaws
+    assert [turn.label is None for turn in recording.turns] == [False, False, True, True]
+    assert (recording.failure, recording.policy_error) == (None, None)
     for flaw in LabelFlaw:
         assert registry.get_sample_value("dagger_gateway_labels_total", {"flaw": flaw.value}) == 1
 
@@ -295,6 +301,32 @@ async def test_finish_drops_a_turn_that_nobody_will_execute_and_starts_no_other(
     assert (len(student.requests), len(teacher.requests)) == (1, 0)
 
 
+async def test_a_turn_dropped_while_its_policy_fails_is_the_policys_failure(student, teacher, rig):
+    student.always = fail(500)
+    async with rig(student, teacher, student_changes={"attempts": 1000}) as r:
+        session = r.open(mixing=beta(0.0))
+        asking = asyncio.create_task(r.ask(session, STATE))
+        while len(student.requests) < 2:
+            await asyncio.sleep(0.01)
+        recording = await asyncio.wait_for(session.finish(), timeout=10)
+        assert (await asking)[0] == 410
+    assert recording.failure is not None and recording.failure.reason == "ServerError"
+
+
+async def test_a_turn_dropped_while_its_policy_is_slow_is_nobodys_failure(student, teacher, rig):
+    student.script.append(fail(500))  # a turn that came after all is forgotten
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0))
+        await r.rollout(session, 1)
+        student.delay = 60
+        asking = asyncio.create_task(r.ask(session, [*STATE, {"role": "user", "content": "on"}]))
+        while not student.active:
+            await asyncio.sleep(0.01)
+        recording = await asyncio.wait_for(session.finish(), timeout=10)
+        assert (await asking)[0] == 410
+    assert (len(recording.turns), recording.failure, recording.policy_error) == (1, None, None)
+
+
 async def test_a_bug_in_a_label_check_comes_out_and_is_no_flaw(student, teacher, rig):
     def broken(message):
         raise KeyError("content")
@@ -320,6 +352,42 @@ async def test_what_cannot_be_honoured_is_a_400_that_names_the_field_and_costs_n
             assert response.status == 400
         assert (await session.finish()).turns == ()
     assert not student.requests + teacher.requests
+
+
+async def test_a_request_that_no_policy_would_take_is_a_413_and_costs_no_turn(student, teacher, rig):
+    assert LARGEST_REQUEST == proxy.LARGEST_REQUEST
+    async with rig(student, teacher) as r:
+        session = r.open()
+        headers = {"Authorization": f"Bearer {session.token}"}
+        body = BytesIO(b" " * LARGEST_REQUEST + b"{}")
+        async with r.http.post(f"{session.base_url}/chat/completions", data=body, headers=headers) as response:
+            assert response.status == 413
+            assert (await response.json())["error"]["code"] == "request_too_large"
+        assert (await r.ask(session, STATE))[0] == 200
+        assert len((await session.finish()).turns) == 1
+
+
+async def test_a_rollouts_requests_are_read_one_at_a_time(student, teacher, rig):
+    rest = asyncio.Event()
+
+    async def halting():
+        yield b'{"messages": [{"role": "user", '
+        await rest.wait()
+        yield b'"content": "task"}]}'
+
+    async with rig(student, teacher) as r:
+        session, other = r.open(), r.open(rollout_id="00001")
+        url, headers = f"{session.base_url}/chat/completions", {"Authorization": f"Bearer {session.token}"}
+        first = asyncio.create_task(r.http.post(url, data=halting(), headers=headers))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(r.ask(session, [*STATE, {"role": "user", "content": "more"}]))
+        assert (await r.ask(other, STATE))[0] == 200
+        await asyncio.sleep(0.2)
+        assert not second.done(), "a second body was read beside the first"
+        rest.set()
+        assert ((await first).status, (await second)[0]) == (200, 200)
+        turns = (await session.finish()).turns
+    assert [len(turn.messages) for turn in turns] == [1, 1] and len(turns) == 2
 
 
 async def test_what_a_gateway_cannot_do_is_refused_when_the_rollout_is_opened(student, rig):

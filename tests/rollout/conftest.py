@@ -70,6 +70,11 @@ class Policies:
     fault: Callable[[str, list[dict[str, Any]]], web.Response | None] = lambda model, messages: None
     requests: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = field(default_factory=list)
     tool_calls: bool = False
+    serves: str | None = None
+    """What its policy agent says that it serves; None while it starts."""
+
+    async def policy(self, http: web.Request) -> web.Response:
+        return web.json_response({"version": self.serves, "state": "Serving" if self.serves else "Starting"})
 
     async def chat(self, http: web.Request) -> web.Response:
         body = await http.json()
@@ -100,6 +105,7 @@ async def policies(policies_host: str) -> AsyncIterator[Policies]:
     server = Policies()
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/v1/chat/completions", server.chat)
+    app.router.add_get("/policy", server.policy)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, policies_host, 0).start()

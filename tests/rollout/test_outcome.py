@@ -8,9 +8,9 @@ from dagger_operator.rollout.scaffold import ScaffoldEnd
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Turn
 
 
-def turns(count: int, *, lost: int = 0) -> tuple[Turn, ...]:
+def turns(count: int, *, lost: int = 0, flaw: LabelFlaw = LabelFlaw.REQUEST_FAILED) -> tuple[Turn, ...]:
     action = Completion(message={"role": "assistant", "content": "x"}, policy="p", finish_reason="stop")
-    flaws = [LabelFlaw.REQUEST_FAILED] * lost + [None] * (count - lost)
+    flaws = [flaw] * lost + [None] * (count - lost)
     return tuple(
         Turn(index=i, actor=Actor.STUDENT, beta=0.5, coin=0.7, kept=0, messages=(), action=action, label_flaw=flaw)
         for i, flaw in enumerate(flaws)
@@ -24,6 +24,7 @@ def recording(
 
 
 WHY = Failure(reason="Because", message="it broke")
+TOO_LONG = Failure(reason="ContextTooLong", message="it has too many tokens")
 SUBMITTED = ScaffoldEnd("Submitted")
 
 
@@ -63,8 +64,23 @@ def test_what_infrastructure_broke_is_judged_by_nobody(end: ScaffoldEnd, seen: R
     assert caught.value.failure.reason == reason
 
 
+def test_a_prompt_that_is_too_long_is_the_policys_own_end_even_before_its_first_turn() -> None:
+    found = verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=TOO_LONG), min_coverage=0.95)
+    assert found == Verdict(Outcome.POLICY_ERROR, "ContextTooLong")
+
+
+def test_a_first_request_that_never_fitted_the_policy_is_nobodys_zero() -> None:
+    with pytest.raises(InfrastructureFailed, match="Because"):
+        verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=WHY), min_coverage=0.95)
+
+
 def test_a_few_lost_labels_are_a_matter_of_coverage_only() -> None:
     assert verdict(SUBMITTED, recording(turns(10, lost=1)), min_coverage=0.9).outcome is None
+
+
+@pytest.mark.parametrize("flaw", [flaw for flaw in LabelFlaw if flaw is not LabelFlaw.REQUEST_FAILED])
+def test_labels_that_the_teacher_could_not_give_break_no_rollout(flaw: LabelFlaw) -> None:
+    assert verdict(SUBMITTED, recording(turns(10, lost=10, flaw=flaw)), min_coverage=0.95).outcome is None
 
 
 def test_the_agents_own_patch_is_graded_where_it_gave_one() -> None:

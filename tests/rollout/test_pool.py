@@ -10,14 +10,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import Storage
+from dagger_operator.control.failures import RETRIES
 from dagger_operator.rollout.metrics import WorkerMetrics
 from dagger_operator.rollout.outcome import InfrastructureFailed
-from dagger_operator.rollout.pool import Pool, Share
+from dagger_operator.rollout.pool import MOST_DEATHS, Pool, Share
 from dagger_operator.store.claims import Claims
 from dagger_operator.store.layout import Kind
-from dagger_operator.store.objects import Store
+from dagger_operator.store.objects import Object, Store
 from dagger_operator.store.progress import read_progress
 from dagger_operator.store.records import Failure, Outcome, Trajectory
+from dagger_operator.store.stage import StageFailure
 from dagger_operator.store.trajectories import finished, read_trajectories
 from dagger_operator.tasks.deal import Assignment
 from dagger_operator.tasks.task import ScriptGrading, Task
@@ -39,6 +41,8 @@ class Bench:
         self.failing: Counter[str] = Counter()
         self.under_way = self.most_under_way = 0
         self.seconds = 0.02
+        self.policy = asyncio.Event()
+        self.policy.set()
 
     def pool(self, index: int = 0, *, workers: int = 1, concurrency: int = 3, retries: int = 2, lease: float = 2.0) -> Pool:
         share = Share(
@@ -54,7 +58,7 @@ class Bench:
             retries=retries,
             most_backoff_seconds=0.05,
         )
-        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded)
+        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded, self.recovered)
 
     async def attempt(self, assignment: Assignment, tries: int) -> Trajectory:
         self.started[assignment.rollout_id] += 1
@@ -64,10 +68,15 @@ class Bench:
             await asyncio.sleep(self.seconds)
         finally:
             self.under_way -= 1
+        if not self.policy.is_set():
+            raise InfrastructureFailed(AWAY)
         if self.failing[assignment.rollout_id] > 0:
             self.failing[assignment.rollout_id] -= 1
             raise InfrastructureFailed(AWAY)
         return self.record(assignment, tries, Outcome.RESOLVED)
+
+    async def recovered(self) -> None:
+        await self.policy.wait()
 
     def excluded(self, assignment: Assignment, tries: int, failure: Failure) -> Trajectory:
         return self.record(assignment, tries, Outcome.INFRASTRUCTURE_FAILURE, failure)
@@ -110,6 +119,28 @@ async def test_what_infrastructure_broke_is_tried_again_on_its_own_budget(bench:
     assert {a.outcome for i, a in ended.items() if i != "t00002-a0"} == {Outcome.RESOLVED}
 
 
+async def test_a_policy_that_is_away_for_long_costs_a_rollout_one_try(bench: Bench) -> None:
+    bench.policy.clear()
+    running = [asyncio.create_task(bench.pool(index, workers=2, retries=1).run()) for index in range(2)]
+    await asyncio.sleep(2)  # the pauses are over long before
+    bench.policy.set()
+    await asyncio.wait_for(asyncio.gather(*running), 60)
+    ended = await bench.ended()
+    assert {t.outcome for t in ended.values()} == {Outcome.RESOLVED}
+    assert sorted(bench.started.values()) == [1] * 14 + [2] * 6  # the six that were under way
+
+
+async def test_a_policy_that_stays_away_ends_the_worker_and_costs_no_try(bench: Bench) -> None:
+    async def given_up() -> None:
+        raise StageFailure("StudentNotServed", "not served after 1800 s", permanent=False)
+
+    bench.policy.clear()
+    bench.recovered = given_up  # type: ignore[method-assign]  # patience that is over
+    with pytest.raises(StageFailure, match="StudentNotServed"):
+        await asyncio.wait_for(bench.pool(retries=0).run(), 60)
+    assert await bench.ended() == {}
+
+
 async def test_a_cancelled_worker_gives_its_rollouts_back_at_once(bench: Bench) -> None:
     bench.seconds = 60
     running = asyncio.create_task(bench.pool(lease=60).run())
@@ -125,12 +156,60 @@ async def test_a_cancelled_worker_gives_its_rollouts_back_at_once(bench: Bench) 
     assert len(await bench.ended()) == 20
 
 
+class Slow(Store):
+    """A real store where some writes take a while."""
+
+    slow = False
+
+    async def swap(self, key: str, data: bytes, expected: Object | None) -> Object | None:
+        if self.slow and "t00002" in key:
+            await asyncio.sleep(0.5)
+        return await super().swap(key, data, expected)
+
+
+async def test_a_claim_that_is_slow_to_give_back_is_given_back_too(bench: Bench) -> None:
+    given = bench.store
+    bench.store = slow = Slow(given._backend, given.url, scheme=given._scheme, folder=given._folder)
+    bench.seconds = 60
+    running = asyncio.create_task(bench.pool(lease=60).run())
+    while bench.under_way < 3:
+        await asyncio.sleep(0.01)
+    slow.slow = True
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    next_worker = Claims(given, 1, Kind.ROLLOUT, "rollout-0001", 60)
+    leases = [await next_worker.take(a.rollout_id) for a in bench.assignments[:3]]
+    assert [lease.deaths for lease in leases if lease is not None] == [0, 0, 0]
+
+
 async def test_a_silent_workers_rollouts_are_taken_over(bench: Bench) -> None:
     bench.assignments = bench.assignments[:3]
     silent = Claims(bench.store, 1, Kind.ROLLOUT, "rollout-0000", 60)  # takes one, and is never heard of again
     assert await silent.take("t00000-a0") is not None
     await asyncio.wait_for(bench.pool(1, workers=2, lease=1.0).run(), 60)
     assert len(await bench.ended()) == 3
+
+
+async def test_a_rollout_that_kills_its_workers_is_excluded_and_the_others_are_run(bench: Bench) -> None:
+    for _ in range(MOST_DEATHS + 1):  # lives that end over it; the last one ends over another, too
+        life = Claims(bench.store, 1, Kind.ROLLOUT, "rollout-0000", 60)
+        assert await life.take("t00003-a0") is not None
+    assert await life.take("t00004-a0") is not None
+    for _ in range(MOST_DEATHS + 1):  # drains are no deaths
+        lease = await life.take("t00005-a0")
+        assert lease is not None
+        await lease.release()
+    await asyncio.wait_for(bench.pool().run(), 60)
+    ended = await bench.ended()
+    lost = ended.pop("t00003-a0")
+    assert (lost.outcome, bench.started["t00003-a0"]) == (Outcome.INFRASTRUCTURE_FAILURE, 0)
+    assert lost.failure == Failure(reason="WorkerDied", message="its worker died 6 times")
+    assert {t.outcome for t in ended.values()} == {Outcome.RESOLVED} and len(ended) == 19
+
+
+def test_a_rollout_that_kills_its_worker_is_excluded_before_its_stage_is_given_up() -> None:
+    assert MOST_DEATHS + 1 <= RETRIES
 
 
 async def test_a_worker_that_lost_its_claim_writes_nothing_and_goes_on(bench: Bench) -> None:

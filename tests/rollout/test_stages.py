@@ -26,7 +26,7 @@ from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import RoundManifest, read_manifest, training_set
 from dagger_operator.store.objects import Store
-from dagger_operator.store.records import Actor, Outcome, Trajectory, labelled_states
+from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure
 from dagger_operator.store.trajectories import finished, read_trajectories
@@ -150,6 +150,38 @@ async def test_a_teacher_that_is_away_fails_the_round_and_a_resume_runs_what_it_
     assert (await _result(store)).summary.outcomes.get("InfrastructureFailure", 0) == 0
 
 
+async def test_a_student_that_restarts_for_longer_than_all_pauses_breaks_no_rollout(ground: Any) -> None:
+    settings = {"concurrency": 4, "leaseSeconds": 4, "infrastructureRetries": 1}
+    run = ground.run(train=6, student={"model": "student", "serving": {"gpus": 0}}, rollouts=settings)
+    stage, server = ground.stage(run), ground.policies
+    server.serves = stage.policy
+
+    def restarting(model: str, messages: list[dict[str, Any]]) -> web.Response | None:
+        if model != stage.policy:
+            return None
+        server.serves = None
+        return web.json_response({"error": "away"}, status=503)
+
+    server.fault = restarting
+    working = asyncio.create_task(rollout(stage))
+    await _until(lambda: server.serves is None)
+    await asyncio.sleep(6)
+    assert not working.done(), "its tries were spent while the student was away"
+    server.serves, server.fault = stage.policy, lambda model, messages: None
+    await asyncio.wait_for(working, 60)
+    result = await _result(ground.store(run))
+    assert (result.excluded, result.summary.label_coverage) == ({}, 1.0)
+    assert max(t.tries for t in await trajectories(ground.store(run))) == 2
+
+
+async def test_a_policy_that_fails_until_a_rollouts_deadline_is_infrastructure_and_no_limit(ground: Any) -> None:
+    settings = {"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "timeoutSeconds": 3}
+    run = ground.run(held_out=2, labels={"attempts": 20}, rollouts=settings)
+    ground.policies.fault = unavailable("student")
+    with pytest.raises(StageFailure, match=r"2 of 2 rollouts \(2 ServerError"):
+        await evaluate(ground.stage(run, kind="evaluation"))
+
+
 async def test_a_round_goes_on_without_the_few_that_infrastructure_broke(ground: Any) -> None:
     run = ground.run(train=4, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 1, "minValidFraction": 0.5})
     ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None
@@ -170,8 +202,35 @@ async def test_a_teacher_whose_turns_cannot_be_run_is_named_as_the_cause(ground:
     ground.policies.fault = lambda model, messages: web.json_response(answer | {"choices": [choice]}) if model == "teacher" else None
     with pytest.raises(StageFailure) as caught:
         await rollout(ground.stage(run))
-    assert caught.value.reason == "LabelCoverageTooLow"
-    assert "Unparsable" in caught.value.message
+    assert (caught.value.reason, caught.value.permanent) == ("LabelCoverageTooLow", True)
+    assert "Unparsable (make a new run, " in caught.value.message and "0 of 2 rollouts are made again" in caught.value.message
+    assert len(await finished(ground.store(run), 1, Kind.ROLLOUT)) == 2, "no edit mends them, and they were forgotten"
+
+
+@pytest.mark.parametrize("flaw", [LabelFlaw.TRUNCATED, LabelFlaw.REFUSED])
+async def test_who_does_what_is_said_of_low_coverage_gets_a_whole_round(ground: Any, flaw: LabelFlaw) -> None:
+    def run(max_tokens: int) -> Any:
+        teacher = {"model": "teacher", "endpoint": {"url": ground.policies.url}, "sampling": {"maxTokens": max_tokens}}
+        return ground.run(train=3, mixing={"beta": {"type": "Constant", "value": 0.0}}, teacher=teacher)
+
+    def short(model: str, messages: list[dict[str, Any]]) -> web.Response | None:
+        if model != "teacher" or "right 1" not in str(messages) or ground.policies.requests[-1][2]["max_tokens"] > 100:
+            return None
+        if flaw is LabelFlaw.REFUSED:
+            return web.json_response({"error": {"code": "context_length_exceeded"}}, status=400)
+        choice = {"index": 0, "message": {"role": "assistant", "content": "First I"}, "finish_reason": "length"}
+        return web.json_response({"id": "x", "object": "chat.completion", "model": model, "choices": [choice]})
+
+    ground.policies.fault = short
+    with pytest.raises(StageFailure, match=rf"LabelCoverageTooLow.*{flaw}.*1 of 3 rollouts") as caught:
+        await rollout(ground.stage(run(10)))
+    assert caught.value.permanent
+    ground.policies.requests.clear()
+    await rollout(ground.stage(run(4096)))
+    result = await _result(ground.store(run(4096)))
+    assert (result.summary.rollouts, result.summary.label_coverage, result.excluded) == (3, 1.0, {})
+    assert all("right 1" in str(messages) for _, messages, _ in ground.policies.requests), "whole rollouts were made again"
+    assert {t.tries for t in await trajectories(ground.store(run(4096)))} == {1}
 
 
 async def test_a_context_that_is_too_long_is_the_policys_own_error_and_not_tried_again(ground: Any) -> None:

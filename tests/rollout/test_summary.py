@@ -6,10 +6,8 @@ from hypothesis import strategies as st
 
 from dagger_operator.api import Scaffold
 from dagger_operator.rollout.actions import action_reader
-from dagger_operator.rollout.round import check_coverage
 from dagger_operator.rollout.summary import Tally
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
-from dagger_operator.store.stage import StageFailure
 
 READER = action_reader(Scaffold(action_regex="(?s)(.+)"))
 
@@ -95,11 +93,10 @@ def test_broken_rollouts_move_no_share(shapes: list[list[tuple[Actor, bool, bool
     assert there.model_dump(exclude=same) == without.model_dump(exclude=same)
 
 
-def test_too_little_coverage_names_the_causes_and_what_to_do() -> None:
-    turns = [turn(Actor.STUDENT, "a", "b", flaw=LabelFlaw.TRUNCATED), turn(Actor.STUDENT, "a", "b")]
-    with pytest.raises(StageFailure) as caught:
-        check_coverage(Tally.of(READER, [trajectory(*turns)]), 0.95)
-    assert (caught.value.reason, caught.value.permanent) == ("LabelCoverageTooLow", True)
-    assert "1 of 2 visited states" in caught.value.message
-    assert "1 Truncated" in caught.value.message
-    check_coverage(Tally.of(READER, [trajectory(*turns)]), 0.5)
+def test_only_what_an_edit_may_mend_is_worth_another_try() -> None:
+    def of(rollout: str, *flaws: LabelFlaw | None) -> Trajectory:
+        turns = (turn(Actor.STUDENT, "a", "b", flaw=flaw) for flaw in flaws)
+        return trajectory(*turns).model_copy(update={"rollout_id": rollout})
+
+    tally = Tally.of(READER, [of(flaw.value, None, flaw) for flaw in LabelFlaw] + [of("whole", None), of("no turn")])
+    assert tally.mendable == ["Truncated", "Refused", "RequestFailed", "no turn"]

@@ -56,7 +56,7 @@ async def test_a_silent_worker_loses_its_claim_and_the_try_is_counted(store: Sto
     rival = claims(store, "rollout-0001", lease_seconds=0.3)
     assert await rival.take("r") is None, "a claim seen for the first time may be a living one"
     lease = await patiently(rival, "r")
-    assert (lease.tries, lease.failures) == (2, 0)
+    assert (lease.tries, lease.failures, lease.deaths) == (2, 0, 1)
 
 
 async def test_a_worker_that_renews_keeps_its_claim(store: Store) -> None:
@@ -73,7 +73,7 @@ async def test_a_worker_that_renews_keeps_its_claim(store: Store) -> None:
 async def test_a_restarted_worker_takes_its_own_claim_over_at_once(store: Store) -> None:
     assert await claims(store, "rollout-0000").take("r") is not None
     lease = await claims(store, "rollout-0000").take("r")
-    assert lease is not None and lease.tries == 2
+    assert lease is not None and (lease.tries, lease.deaths) == (2, 1)
 
 
 async def test_two_lives_under_one_name_do_not_steal_in_turns(store: Store) -> None:
@@ -97,7 +97,7 @@ async def test_leaving_the_block_gives_the_claim_back_uncounted(store: Store) ->
         async with await patiently(claims(store, "rollout-0000"), "r"):
             raise RuntimeError("bug")
     lease = await claims(store, "rollout-0001").take("r")
-    assert lease is not None and (lease.tries, lease.failures) == (2, 0)
+    assert lease is not None and (lease.tries, lease.failures, lease.deaths) == (2, 0, 0)
 
 
 async def test_cancelling_the_body_stays_a_cancellation_and_gives_back(store: Store) -> None:

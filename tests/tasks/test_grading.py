@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox.interface import CommandResult, LimitExceeded, SandboxError, SandboxRequest
@@ -243,8 +244,17 @@ async def test_swebench_grades_with_its_own_library_and_parser(provider: Process
     assert (await graded(provider, fuzzy, task)).resolved
     loud = SwebenchGrading(row={**ROW, "eval_script": EVAL.replace("python3 test_math.py", "python3 test_math.py; seq 1000000")})
     assert (await graded(provider, await after(provider, SOLVE, task), task.model_copy(update={"grading": loud}))).resolved
-    broken = SwebenchGrading(row={**ROW, "eval_script": "echo Could not resolve host: example.org"})
-    with pytest.raises(SandboxError, match=r"EvaluationEnvironment.*network_unreachable"):
-        await graded(provider, "", task.model_copy(update={"grading": broken}))
     slow = SwebenchGrading(row={**ROW, "eval_script": "sleep 100"})
     assert not (await graded(provider, "", task.model_copy(update={"grading": slow}), timeout=1)).resolved
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("default")  # of swebench's own imports
+async def test_what_swebench_suspects_of_the_environment_takes_no_failure_out_of_the_score(provider: ProcessSandboxes) -> None:
+    """A patch that breaks the tests and prints what a network that is away prints."""
+    setup = f"git init -q . && git add -A && {COMMIT}"
+    task = TASK.model_copy(update={"grading": SwebenchGrading(row=ROW), "setup": setup})
+    patch = await after(provider, "echo 'raise SystemExit(\"Could not resolve host: example.org\")' > lib/math.py", task)
+    with capture_logs() as said:
+        assert not (await graded(provider, patch, task)).resolved
+    assert [entry["reason"] for entry in said if entry["event"] == "swebench suspects the environment"] == ["network_unreachable"]

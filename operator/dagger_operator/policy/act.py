@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from dagger_operator.policy.client import Answer
+from dagger_operator.policy.failures import PolicyUnavailable
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.streaming import Chunk, chunks_of, finishes
 
@@ -18,6 +19,8 @@ class Act:
 
     def __init__(self, request: ChatRequest, run: "Callable[[Act], Awaitable[Answer]]") -> None:
         self.request = request
+        self.trouble: PolicyUnavailable | None = None
+        """Why its request to the policy had to be tried again."""
         self._chunks: list[Chunk] = []
         self._news = asyncio.Event()
         self._task: asyncio.Future[Answer] = asyncio.ensure_future(run(self))
@@ -36,6 +39,10 @@ class Act:
         """Takes a chunk of the stream as it arrives."""
         self._chunks.append(chunk)
         self._tell()
+
+    def failing(self, why: PolicyUnavailable) -> None:
+        """Takes note of a try that failed and is followed by another."""
+        self.trouble = why
 
     def _tell(self) -> None:
         self._news.set()

@@ -13,7 +13,7 @@ from typing import Any, Self
 import aiohttp
 from yarl import URL
 
-from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.failures import CONTEXT_TOO_LONG, PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.replicas import Replicas
 from dagger_operator.policy.request import ChatRequest
@@ -25,7 +25,9 @@ from dagger_operator.store import logprobs
 from dagger_operator.store.records import Completion
 
 CONNECT_SECONDS = 10.0
-_CONTEXT_TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
+_REFUSALS = (400, 413, 422)
+"""Statuses that are about the state that was sent; every other one is about the way to the policy."""
+_TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,17 @@ class Client:
             await self._http.close()
 
     async def complete(
-        self, request: ChatRequest, *, seed: int, priority: int, affinity: str, forward: Callable[[Chunk], None] | None = None
+        self,
+        request: ChatRequest,
+        *,
+        seed: int,
+        priority: int,
+        affinity: str,
+        forward: Callable[[Chunk], None] | None = None,
+        failing: Callable[[PolicyUnavailable], None] = lambda why: None,
     ) -> Answer:
-        """The policy's turn at this state. `forward` streams it: it gets every chunk as it comes, none twice.
+        """The policy's turn at this state. `forward` streams it: it gets every chunk as it comes, none twice. `failing` hears of each
+        try that failed and is followed by another.
 
         `affinity` keeps a rollout at one replica. Raises `PolicyUnavailable`, `PolicyRefused`.
         """
@@ -93,9 +103,11 @@ class Client:
                 failures += 1
                 if passing.unreachable:
                     self._replicas.unreachable(url)
+                unavailable = PolicyUnavailable(passing.reason, self._say(url, f"{passing} (tried {failures} times)"))
                 if failures >= self.upstream.attempts:
                     self._metrics.failures.labels(role, passing.reason).inc()
-                    raise PolicyUnavailable(passing.reason, self._say(url, f"{passing} (tried {failures} times)")) from error
+                    raise unavailable from error
+                failing(unavailable)
                 self._metrics.retries.labels(role, passing.reason).inc()
                 await asyncio.sleep(self.upstream.backoff.wait(failures, passing.retry_after))
 
@@ -135,17 +147,24 @@ class Client:
         status, message = response.status, f"HTTP {response.status}: {text[:500]}"
         if status == 429 or status in (408, 409, 425) or status >= 500:
             retry_after = retry_after_seconds(response.headers.get("Retry-After"))
-            return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after)
+            # The agent of a replica says so while its vLLM restarts: another replica may serve meanwhile.
+            away = status == 503 and self.upstream.served
+            return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after, unreachable=away)
         message = self._say(url, message)
+        if status in _REFUSALS:
+            too_long = status == 413 or any(sign in text.lower() for sign in _TOO_LONG)
+            return PolicyRefused(CONTEXT_TOO_LONG if too_long else "BadRequest", message)
         if status in (401, 403):
             return PolicyUnavailable("Unauthorized", f"{message}: check the token in the policy's Secret")
+        if status == 402:
+            return PolicyUnavailable("PaymentRequired", f"{message}: the endpoint wants to be paid")
         if status == 404:
             return PolicyUnavailable(
                 "WrongVersion" if self.upstream.served else "NotFound", f"{message}: asked for model {self.upstream.model}"
             )
         if status < 400:
             return PolicyUnavailable("Redirected", f"{message}: write the URL that it redirects to")
-        return PolicyRefused("ContextTooLong" if any(sign in text.lower() for sign in _CONTEXT_TOO_LONG) else "BadRequest", message)
+        return PolicyUnavailable("TurnedAway", f"{message}: look at the endpoint, and at the proxies on the way to it")
 
     def _say(self, url: str, message: str) -> str:
         """A message that names the policy and holds no secret, even where the server echoes one."""

@@ -7,6 +7,9 @@ PolicyFailure
 
 from dagger_operator.store.records import Failure
 
+CONTEXT_TOO_LONG = "ContextTooLong"
+"""Reason of a refusal: the state has more tokens than the policy takes."""
+
 
 class PolicyFailure(Exception):
     """A request to a policy that stays without an answer. `reason` is CamelCase from a bounded set."""
@@ -21,7 +24,7 @@ class PolicyFailure(Exception):
 
 
 class PolicyUnavailable(PolicyFailure):
-    """Unreachable, 5xx, 429 beyond the budget, garbled, or another policy version than was asked for."""
+    """Unreachable, 5xx, 429 beyond the budget, unpaid, garbled, or another policy version than was asked for."""
 
 
 class PolicyRefused(PolicyFailure):

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from dagger_operator.api import Labels
 from dagger_operator.policy.act import Act, TurnDropped
 from dagger_operator.policy.client import Client
-from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.failures import CONTEXT_TOO_LONG, PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.labels import Labeller
 from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.request import ChatRequest, UnsupportedRequest, chat_request
@@ -28,8 +28,8 @@ from dagger_operator.policy.wire import InvalidWire, dump, parse
 
 MODEL = "policy"
 """The one model that scaffolds see."""
-_MAX_BODY = 256 << 20
-"""Bytes of a request; a state may hold images."""
+LARGEST_REQUEST = 64 << 20
+"""Bytes: what the policy agent takes (`serving.proxy`). A state of a million tokens has about 5 MB."""
 _OPEN_FILES = 65536
 
 
@@ -69,7 +69,7 @@ class Gateway:
         _raise_open_files()
         for client in filter(None, (self._student, self._greedy, self._teacher)):
             await self._stack.enter_async_context(client)
-        app = web.Application(client_max_size=_MAX_BODY)
+        app = web.Application(client_max_size=LARGEST_REQUEST)
         app.router.add_post("/{rollout}/v1/chat/completions", self._completions)
         app.router.add_get("/{rollout}/v1/models", self._models)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -135,20 +135,24 @@ class Gateway:
         if session is None:
             return _unknown_rollout()
         try:
-            request = chat_request(parse(await http.read()))
+            # A body stays unread, in the network, until the one before it has its turn: a scaffold may send as many as it likes.
+            async with session.admission:
+                request = chat_request(parse(await http.read()))
+                act = await session.turn(request)
+            respond: Callable[[web.Request, ChatRequest, Act], Awaitable[web.StreamResponse]] = _stream if request.stream else _whole
+            return await respond(http, request, act)
+        except web.HTTPRequestEntityTooLarge:
+            return _refused(413, "request_too_large", f"a request may have {LARGEST_REQUEST} bytes at most")
         except UnsupportedRequest as error:
             return _refused(400, "unsupported", str(error), param=error.field)
         except InvalidWire as error:
             return _refused(400, "invalid_body", str(error))
-        respond: Callable[[web.Request, ChatRequest, Act], Awaitable[web.StreamResponse]] = _stream if request.stream else _whole
-        try:
-            return await respond(http, request, await session.turn(request))
         except TurnLimit as error:
             return _refused(409, "turn_limit", str(error))
         except PolicyUnavailable as error:
             return _refused(503, "policy_unavailable", str(error))
         except PolicyRefused as error:
-            return _refused(400, "context_length_exceeded" if error.reason == "ContextTooLong" else "policy_refused", str(error))
+            return _refused(400, "context_length_exceeded" if error.reason == CONTEXT_TOO_LONG else "policy_refused", str(error))
         except TurnDropped:
             return _refused(410, "session_closed", "this rollout has ended")
 

@@ -6,7 +6,7 @@ import time
 import structlog
 
 from dagger_operator.policy.client import Client
-from dagger_operator.policy.failures import PolicyFailure
+from dagger_operator.policy.failures import PolicyFailure, PolicyRefused
 from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.recorder import Label
 from dagger_operator.policy.request import ChatRequest
@@ -46,7 +46,7 @@ class Labeller:
                 label = judged(answer.completion, check)
             except PolicyFailure as failure:
                 structlog.get_logger().warning("label failed", rollout=affinity, reason=failure.reason, message=failure.message)
-                label = Label(None, LabelFlaw.REQUEST_FAILED)
+                label = Label(None, LabelFlaw.REFUSED if isinstance(failure, PolicyRefused) else LabelFlaw.REQUEST_FAILED)
             seconds = time.monotonic() - started
         self._metrics.label_seconds.observe(seconds)
         return label, seconds

@@ -39,6 +39,8 @@ class RolloutSession:
     ) -> None:
         """`teacher` and `labeller` are None in evaluation."""
         self.base_url, self.token = base_url, token
+        self.admission = asyncio.Lock()
+        """Held while a request is read and gets its turn: one at a time."""
         self._request, self._student, self._teacher, self._labeller = request, student, teacher, labeller
         self._metrics, self._on_close = metrics, on_close
         self._mixer = Mixer(request.mixing, request.seed, request.round, request.task_id, request.rollout_id)
@@ -91,10 +93,11 @@ class RolloutSession:
                 priority=ACTING_PRIORITY,
                 affinity=self._request.rollout_id,
                 forward=act.forward if act.request.stream else None,
+                failing=act.failing,
             )
         except BaseException as error:
-            if isinstance(error, Exception):
-                self._failed = error
+            # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
+            self._failed = error if isinstance(error, Exception) else act.trouble
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
             raise
@@ -132,7 +135,8 @@ class RolloutSession:
         return request_seed(key.seed, key.round, key.task_id, key.rollout_id, turn, role.value)
 
     async def finish(self) -> Recording:
-        """Closes, waits for outstanding labels, and returns the record. A turn still under way is dropped: nobody will execute it."""
+        """Closes, waits for outstanding labels, and returns the record. A turn still under way is dropped: nobody will execute it; where
+        its policy had to be asked again by then, the policy failed the rollout."""
         await self._close()
         if self._failed is not None and not isinstance(self._failed, PolicyFailure):
             await self._drop_labels()

@@ -1,15 +1,23 @@
-"""When a stage's rollouts are good enough to go on with, and what becomes of those that infrastructure broke."""
+"""When a stage's rollouts are good enough to go on with, and what becomes of those that are not."""
 
 import asyncio
+from collections.abc import Iterable
 
 from dagger_operator.rollout.actions import ActionReader
 from dagger_operator.rollout.summary import Tally
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
-from dagger_operator.store.records import Outcome, Trajectory
+from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory
 from dagger_operator.store.stage import Stage, StageFailure
 from dagger_operator.store.trajectories import read_trajectories
 from dagger_operator.tasks.deal import Assignment
+
+_REMEDIES = {
+    LabelFlaw.TRUNCATED: "raise teacher.sampling.maxTokens",
+    LabelFlaw.UNPARSABLE: "make a new run, whose templates and scaffold.protocol fit the teacher",
+    LabelFlaw.REFUSED: "give the teacher the student's context, by teacher.serving.maxModelLen",
+    LabelFlaw.REQUEST_FAILED: "raise labels.attempts, or lower labels.concurrency",
+}
 
 
 async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...], reader: ActionReader) -> tuple[Tally, list[Trajectory]]:
@@ -28,10 +36,34 @@ async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...],
         broken = [t.rollout_id for t in trajectories if t.outcome is Outcome.INFRASTRUCTURE_FAILURE]
         causes = ", ".join(f"{count} {reason}" for reason, count in tally.excluded.most_common())
         example = next(t.failure.message for t in trajectories if t.failure is not None and t.rollout_id == broken[0])
-        await asyncio.gather(*(stage.store.delete(layout.trajectory(stage.round, kind, each)) for each in broken))
+        await _forget(stage, kind, broken)
         raise StageFailure(
             "TooFewValidRollouts",
             f"infrastructure broke {len(broken)} of {tally.rollouts} rollouts ({causes}; such as: {example}), and "
             f"rollouts.minValidFraction asks for {least:g} whole. Mend the cause, then resume the run: only those are run again",
         )
     return tally, trajectories
+
+
+async def covered(stage: Stage, tally: Tally) -> None:
+    """Raises `StageFailure` where too few of the visited states have a label that can be trained on.
+
+    Rollouts whose labels an edit of the run may mend are then forgotten, so that they are made again when the run is resumed. What is
+    drawn from the seed does not change: where the teacher is sampled by seed, too, the round is the one that the edited run would have
+    made from the start.
+    """
+    least = stage.run.spec.labels.min_coverage
+    if tally.turns and tally.coverage >= least:
+        return
+    await _forget(stage, Kind.ROLLOUT, tally.mendable)
+    flawed = [f"{count} {flaw.value} ({_REMEDIES[flaw]})" for flaw, count in tally.flaws.most_common()]
+    raise StageFailure(
+        "LabelCoverageTooLow",
+        f"{tally.labels} of {tally.turns} visited states have a label that can be trained on, and labels.minCoverage asks for {least:g}: "
+        f"{', '.join(flawed) or 'no state was visited (a prompt has to fit the context of who acts first)'}. "
+        f"Mend that, or lower labels.minCoverage, then resume the run: {len(tally.mendable)} of {tally.rollouts} rollouts are made again",
+    )
+
+
+async def _forget(stage: Stage, kind: Kind, rollout_ids: Iterable[str]) -> None:
+    await asyncio.gather(*(stage.store.delete(layout.trajectory(stage.round, kind, each)) for each in rollout_ids))

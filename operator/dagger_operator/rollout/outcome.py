@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dagger_operator.policy.failures import CONTEXT_TOO_LONG
 from dagger_operator.policy.session import Recording
 from dagger_operator.rollout.scaffold import DEADLINE, LIMIT_REACHED, ScaffoldEnd
 from dagger_operator.store.records import Failure, LabelFlaw, Outcome
@@ -27,8 +28,9 @@ class Verdict:
 def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float) -> Verdict:
     """Judges a rollout whose scaffold ended by itself or at a limit. Only submitted work is graded.
 
-    Raises `InfrastructureFailed` where a policy could not be reached, where the scaffold never took a turn, or where so many
-    requests for labels failed that fewer than `min_coverage` of the visited states could have one.
+    Raises `InfrastructureFailed` where a policy could not be reached, where the scaffold never took a turn (unless its first state is
+    too long for the policy), or where so many requests for labels failed that fewer than `min_coverage` of the visited states could
+    have one.
     """
     if recording.failure is not None:
         raise InfrastructureFailed(recording.failure)
@@ -36,8 +38,10 @@ def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float) -> V
     if len(recording.turns) - lost < min_coverage * len(recording.turns):
         message = f"requests for {lost} of {len(recording.turns)} labels failed"
         raise InfrastructureFailed(Failure(reason="LabelsUnavailable", message=message))
-    if recording.policy_error is not None:
-        return Verdict(Outcome.POLICY_ERROR, recording.policy_error.reason)
+    if (refusal := recording.policy_error) is not None:
+        if not recording.turns and refusal.reason != CONTEXT_TOO_LONG:
+            raise InfrastructureFailed(refusal)  # scaffold and policy do not fit: nobody has acted yet who could be judged
+        return Verdict(Outcome.POLICY_ERROR, refusal.reason)
     if not recording.turns and end.status != DEADLINE:
         message = f"it ended as {end.status} before its first turn: {end.submission[-500:]}"
         raise InfrastructureFailed(Failure(reason="ScaffoldNeverActed", message=message))

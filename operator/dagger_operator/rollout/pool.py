@@ -21,6 +21,9 @@ from dagger_operator.store.trajectories import finished, write_trajectory
 from dagger_operator.tasks.deal import Assignment
 
 log = structlog.get_logger(__name__)
+MOST_DEATHS = 5
+"""A rollout over which more workers died is excluded: it may be what kills them. That costs a stage of one worker no more pods than its
+own tries allow (`control.failures.RETRIES`), and is more than the nodes under one rollout are likely to be lost."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Share:
 
 
 class Pool:
-    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try."""
+    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try;
+    `recovered` waits, after a try that broke, until the policies of the run are there, or raises `StageFailure`."""
 
     def __init__(
         self,
@@ -52,8 +56,9 @@ class Pool:
         metrics: WorkerMetrics,
         attempt: Callable[[Assignment, int], Awaitable[Trajectory]],
         excluded: Callable[[Assignment, int, Failure], Trajectory],
+        recovered: Callable[[], Awaitable[None]],
     ) -> None:
-        self._share, self._metrics, self._attempt, self._excluded = share, metrics, attempt, excluded
+        self._share, self._metrics, self._attempt, self._excluded, self._recovered = share, metrics, attempt, excluded, recovered
         self._claims = Claims(share.store, share.round, share.kind, share.worker, share.lease_seconds)
         self._under_way: set[str] = set()
         self._waiting: deque[Assignment] = deque()
@@ -65,14 +70,15 @@ class Pool:
         self._before: int | None = None
 
     async def run(self) -> None:
-        """Ends when every rollout is finished. Raises `StoreUnavailable`; cancelled, it gives its claims back."""
+        """Ends when every rollout is finished. Raises `StoreUnavailable`, `StageFailure`; cancelled, it gives its claims back."""
         slots = [asyncio.create_task(self._slot()) for _ in range(min(self._share.concurrency, len(self._share.assignments)))]
         reporter = asyncio.create_task(self._report_on())
         try:
             await asyncio.gather(*slots)
         finally:
             for task in (*slots, reporter):
-                task.cancel()
+                if not task.cancelling():  # else it is giving its claim back already, which a second cancellation would stop
+                    task.cancel()
             await asyncio.gather(*slots, reporter, return_exceptions=True)
         await self._report()
 
@@ -130,6 +136,9 @@ class Pool:
             async with lease:
                 with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.time():
                     trajectory, failure = await self._try(assignment, lease)
+                if failure is not None:
+                    # Under the lease: while a policy is away nobody spends a second try on this rollout.
+                    await self._recovered()
                 if trajectory is None:
                     await lease.release(failure)
                 elif await write_trajectory(self._share.store, self._share.kind, trajectory):
@@ -142,11 +151,14 @@ class Pool:
             await asyncio.sleep(min(self._share.most_backoff_seconds, 0.5 * 2 ** min(self._failures_in_a_row - 1, 16)))
 
     async def _try(self, assignment: Assignment, lease: Lease) -> tuple[Trajectory | None, Failure | None]:
-        try:
-            return await self._attempt(assignment, lease.tries), None
-        except InfrastructureFailed as error:
-            failure = error.failure
-        last = lease.failures >= self._share.retries
+        if last := lease.deaths > MOST_DEATHS:
+            failure = Failure(reason="WorkerDied", message=f"its worker died {lease.deaths} times")
+        else:
+            try:
+                return await self._attempt(assignment, lease.tries), None
+            except InfrastructureFailed as error:
+                failure = error.failure
+            last = lease.failures >= self._share.retries
         self._metrics.broken(failure.reason)
         self._counts["broken_tries"] += 1
         log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)

@@ -6,8 +6,7 @@ import structlog
 
 from dagger_operator.api import MixingStrategy
 from dagger_operator.rollout.actions import ActionReader, action_reader
-from dagger_operator.rollout.gate import counted
-from dagger_operator.rollout.summary import Tally
+from dagger_operator.rollout.gate import counted, covered
 from dagger_operator.rollout.worker import Job, work
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
@@ -45,7 +44,7 @@ async def closed_by_first_worker(stage: Stage, name: str) -> bool:
 
 async def _close(stage: Stage, assignments: tuple[Assignment, ...], reader: ActionReader) -> None:
     tally, _ = await counted(stage, Kind.ROLLOUT, assignments, reader)
-    check_coverage(tally, stage.run.spec.labels.min_coverage)
+    await covered(stage, tally)
     ids = [assignment.rollout_id for assignment in assignments]
     manifest = await close_round(stage.store, stage.run.metadata.name, stage.round, ids)
     if manifest is None:
@@ -58,16 +57,3 @@ async def _close(stage: Stage, assignments: tuple[Assignment, ...], reader: Acti
     result = RolloutResult(summary=summary, manifest_digest=manifest.digest, excluded=manifest.excluded)
     await save_result(stage.store, stage.round, STAGE, result)
     log.info("round closed", rollouts=summary.rollouts, labels=summary.labels, data=manifest.data_digest[:12])
-
-
-def check_coverage(tally: Tally, least: float) -> None:
-    """Raises `StageFailure` where too few of the visited states have a label that can be trained on."""
-    if tally.turns and tally.coverage >= least:
-        return
-    causes = ", ".join(f"{count} {flaw.value}" for flaw, count in tally.flaws.most_common()) or "no state was visited"
-    raise StageFailure(
-        "LabelCoverageTooLow",
-        f"{tally.labels} of {tally.turns} visited states have a label that can be trained on ({causes}), and labels.minCoverage asks for "
-        f"{least:g}. Truncated: raise teacher.sampling.maxTokens. Unparsable: make the scaffold's templates and scaffold.protocol fit the "
-        "teacher, in a new run. RequestFailed: raise labels.attempts or lower labels.concurrency. Or lower labels.minCoverage, then resume",
-    )

@@ -18,6 +18,8 @@ class Tally:
         """Rollouts that infrastructure broke, by reason."""
         self.flaws: Counter[LabelFlaw] = Counter()
         """Visited states without a label to train on, by flaw."""
+        self.mendable: list[str] = []
+        """Rollouts without a turn, or with a label that is flawed, which might come out whole after an edit of the run."""
         self.turns = self.labels = 0
         self._teacher_turns = self._teacher_tokens = self._tokens = 0
         self._compared = self._agreed = 0
@@ -38,6 +40,8 @@ class Tally:
         if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
             self.excluded[trajectory.failure.reason if trajectory.failure else "Unknown"] += 1
             return
+        if not trajectory.turns or any(turn.label_flaw not in (None, LabelFlaw.UNPARSABLE) for turn in trajectory.turns):
+            self.mendable.append(trajectory.rollout_id)
         for turn in trajectory.turns:
             self.turns += 1
             self._tokens += turn.action.completion_tokens

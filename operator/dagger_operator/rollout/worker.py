@@ -19,7 +19,7 @@ from dagger_operator.rollout.mini_scaffold import MiniScaffold
 from dagger_operator.rollout.pool import Pool, Share
 from dagger_operator.rollout.sandboxes import gateway_place, sandboxes
 from dagger_operator.rollout.scaffold import ScaffoldProgram
-from dagger_operator.rollout.student import await_student
+from dagger_operator.rollout.served import Recovery, served
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.stage import Stage
@@ -54,22 +54,24 @@ async def work(stage: Stage, job: Job, reader: ActionReader) -> None:
     )
     with exposed(stage.environ) as registry:
         metrics = WorkerMetrics(registry, job.kind)
-        async with _attempts(stage, job, reader, metrics, registry) as attempts:
-            await Pool(share, metrics, attempts, attempts.excluded).run()
+        async with _attempts(stage, job, reader, metrics, registry) as (attempts, recovered):
+            await Pool(share, metrics, attempts, attempts.excluded, recovered).run()
 
 
 @asynccontextmanager
 async def _attempts(
     stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics, registry: CollectorRegistry
-) -> AsyncIterator[Attempts]:
+) -> AsyncIterator[tuple[Attempts, Recovery]]:
+    """What makes the tries, and what waits for the policies after one that broke."""
     spec = stage.run.spec
     student, teacher = await upstreams(stage, greedy=job.mixing is None)
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        await await_student(stage, http, patience=spec.student.served.startup_deadline_seconds if spec.student.served else 0)
+        recovered = Recovery(http, served(stage.run, student, teacher))
+        await recovered()
         provider = await stack.enter_async_context(sandboxes(stage))
         gateway = await stack.enter_async_context(Gateway(student, teacher, spec.labels, registry=registry, **gateway_place(stage)))
-        yield Attempts(
+        attempts = Attempts(
             run=stage.run,
             round=stage.round,
             worker=stage.worker,
@@ -83,6 +85,7 @@ async def _attempts(
             reader=reader,
             metrics=metrics,
         )
+        yield attempts, recovered
 
 
 def _program(stage: Stage, http: aiohttp.ClientSession, stack: AsyncExitStack) -> ScaffoldProgram:

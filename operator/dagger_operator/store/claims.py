@@ -34,6 +34,8 @@ class Claim(Record):
     """Times that the rollout was started, over all workers."""
     failures: int = 0
     """Tries that infrastructure broke."""
+    deaths: int = 0
+    """Tries whose worker died or fell silent over them; one that gave its claim back did not."""
     last_failure: Failure | None = None
 
 
@@ -69,7 +71,8 @@ class Claims:
         claim = _parse(old)
         if old is not None and claim.holder and not self._may_take_over(rollout_id, claim, old):
             return None
-        mine = claim.model_copy(update={"worker": self.worker, "holder": self.life, "beat": claim.beat + 1, "tries": claim.tries + 1})
+        counts = {"tries": claim.tries + 1, "deaths": claim.deaths + bool(claim.holder)}
+        mine = claim.model_copy(update={"worker": self.worker, "holder": self.life, "beat": claim.beat + 1, **counts})
         made = await self.store.swap(key, _bytes(mine), old)
         if made is None:
             return None
@@ -121,6 +124,11 @@ class Lease:
     def failures(self) -> int:
         """Earlier tries that infrastructure broke."""
         return self._claim.failures
+
+    @property
+    def deaths(self) -> int:
+        """Earlier tries whose worker died or fell silent."""
+        return self._claim.deaths
 
     async def renew(self) -> None:
         """Moves the claim on; raises `LeaseLost` where it is no longer ours, `StoreUnavailable` where the store is away."""

@@ -39,7 +39,10 @@ class LabelFlaw(StrEnum):
 
     TRUNCATED = "Truncated"
     UNPARSABLE = "Unparsable"
+    REFUSED = "Refused"
+    """The teacher cannot go on from this state, such as with a context that is too long for it."""
     REQUEST_FAILED = "RequestFailed"
+    """It could not be asked: infrastructure's fault."""
 
 
 class Completion(Record):

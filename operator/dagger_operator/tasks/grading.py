@@ -33,7 +33,7 @@ async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str,
     """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it, or exceeding the sandbox's limits, is
     unresolved.
 
-    Raises `SandboxError` where the sandbox, or by swebench's own classification its environment, is to blame.
+    Raises `SandboxError` where the sandbox is to blame.
     """
     if patch.startswith(NO_PATCH):
         return Grade(False, None, patch)

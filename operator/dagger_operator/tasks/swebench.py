@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from dagger_operator.sandbox.interface import Sandbox, SandboxError
 from dagger_operator.store.stage import StageFailure
 
@@ -38,9 +40,10 @@ async def evaluate(sandbox: Sandbox, row: dict[str, Any], *, timeout: float) -> 
 
 
 def judge(row: dict[str, Any], patch: str, log: str) -> bool:
-    """Whether swebench calls it resolved. Blocks; raises `SandboxError` where it blames the environment.
+    """Whether swebench calls it resolved. Blocks.
 
-    Out of memory is not blamed on it: the limit is the sandbox's, and a patch can run into it.
+    What it suspects of the environment is logged and changes nothing, in its own scores neither: it goes by words in the log, which a
+    patch can print, and which a script prints that installs something where there is no network.
     """
     library = _library()
     prediction = {"instance_id": row["instance_id"], "model_name_or_path": "student", "model_patch": patch}
@@ -50,10 +53,9 @@ def judge(row: dict[str, Any], patch: str, log: str) -> bool:
         report = library.grading.get_eval_report(library.utils.make_test_spec(row), prediction, str(path), include_tests_status=False)[
             row["instance_id"]
         ]
-    if report["infra_failure"] and report["infra_failure_reason"] != "out_of_memory":
-        raise SandboxError(
-            "EvaluationEnvironment", f"{row['instance_id']}: swebench found {report['infra_failure_reason']} in the log: {log[-300:]}"
-        )
+    if report["infra_failure"]:
+        reason = report["infra_failure_reason"]
+        structlog.get_logger().warning("swebench suspects the environment", instance=row["instance_id"], reason=reason, log=log[-300:])
     return bool(report["resolved"])
 
 
