@@ -9,7 +9,7 @@ from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
 from dagger_operator.control.failures import given_up
 from dagger_operator.control.jobs import pods_of
-from dagger_operator.control.names import Role
+from dagger_operator.control.names import RETRY, Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import StageName, Step, Work
 
@@ -54,7 +54,8 @@ def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child) -> Troub
         return Trouble(
             Reason.RESULT_MISSING,
             f"Job {job.name} succeeded, but its result is not in storage: look whether something removes objects there "
-            f"(`daggerctl store fsck`), then delete the Job or resume the run to have the {step.stage} stage done again",
+            f"(`daggerctl store fsck`), then have the {step.stage} stage done again: delete the Job, or give the run a new value of the "
+            f"annotation {RETRY} (on one machine `daggerctl resume`)",
         )
     if job.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and not job.deleting:
         return given_up(run, step.stage, job, pods_of(run, step.stage))
