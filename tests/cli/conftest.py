@@ -32,14 +32,28 @@ def document(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ctl(tmp_path: Path) -> Ctl:
-    """Runs the real command in an empty folder."""
+def from_kubectl(document: dict[str, Any]) -> dict[str, Any]:
+    """The same run as `kubectl get daggerrun small -o yaml` writes it, with what an API server adds."""
+    managed = [{"manager": "kubectl", "operation": "Apply", "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {}}}]
+    metadata = {"name": "small", "namespace": "lab", "uid": "6ffa", "generation": 2, "resourceVersion": "77", "managedFields": managed}
+    status = {"phase": "Succeeded", "round": 2, "observedGeneration": 2, "rounds": [{"round": 1}, {"round": 2}]}
+    return {**document, "metadata": metadata, "status": status}
 
-    def call(*arguments: str, documents: list[Any] | None = None) -> "subprocess.CompletedProcess[str]":
+
+@pytest.fixture
+def ctl(tmp_path: Path) -> Ctl:
+    """Runs the real command in an empty folder; `piped` comes in by standard input."""
+
+    def call(*arguments: str, documents: list[Any] | None = None, piped: list[Any] | None = None) -> "subprocess.CompletedProcess[str]":
         if documents is not None:
             (tmp_path / "run.yaml").write_text(yaml.safe_dump_all(documents))
         return subprocess.run(
-            [sys.executable, "-m", "dagger_operator.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "dagger_operator.cli", *arguments],
+            cwd=tmp_path,
+            input=yaml.safe_dump_all(piped or []),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     return call

@@ -36,6 +36,20 @@ def test_a_better_round_is_ahead_by_its_points(ctl: Any, document: dict[str, Any
     assert "by the first alone: 10, by the second alone: 0" in said and "p = 0.002" in said
 
 
+def test_runs_of_other_places_are_compared_from_files(
+    ctl: Any, document: dict[str, Any], from_kubectl: dict[str, Any], tmp_path: Path
+) -> None:
+    _finished_run(tmp_path, document)
+    (tmp_path / ".dagger" / "runs" / "small" / "run.json").unlink()
+    assert "+50.0 points" in ctl("compare", "-", "2", "1", piped=[from_kubectl]).stdout
+    assert (
+        "small round 1: 25.0% resolved"
+        in ctl("compare", "-", "2", "1", "--other", "run.yaml", documents=[document], piped=[document]).stdout
+    )
+    answer = ctl("compare", "-", "3", "1", piped=[from_kubectl])
+    assert answer.returncode == 2 and "round 3 of run 'small' has no evaluation" in answer.stderr
+
+
 def test_a_round_without_evaluation_is_named(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
     _finished_run(tmp_path, document)
     answer = ctl("compare", "small", "3", "1")

@@ -21,7 +21,17 @@ def test_the_table_answers_what_it_takes_and_what_was_assumed(ctl: Any, paper: l
     paper[0]["spec"]["rollouts"]["concurrency"] = 64
     answer = ctl("estimate", "run.yaml", "--gpu", "H100-80GB", documents=paper)
     assert (answer.returncode, answer.stderr) == (0, "")
-    for said in ("8 H100-80GB at once", "GPU-hours", "teacher calls", "as trees", "optimiser", "KV cache", "utilisation 0.32", "beware:"):
+    for said in (
+        "8 H100-80GB at once",
+        "GPU-hours",
+        "teacher calls",
+        "as trees",
+        "optimiser",
+        "KV cache",
+        "ephemeral-storage",
+        "utilisation 0.32",
+        "beware:",
+    ):
         assert said in answer.stdout
 
 
@@ -31,6 +41,7 @@ def test_json_holds_the_same_for_programs(ctl: Any, paper: list[Any]) -> None:
     assert told["assumed"]["turns"] == 80 and told["fits"] and len(told["rounds"]) == 5
     assert told["rounds"][0]["labels"] == 512 * 80
     assert told["trainingMemory"]["total"] < told["gpu"]["memory"]
+    assert told["trainingNode"]["memory"] > told["trainingNode"]["loading"] and told["teacherPod"]["disk"] > told["studentPod"]["disk"]
     assert told["studentServing"]["weights"] == 2 * KNOWN["Qwen/Qwen3-4B-Instruct-2507"].parameters
 
 
@@ -38,6 +49,14 @@ def test_what_does_not_fit_ends_as_a_failed_check(ctl: Any, paper: list[Any]) ->
     answer = ctl("estimate", "run.yaml", "--gpu", "H100-80GB", "--gpu-memory", "24", documents=paper)
     assert answer.returncode == 1
     assert "does not fit: training:" in answer.stdout and "write training." in answer.stdout
+
+
+def test_resources_below_what_a_pod_takes_do_not_fit(ctl: Any, paper: list[Any]) -> None:
+    paper[0]["spec"]["training"]["pod"]["resources"]["limits"] = {"ephemeral-storage": "20Gi"}
+    answer = ctl("estimate", "run.yaml", "--gpu", "H100-80GB", documents=paper)
+    assert answer.returncode == 1
+    said = " ".join(answer.stdout.split())
+    assert "does not fit: training.pod.resources.limits.ephemeral-storage: 20Gi: less than it takes" in said and "write 57Gi" in said
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,20 @@ def test_every_rounds_adapter_goes_beside_the_first_student_and_one_server_is_to
     assert ctl("export", "small", "--adapters", "--to", "out").stdout == answer.stdout
 
 
+def test_of_a_run_that_another_place_keeps_the_last_student_is_exported_from_what_kubectl_says(
+    ctl: Any, make_run: Any, from_kubectl: dict[str, Any], tmp_path: Path
+) -> None:
+    versions = make_run(2, rank=None)
+    (tmp_path / ".dagger" / "runs" / "small" / "run.json").unlink()
+    assert "kubectl get daggerrun" in ctl("export", "small", "--to", "out").stderr
+    for piped in (from_kubectl, {**from_kubectl, "status": {}}):
+        answer = ctl("export", "-", "--to", "out", piped=[piped])
+        assert (answer.returncode, answer.stdout) == (0, f"out/{versions[2]}\n"), answer.stderr
+    assert (tmp_path / "out" / versions[2] / "model.safetensors").read_text() == "weights of round 2"
+    assert ctl("export", "run.yaml", "--round", "1", "--to", "out", documents=[from_kubectl]).stdout == f"out/{versions[1]}\n"
+    assert "round's rollouts are not done" in ctl("export", "-", "--what", "data", "--to", "out", piped=[from_kubectl]).stderr
+
+
 @pytest.mark.parametrize(("rounds", "said"), [(1, "training.lora makes adapters"), (0, "no round of it is trained yet")])
 def test_a_run_without_adapters_says_so(ctl: Any, make_run: Any, tmp_path: Path, rounds: int, said: str) -> None:
     make_run(rounds, rank=None)

@@ -43,6 +43,20 @@ def test_what_infrastructure_ends_has_a_budget_of_its_own_and_then_fails_the_run
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "StorageUnavailable")
 
 
+def test_a_server_that_lacks_a_service_has_the_budget_of_infrastructure(story: Callable[..., Story]) -> None:
+    tale = story(failurePolicy={"infrastructureRetries": 2})
+    tale.into_rollouts()
+    waits = Trouble("CrashLoopBackOff", "back-off")
+    tale.see("student", state=ChildState.WAITING, trouble=waits, failures=(AWAY,) * 2)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.see("student", failures=(AWAY,) * 3)
+    assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "StorageUnavailable")
+    assert (
+        "3 starts failed, failurePolicy.infrastructureRetries allows 2; the last one: connection refused"
+        in tale.condition("Failed").message
+    )
+
+
 def test_the_job_controller_is_told_which_failures_count(story: Callable[..., Story]) -> None:
     actions = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules(story().run)]
     assert actions == [("FailJob", [3]), ("Ignore", [75]), ("Ignore", None)]

@@ -192,6 +192,21 @@ def test_a_server_is_given_up_when_a_retry_would_not_mend_it_or_many_did_not() -
     assert child(deployment(), [of_another_attempt]).state is ChildState.RUNNING
 
 
+def test_a_server_that_lacks_a_service_is_waited_for_and_its_ends_are_counted() -> None:
+    away = {"terminated": {"exitCode": 75, "message": '{"reason": "ModelUnreachable", "message": "the hub is away"}'}}
+    weights = {"name": "weights", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": away, "restartCount": 9}
+    starting = pod("s", "Pending", labels=LABELS | {COMPONENT: "student"}, initContainerStatuses=[weights])
+    seen = child(deployment(), [starting])
+    assert seen.state is ChildState.WAITING and seen.trouble is not None and "the hub is away" in seen.trouble.message
+    assert [failure.reason for failure in seen.failures] == ["ModelUnreachable"] * 10
+    late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}]}
+    given_up = child(deployment(**late), [starting])
+    assert given_up.state is ChildState.FAILED and given_up.trouble is not None, "its startup deadline holds all the same"
+    assert given_up.trouble.reason == "ModelUnreachable"
+    running = {**weights, "state": {"running": {}}}
+    assert not child(deployment(), [server_pod(**running)]).failures, "it may have come through"
+
+
 def test_a_server_past_its_deadline_failed_unless_it_waits_for_room() -> None:
     late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}]}
     assert child(deployment(**late), [server_pod(state={"running": {}})]).state is ChildState.FAILED

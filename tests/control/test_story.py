@@ -241,6 +241,7 @@ def test_a_job_that_succeeded_without_a_result_is_not_believed_for_ever(story: C
     tale.later(minutes=2)
     lost = tale.plan()
     assert (lost.status.phase, lost.status.reason) == (Phase.FAILED, "ResultMissing")
+    assert "dagger-operator.dev/retry" in tale.condition("Failed").message and "daggerctl resume" in tale.condition("Failed").message
     assert "fsck" in tale.condition("Failed").message
 
 

@@ -45,7 +45,11 @@ async def test_a_model_in_the_storage_is_fetched_whole(s3: Any, model: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [("/no/such/folder", "there is no such folder"), ("not a model!", "is no folder, and no Hugging")]
+    ("model", "said"),
+    [
+        ("/no/such/folder", "there is no such folder .* on a claim of student.serving.pod.claims"),
+        ("not a model!", "is no folder, and no Hugging"),
+    ],
 )
 def test_what_is_none_of_them_is_refused(store: Store, model: str, said: str) -> None:
     with pytest.raises(StageFailure, match=said) as refused:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from dagger_operator.serving import weights
+from dagger_operator.serving.models import Stored, digest_folder
 from dagger_operator.serving.prepare import prepare
 from dagger_operator.serving.shared import Shared
 from dagger_operator.serving.weights import put_weights
@@ -90,6 +93,33 @@ async def test_a_teacher_served_here_is_known_by_its_contents(
     assert Shared(socket_folder).current == result.teacher
     assert (socket_folder / "current" / "config.json").exists()
     (model / "tokenizer.json").write_text('{"changed": true}')
+    with pytest.raises(StageFailure, match="is not what it was when the run was prepared"):
+        await put_weights(stage(**environ))
+
+
+async def test_a_teacher_in_the_storage_is_served_from_there_and_is_known_by_its_contents(
+    stage: Make, document: dict[str, Any], model: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a URL below `storage.url`. Of a storage that is a folder such a URL is one of this machine's folders, so it is said here."""
+    monkeypatch.setattr(weights, "source", lambda *_: Stored("models/teacher"))
+    document["spec"]["teacher"] = {"model": "s3://bucket/run/models/teacher", "serving": {"gpus": 0, "maxModelLen": 2048}}
+    environ = {"DAGGER_ROLE": "teacher", "DAGGER_SHARED": str(socket_folder)}
+    store = stage().store
+    with pytest.raises(StageFailure, match="there is nothing below models/teacher/"):
+        await prepare(stage())
+    for path in model.iterdir():
+        await store.upload(f"models/teacher/{path.name}", path)
+    await store.put("models/teacher/original/consolidated.pth", b"the same weights in another form")
+    await prepare(stage())
+    result = await read_result(store, 0, "prepare", PrepareResult)
+    assert result is not None and result.teacher == weights._named(digest_folder(model)), "as in a folder"
+    assert not list((stage().scratch / "teacher").iterdir()), "a name needs no room"
+    await put_weights(stage(**environ))
+    assert Shared(socket_folder).current == result.teacher
+    assert digest_folder(socket_folder / "current") == digest_folder(model)
+    await store.put("models/teacher/tokenizer.json", b'{"changed": true}')
+    await put_weights(stage(**environ))  # what is here is whole
+    shutil.rmtree(socket_folder / "versions")
     with pytest.raises(StageFailure, match="is not what it was when the run was prepared"):
         await put_weights(stage(**environ))
 

@@ -135,7 +135,7 @@ class Teacher(ApiModel):
     )
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
-    """A Hugging Face id, a folder, or the name by which the endpoint knows the model."""
+    """A Hugging Face id, a folder, a URL below the run's storage, or the name by which the endpoint knows the model."""
     sampling: Sampling = Sampling()
     """Sampling of the teacher's turns and labels."""
     serving: Serving | None = None

@@ -11,6 +11,9 @@ from dagger_operator.cli.exits import Exit
 
 File = Annotated[Path, typer.Argument(help="YAML file with one DAggerRun, and the Secrets that it names; - is standard input.")]
 Name = Annotated[str, typer.Argument(help="Name of a run on this machine.")]
+Known = Annotated[
+    str, typer.Argument(help="Name of a run on this machine; or a file with it, - for what `kubectl get daggerrun NAME -o yaml` writes.")
+]
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="DAgger for LLM agents, on this machine."
@@ -93,31 +96,31 @@ def resume(name: Name) -> None:
 
 @app.command()
 def status(
-    name: Annotated[str | None, typer.Argument(help="Name of a run; without it, all runs of this machine.")] = None,
+    run: Annotated[str | None, typer.Argument(help="Name of a run, or a file with it; without it, all runs of this machine.")] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml.")] = "table",
 ) -> None:
     """Show a run: conditions, and a row for each round."""
     from dagger_operator.cli.showing import show, show_all
 
-    raise typer.Exit(show(name, output) if name else show_all())
+    raise typer.Exit(show(run, output) if run else show_all())
 
 
 @app.command()
 def compare(
-    name: Name,
+    run: Known,
     first: Annotated[int, typer.Argument(help="Round whose student is compared.", min=1)],
     second: Annotated[int, typer.Argument(help="Round whose student it is compared with.", min=1)],
-    other: Annotated[str | None, typer.Option(help="Take the second round from this run instead.")] = None,
+    other: Annotated[str | None, typer.Option(help="Take the second round from this run instead: a name or a file.")] = None,
 ) -> None:
     """Compare two evaluated students on the same held-out tasks: McNemar's exact test, paired bootstrap."""
     from dagger_operator.cli.comparing import compare_rounds
 
-    raise typer.Exit(compare_rounds(name, first, other or name, second))
+    raise typer.Exit(compare_rounds(run, first, other, second))
 
 
 @app.command()
 def export(
-    name: Name,
+    run: Known,
     to: Annotated[Path, typer.Option(help="Folder to write to; made if it is not there.")],
     round_number: Annotated[int | None, typer.Option("--round", help="Round to export; default the last finished one.", min=0)] = None,
     what: Annotated[
@@ -131,7 +134,7 @@ def export(
     """Copy a round's student or data out of the run's storage, verified against their digests."""
     from dagger_operator.cli.exporting import export_adapters, export_round
 
-    raise typer.Exit(export_adapters(name, to) if adapters else export_round(name, to, round_number, what))
+    raise typer.Exit(export_adapters(run, to) if adapters else export_round(run, to, round_number, what))
 
 
 @store_app.command("check")
@@ -143,11 +146,11 @@ def store_check(file: File) -> None:
 
 
 @store_app.command("fsck")
-def store_fsck(name: Name, deep: Annotated[bool, typer.Option(help="Read every object and verify its digest.")] = False) -> None:
+def store_fsck(run: Known, deep: Annotated[bool, typer.Option(help="Read every object and verify its digest.")] = False) -> None:
     """Verify what storage holds of a run: manifests, shards, trajectories, results, policies."""
     from dagger_operator.cli.storing import check_run
 
-    raise typer.Exit(check_run(name, deep))
+    raise typer.Exit(check_run(run, deep))
 
 
 def main() -> None:
@@ -161,7 +164,11 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(Exit.BAD_INPUT)
-    except (UnknownRun, RunInUse) as error:
+    except UnknownRun as error:
+        cluster = "kubectl get daggerrun NAME -o yaml, piped in with - as the name"
+        print(f"error: {error}. A run of a cluster: {cluster}; docs/operating.md says how it is resumed", file=sys.stderr)
+        sys.exit(Exit.BAD_INPUT)
+    except RunInUse as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.BAD_INPUT)
     except StoreUnavailable as error:

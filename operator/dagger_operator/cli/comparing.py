@@ -8,25 +8,25 @@ from dagger_operator.cli.storing import stored_run
 from dagger_operator.store.results import EvaluationResult, read_result
 
 
-def compare_rounds(first_run: str, first: int, second_run: str, second: int) -> int:
-    """Prints the difference of the resolved rates, first minus second, and how sure it is."""
+def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
+    """Prints the difference of the resolved rates, first minus second, and how sure it is. `other` is the second one's run, if another."""
     from dagger_operator.evaluation.statistics import compare
 
-    run, _ = stored_run(first_run)
+    ours, store = stored_run(run)
+    theirs, their_store = stored_run(other) if other else (ours, store)
     results = []
-    for name, number in ((first_run, first), (second_run, second)):
-        _, store = stored_run(name)
-        result = asyncio.run(read_result(store, number, "evaluation", EvaluationResult))
+    for one, its_store, number in ((ours, store, first), (theirs, their_store, second)):
+        result = asyncio.run(read_result(its_store, number, "evaluation", EvaluationResult))
         if result is None:
-            print(f"error: round {number} of run {name!r} has no evaluation; see `daggerctl status {name}`", file=sys.stderr)
+            print(f"error: round {number} of run {one.metadata.name!r} has no evaluation; its status shows which have", file=sys.stderr)
             return Exit.BAD_INPUT
         results.append(result)
-    confidence = run.spec.evaluation.confidence
+    confidence = ours.spec.evaluation.confidence
     outcome = compare(results[1], results[0], confidence=confidence)  # second argument less first
     ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
     difference = f"{100 * outcome.difference:+.1f} points, {confidence:.0%} interval {ends} (paired bootstrap)"
-    print(f"{first_run} round {first}: {outcome.second_rate:.1%} resolved")
-    print(f"{second_run} round {second}: {outcome.first_rate:.1%} resolved")
+    print(f"{ours.metadata.name} round {first}: {outcome.second_rate:.1%} resolved")
+    print(f"{theirs.metadata.name} round {second}: {outcome.first_rate:.1%} resolved")
     print(f"difference on {outcome.tasks} common tasks: {difference}")
     print(f"resolved by the first alone: {outcome.only_second}, by the second alone: {outcome.only_first}")
     print(f"p = {outcome.p_value:.2g} (McNemar's exact test)")

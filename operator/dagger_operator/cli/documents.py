@@ -1,19 +1,25 @@
-"""A file of YAML documents: one DAggerRun, and the Secrets that it names."""
+"""Where the commands take a run from: a file of YAML documents, or what this machine keeps."""
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dagger_operator.api import KIND, DAggerRun, InvalidRun, Problem, load
+from dagger_operator.api.run import NAME_PATTERN
+from dagger_operator.local.acceptance import accept
+from dagger_operator.local.folder import RunFolder, home
 
 
 @dataclass(frozen=True)
 class Documents:
+    """One DAggerRun, and the Secrets that it names."""
+
     run: DAggerRun
     secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict, repr=False)
 
@@ -37,6 +43,19 @@ def read(path: Path) -> Documents:
         raise InvalidRun([Problem(str(path), f"holds {found}", f"write one document of kind {KIND}, and Secrets that it names")])
     secrets = dict(_secret(document) for document in documents if _kind(document) == "Secret")
     return Documents(load(runs[0]), secrets)
+
+
+def known(run: str) -> Documents:
+    """A run of this machine by its name, or one of any other place from a file: what cannot be a name is a file's.
+
+    Raises `UnknownRun`, and what `read` raises.
+    """
+    if re.fullmatch(NAME_PATTERN, run):
+        folder = RunFolder(home(), run)
+        return Documents(folder.require(), folder.secrets())
+    documents = read(Path(run))
+    spec = accept(documents.run, None, Path.cwd()).spec  # with its paths taken from here
+    return replace(documents, run=documents.run.model_copy(update={"spec": spec}))
 
 
 def _kind(document: Any) -> Any:

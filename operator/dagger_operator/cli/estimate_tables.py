@@ -10,12 +10,14 @@ from rich.text import Text
 from dagger_operator.api import GpuSharing, RunSpec
 from dagger_operator.cli.report import NOTHING, SHOWN
 from dagger_operator.estimate import GIB, Estimate, Memory, Pool, RoundEstimate
+from dagger_operator.estimate.host import Need
 from dagger_operator.estimate.serving import WORKSPACE
 
 
 def tables(spec: RunSpec, estimate: Estimate) -> RenderableType:
     """All that there is to say: sums first, then rounds, memory, findings, and what was assumed."""
-    return Group(_headline(spec, estimate), _rounds(estimate), _memory(estimate), _findings(estimate), _assumed(estimate))
+    parts = (_headline(spec, estimate), _rounds(estimate), _memory(estimate), _beside(estimate), _findings(estimate), _assumed(estimate))
+    return Group(*parts)
 
 
 def _headline(spec: RunSpec, estimate: Estimate) -> Text:
@@ -61,6 +63,40 @@ def _memory(estimate: Estimate) -> Table:
         if any(row in cells for cells in columns.values()):
             table.add_row(row, *(cells.get(row, NOTHING) for cells in columns.values()))
     return table
+
+
+def _beside(estimate: Estimate) -> Table:
+    """What pods take beside GPUs: a column for each kind of them, a row for each part, sums below their parts."""
+    pods: dict[str, Need | None] = {
+        "training": estimate.training_node,
+        "student, serving": estimate.student_pod,
+        "teacher, serving": estimate.teacher_pod,
+    }
+    there = {name: pod for name, pod in pods.items() if pod is not None}
+    table = Table(title="GiB of a node in training, and of a pod that serves", title_justify="left")
+    table.add_column("memory and disk", no_wrap=True)
+    for name in there:
+        table.add_column(name, justify="right")
+    for title, part in _PARTS:
+        if any(hasattr(pod, part) for pod in there.values()):
+            table.add_row(title, *(_gib(getattr(pod, part)) if hasattr(pod, part) else NOTHING for pod in there.values()))
+    return table
+
+
+_PARTS = (
+    ("processes", "processes"),
+    ("labels; twice while ranks exchange them", "labels"),
+    ("weights, while they are loaded", "loading"),
+    ("optimiser, offloaded", "offloaded"),
+    ("weights, gathered for the export", "gathered"),
+    ("memory at its fullest", "memory"),
+    ("weights on disk", "weights"),
+    ("checkpoint", "checkpoint"),
+    ("export", "export"),
+    ("other", "other"),
+    ("ephemeral-storage", "disk"),
+    ("  with another number of ranks", "disk_cut_anew"),
+)
 
 
 def _served(pool: Pool, estimate: Estimate) -> dict[str, str]:

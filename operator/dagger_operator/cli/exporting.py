@@ -18,25 +18,28 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` of vLLM may be."""
 
 
-def export_round(name: str, to: Path, round_number: int | None, what: str) -> int:
+def export_round(which: str, to: Path, round_number: int | None, what: str) -> int:
     """Writes below `to`; what was exported before and is whole stays."""
-    run, store = stored_run(name)
-    done = [entry.round for entry in (run.status.rounds if run.status else []) if (entry.training if what == "policy" else entry.rollout)]
-    if round_number is None:
-        round_number = max(done, default=0)
-    match what:
-        case "policy":
-            return asyncio.run(_policy(store, to, round_number))
-        case "data":
-            return asyncio.run(_data(store, to, round_number))
-    print(f"error: --what: {what!r}: write policy or data", file=sys.stderr)
-    return Exit.BAD_INPUT
+    if what not in ("policy", "data"):
+        print(f"error: --what: {what!r}: write policy or data", file=sys.stderr)
+        return Exit.BAD_INPUT
+    run, store = stored_run(which)
+    return asyncio.run(_exported(store, to, run.spec.rounds, round_number, what))
 
 
-def export_adapters(name: str, to: Path) -> int:
+def export_adapters(which: str, to: Path) -> int:
     """Writes the first student below `to` once, and each round's adapter beside it; says how one vLLM serves all of them."""
-    run, store = stored_run(name)
+    run, store = stored_run(which)
     return asyncio.run(_adapters(store, to, run.spec.rounds))
+
+
+async def _exported(store: Store, to: Path, rounds: int, number: int | None, what: str) -> int:
+    export, made = (_policy, _version) if what == "policy" else (_data, read_manifest)
+    if number is None:  # the last one that storage has: a file's run may have no status
+        number = rounds
+        while number > 0 and await made(store, number) is None:
+            number -= 1
+    return await export(store, to, number)
 
 
 async def _policy(store: Store, to: Path, number: int) -> int:

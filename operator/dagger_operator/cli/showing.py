@@ -7,14 +7,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from dagger_operator.cli.documents import known
 from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.report import NOTHING, report
 from dagger_operator.local.folder import RunFolder, home
 
 
-def show(name: str, output: str) -> int:
+def show(which: str, output: str) -> int:
     """One run, as a table or as the resource itself."""
-    run = RunFolder(home(), name).require()
+    run = known(which).run
     match output:
         case "table":
             Console().print(report(run))

@@ -8,24 +8,22 @@ from pathlib import Path
 from rich.console import Console
 
 from dagger_operator.api import DAggerRun
-from dagger_operator.cli.documents import read
+from dagger_operator.cli.documents import known, read
 from dagger_operator.cli.exits import Exit
 from dagger_operator.local.acceptance import accept
-from dagger_operator.local.folder import RunFolder, home
 from dagger_operator.store.objects import Store
 
 
 def open_store(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]]) -> Store:
-    """The run's storage, with the credentials that its Secret or this user's environment holds."""
+    """The run's storage, with the credentials that its Secret holds, or this user's environment where that is not at hand."""
     reference = run.spec.storage.secret_ref
-    return Store.open(run.spec.storage, secrets.get(reference.name, {}) if reference else os.environ)
+    return Store.open(run.spec.storage, secrets.get(reference.name, os.environ) if reference else os.environ)
 
 
-def stored_run(name: str) -> tuple[DAggerRun, Store]:
-    """A run of this machine and its storage."""
-    folder = RunFolder(home(), name)
-    run = folder.require()
-    return run, open_store(run, folder.secrets())
+def stored_run(run: str) -> tuple[DAggerRun, Store]:
+    """A run, by name or from a file, and its storage."""
+    documents = known(run)
+    return documents.run, open_store(documents.run, documents.secrets)
 
 
 def check_store(file: Path) -> int:
@@ -38,10 +36,10 @@ def check_store(file: Path) -> int:
     return Exit.OK if outcome.honest else Exit.FAILED
 
 
-def check_run(name: str, deep: bool) -> int:
+def check_run(run: str, deep: bool) -> int:
     from dagger_operator.store.fsck import fsck
 
-    _, store = stored_run(name)
+    _, store = stored_run(run)
     outcome = asyncio.run(fsck(store, deep=deep))
     Console().print(str(outcome), highlight=False, soft_wrap=True)
     return Exit.OK if outcome.sound else Exit.FAILED

@@ -31,7 +31,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class PodFailure:
-    """How one pod of a Job ended. It is known as long as the pod is there, which is as long as its Job is."""
+    """How one pod of a Job, or a container of a server, ended. It is known as long as the pod is there, which is as long as its Job is."""
 
     reason: str
     message: str
@@ -65,7 +65,7 @@ class Child:
     waiting_since: datetime | None = None
     """Since when something of it waits to run; None where nothing does, or where it waits in a queue."""
     failures: tuple[PodFailure, ...] = ()
-    """Of a Job: its pods that failed, oldest first."""
+    """Of a Job: its pods that failed, oldest first. Of a server: the ends, one for each start, of a container that lacks a service."""
     finished: datetime | None = None
     """When a Job ended."""
     api_version: str = ""

@@ -57,6 +57,15 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
     return None
 
 
+def server_given_up(run: DAggerRun, server: Child) -> Trouble | None:
+    """Why a server that starts again and again for want of a service is given up: the budget of a stage's pods is its own too."""
+    budget, failures = run.spec.failure_policy.infrastructure_retries, server.failures
+    if len(failures) <= budget:
+        return None
+    tries = f"{len(failures)} starts failed, failurePolicy.infrastructureRetries allows {budget}"
+    return Trouble(failures[-1].reason, f"{tries}; the last one: {failures[-1].message}")
+
+
 def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
     """`backoffLimit` and `podFailurePolicy` of a stage's Job."""
     rules = _rules(run, stage)

@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from dagger_operator.api import DAggerRun, GpuSharing
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
-from dagger_operator.control.failures import given_up
+from dagger_operator.control.failures import given_up, server_given_up
 from dagger_operator.control.jobs import pods_of
-from dagger_operator.control.names import Role
+from dagger_operator.control.names import RETRY, Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import StageName, Step, Work
 
@@ -42,8 +42,8 @@ def failure(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers:
         if job is not None and (trouble := _of_job(run, observed, step, job)) is not None:
             return Failure(step, trouble, job)
     for server in servers.values():
-        if server is not None and server.state is ChildState.FAILED:
-            return Failure(work.step, server.trouble or Trouble("ServerFailed", f"{server.kind} {server.name} failed"), server)
+        if server is not None and (trouble := _of_server(run, server)) is not None:
+            return Failure(work.step, trouble, server)
     return _too_late(run, observed, work, jobs, servers)
 
 
@@ -54,11 +54,18 @@ def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child) -> Troub
         return Trouble(
             Reason.RESULT_MISSING,
             f"Job {job.name} succeeded, but its result is not in storage: look whether something removes objects there "
-            f"(`daggerctl store fsck`), then delete the Job or resume the run to have the {step.stage} stage done again",
+            f"(`daggerctl store fsck`), then have the {step.stage} stage done again: delete the Job, or give the run a new value of the "
+            f"annotation {RETRY} (on one machine `daggerctl resume`)",
         )
     if job.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and not job.deleting:
         return given_up(run, step.stage, job, pods_of(run, step.stage))
     return None
+
+
+def _of_server(run: DAggerRun, server: Child) -> Trouble | None:
+    if server.state is ChildState.FAILED:
+        return server.trouble or Trouble("ServerFailed", f"{server.kind} {server.name} failed")
+    return server_given_up(run, server)
 
 
 def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:

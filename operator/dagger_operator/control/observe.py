@@ -26,6 +26,7 @@ from dagger_operator.control.said import (
     status,
     time,
     true,
+    unavailable,
     waiting,
     waiting_since,
 )
@@ -152,7 +153,8 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
     seen = found.get("observedGeneration", generation) >= generation
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
-    return replace(one, state=ChildState.WAITING if held else ChildState.RUNNING, trouble=held, waiting_since=waiting_since(pods))
+    state = ChildState.WAITING if held else ChildState.RUNNING
+    return replace(one, state=state, trouble=held, waiting_since=waiting_since(pods), failures=unavailable(pods))
 
 
 _NOT_ITS_FAULT = frozenset({"Unschedulable", IN_A_QUEUE})

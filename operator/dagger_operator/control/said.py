@@ -12,7 +12,7 @@ from dagger_operator.store.stage import ExitCode
 Manifest = Mapping[str, Any]
 
 SERVER_RESTARTS = 5
-"""A server that is in back-off after this many restarts is given up."""
+"""A server that is in back-off after this many restarts is given up, but for those that infrastructure asked for."""
 IN_A_QUEUE = "SchedulingGated"
 """Reason of a pod that somebody, such as Kueue, has yet to admit."""
 
@@ -59,11 +59,27 @@ def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
             ended = _ended(container)
             if ended is None:
                 continue
-            held = (container.get("state") or {}).get("waiting") or {}
-            looping = held.get("reason") == "CrashLoopBackOff" and container.get("restartCount", 0) >= SERVER_RESTARTS
-            if ended.get("exitCode") == ExitCode.PERMANENT or looping:
+            given_time = ended.get("exitCode") == ExitCode.UNAVAILABLE or container.get("restartCount", 0) < SERVER_RESTARTS
+            if ended.get("exitCode") == ExitCode.PERMANENT or (_backs_off(container) and not given_time):
                 return _explained(container, ended)
     return None
+
+
+def unavailable(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
+    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends of the one that had most."""
+    found: list[tuple[PodFailure, ...]] = [()]
+    for container in (one for pod in pods for one in _containers(pod) if _backs_off(one)):
+        ended = _ended(container)
+        if ended is not None and ended.get("exitCode") == ExitCode.UNAVAILABLE:
+            said = _explained(container, ended)
+            # Each restart followed an end, and the last end has yet to be followed by one.
+            found.append((PodFailure(said.reason, said.message, ExitCode.UNAVAILABLE),) * (container.get("restartCount", 0) + 1))
+    return max(found, key=len)
+
+
+def _backs_off(container: Manifest) -> bool:
+    held = (container.get("state") or {}).get("waiting") or {}
+    return bool(held.get("reason") == "CrashLoopBackOff")
 
 
 def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:

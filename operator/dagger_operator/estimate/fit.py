@@ -1,11 +1,12 @@
 """What of a run does not fit its hardware, and what to write instead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from dagger_operator.api import RunSpec
+from dagger_operator.api import PodSettings, RunSpec
 from dagger_operator.estimate.finding import Finding
 from dagger_operator.estimate.hardware import GIB, Gpu
+from dagger_operator.estimate.host import Need, too_little
 from dagger_operator.estimate.memory import Memory, Setup, training_memory
 from dagger_operator.estimate.models import Shape
 from dagger_operator.estimate.serving import Pool
@@ -17,14 +18,23 @@ Change = tuple[str, str, Setup]
 
 
 def findings(
-    spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory | None, student: Pool | None, teacher: Pool | None, talk: Conversation
+    spec: RunSpec,
+    gpu: Gpu,
+    shape: Shape,
+    memory: Memory | None,
+    student: Pool | None,
+    teacher: Pool | None,
+    needs: Iterable[tuple[str, PodSettings, Need]],
+    talk: Conversation,
 ) -> tuple[Finding, ...]:
-    """All of them, the fatal ones first."""
+    """All of them, the fatal ones first. `needs` are those of pods on GPUs, with the field of their settings."""
     found = list(_training(spec, gpu, shape, memory)) if memory is not None else []
     pools = {role: pool for role, pool in (("student", student), ("teacher", teacher)) if pool is not None}
     for role, pool in pools.items():
         found += _serving(role, pool)
     found += in_flight(spec, pools, talk)
+    for field, settings, need in needs:
+        found += too_little(f"{field}.resources", settings.resources, need)
     if memory is not None:
         found += parted(spec, gpu, shape, talk)
         found += idle(spec, talk)

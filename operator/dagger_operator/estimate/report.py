@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
+from dagger_operator.estimate.host import Need, TrainingNode
 from dagger_operator.estimate.memory import Memory
 from dagger_operator.estimate.result import Estimate
 from dagger_operator.estimate.serving import Pool
@@ -22,13 +23,23 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
         "gpuHours": estimate.gpu_hours,
         "rounds": [{**_plain(one), "saved": one.saved} for one in estimate.rounds],
         "trainingMemory": _memory(estimate.training),
+        "trainingNode": _node(estimate.training_node),
         "studentServing": _pool(estimate.student, estimate),
         "teacherServing": _pool(estimate.teacher, estimate),
+        "studentPod": _node(estimate.student_pod),
+        "teacherPod": _node(estimate.teacher_pod),
     }
 
 
 def _memory(memory: Memory | None) -> dict[str, Any] | None:
     return None if memory is None else {**_plain(memory), "total": memory.total}
+
+
+def _node(node: Need | None) -> dict[str, Any] | None:
+    if node is None:
+        return None
+    anew = {"diskCutAnew": node.disk_cut_anew} if isinstance(node, TrainingNode) else {}
+    return {**_plain(node), "memory": node.memory, "disk": node.disk, **anew}
 
 
 def _pool(pool: Pool | None, estimate: Estimate) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.finding import Finding
 from dagger_operator.estimate.hardware import Gpu
+from dagger_operator.estimate.host import ServingPod, TrainingNode
 from dagger_operator.estimate.memory import Memory
 from dagger_operator.estimate.serving import Pool
 from dagger_operator.estimate.workload import Tokens
@@ -50,9 +51,13 @@ class Estimate:
     rounds: tuple[RoundEstimate, ...]
     training: Memory | None
     """Of one GPU; None where nothing is trained on GPUs."""
+    training_node: TrainingNode | None
+    """The same of its node, beside GPUs."""
     student: Pool | None
     """None: not served on GPUs."""
     teacher: Pool | None
+    student_pod: ServingPod | None
+    teacher_pod: ServingPod | None
     gpus: int
     """GPUs that must be there at once."""
     hours: float | None

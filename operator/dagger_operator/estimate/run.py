@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator
 
-from dagger_operator.api import Aggregation, BatchUnit, GpuSharing, Overlap, RunSpec, Serving, TrainingMode
+from dagger_operator.api import Aggregation, BatchUnit, GpuSharing, Overlap, PodSettings, RunSpec, Serving, TrainingMode
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.fit import findings
 from dagger_operator.estimate.hardware import Gpu
+from dagger_operator.estimate.host import Need, ServingPod, is_folder, serving_pod, training_node
 from dagger_operator.estimate.memory import Setup, training_memory
 from dagger_operator.estimate.models import Shape
 from dagger_operator.estimate.result import Estimate, RoundEstimate
@@ -38,6 +39,12 @@ class _Planner:
         rounds = tuple(self._round(number) for number in range(1, self.spec.rounds + 1))
         on_gpus = self.trains and self.spec.training.gpus_per_node > 0
         memory = training_memory(self.shape, Setup.of(self.spec.training)) if on_gpus else None
+        node = training_node(self.shape, self.spec.training, memory, self._label_tokens()) if memory is not None else None
+        student, teacher = self._pod(self.student, 2), self._pod(self.teacher, 0 if is_folder(self.spec.teacher.model) else 1)
+        needs: list[tuple[str, PodSettings, Need]] = [("training.pod", self.spec.training.pod, node)] if node is not None else []
+        for role, pool, pod in (("student", self.student, student), ("teacher", self.teacher, teacher)):
+            if pool is not None and pod is not None:
+                needs.append((f"{role}.serving.pod", pool.serving.pod, pod))
         training = self.spec.training.nodes * self.spec.training.gpus_per_node if on_gpus else 0
         serving = sum(pool.gpus for pool in (self.student, self.teacher) if pool is not None)
         shared = self.spec.gpu_sharing is GpuSharing.TIME_SHARED
@@ -47,16 +54,22 @@ class _Planner:
             gpu=self.gpu,
             rounds=rounds,
             training=memory,
+            training_node=node,
+            student_pod=student,
+            teacher_pod=teacher,
             student=self.student,
             teacher=self.teacher,
             gpus=max(serving, training) if shared else serving + training,
             hours=hours,
             gpu_hours=gpu_hours,
-            findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, self.talk),
+            findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk),
         )
 
     def _pool(self, serving: Serving | None, shape: Shape | None) -> Pool | None:
         return Pool(serving, shape, self.gpu, self.assumed) if serving is not None and serving.gpus and shape is not None else None
+
+    def _pod(self, pool: Pool | None, versions: int) -> ServingPod | None:
+        return serving_pod(pool.shape, pool.serving, versions) if pool is not None else None
 
     def _round(self, number: int) -> RoundEstimate:
         share = self.shares[number - 1]
@@ -90,9 +103,8 @@ class _Planner:
         training = self.spec.training
         if not self.trains:
             return 0, Tokens(), Tokens()
-        first = number if training.aggregation is Aggregation.CURRENT_ROUND_ONLY else 1
         trees, trajectories = Tokens(), 0
-        for earlier in range(first, number + 1):
+        for earlier in self._aggregated(number):
             trees += self.trees[self.shares[earlier - 1]] * self._rollouts(earlier)
             trajectories += self._rollouts(earlier)
         units = trajectories * (self.talk.turns if self.labels_of_a_step else 1)
@@ -102,6 +114,15 @@ class _Planner:
             steps = max(1, round(training.steps.at(number)))
             times = steps * training.batch_size / units
         return steps, trees * times, self.per_label * (trajectories * times)
+
+    def _aggregated(self, number: int) -> range:
+        """Rounds whose trajectories a round trains on."""
+        return range(number if self.spec.training.aggregation is Aggregation.CURRENT_ROUND_ONLY else 1, number + 1)
+
+    def _label_tokens(self) -> float:
+        """Of all labels of the largest round, each with its state."""
+        rounds = range(1, self.spec.rounds + 1)
+        return self.per_label.tokens * max(sum(map(self._rollouts, self._aggregated(number))) for number in rounds)
 
     def _training_seconds(self, work: Tokens, steps: int) -> float | None:
         if not self.trains:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 from urllib.parse import unquote
 
-from dagger_operator.store.objects import Store
+from dagger_operator.store.objects import ObjectInfo, Store
 from dagger_operator.store.policies import file_digest
 from dagger_operator.store.progress import REPORT_SECONDS, Tell, silent
 from dagger_operator.store.stage import StageFailure
@@ -59,11 +59,15 @@ def source(model: str, store: Store, field: Field) -> Source:
     if path.is_dir():
         return Folder(path)
     if model.startswith(("/", ".", "~", "file://")):
-        remedy = "correct it; in a pod it has to be on a claim that the server's pod settings mount, or put it below storage.url"
+        remedy = f"correct it; in a pod it has to be on a claim of {_claims(field)}, or put it below storage.url"
         raise StageFailure("ModelNotFound", f"{field} {model!r}: there is no such folder where this stage runs: {remedy}")
     if _HUB_ID.fullmatch(model):
         return Hub(model)
     raise StageFailure("ModelNotFound", f"{field} {model!r} is no folder, and no Hugging Face id such as 'Qwen/Qwen3-4B-Instruct-2507'")
+
+
+def _claims(field: Field) -> str:
+    return field.replace("model", "serving.pod.claims")
 
 
 async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Tell = silent) -> Path:
@@ -73,9 +77,7 @@ async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Te
         case Folder(path):
             return path
         case Stored(key):
-            found = await store.list(key)
-            if not found:
-                raise StageFailure("ModelNotFound", f"{field}: there is nothing below {key}/ in {store.url}: correct it, or put it there")
+            found = await _stored_files(origin, store, field)
             come, total = 0, sum(info.size for info in found)
             for info in found:
                 await tell(come, total)
@@ -139,7 +141,7 @@ def _size(origin: Hub, field: Field) -> int:
         files = HfApi().model_info(origin.id, revision=origin.revision, files_metadata=True, timeout=60).siblings or []
     except (HfHubHTTPError, OSError, ValueError) as error:
         _refuse(origin, field, error)
-    return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _WANTED))
+    return sum(file.size or 0 for file in files if _is_wanted(file.rfilename))
 
 
 def _bytes_below(folder: Path) -> int:
@@ -162,7 +164,7 @@ def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:
         raise StageFailure(
             "ModelNotFound", f"{field} {origin.id!r}: {said}: look for a typing error; a private model needs HF_TOKEN"
         ) from error
-    remedy = "where the hub cannot be reached, put the model below storage.url or into a folder, and name that"
+    remedy = f"where the hub cannot be reached, put the model below storage.url, or on a claim of {_claims(field)}, and name that"
     raise StageFailure("ModelUnreachable", f"{field} {origin.id!r}: {said}: {remedy}", permanent=False) from error
 
 
@@ -196,8 +198,33 @@ def model_files(folder: Path) -> list[Path]:
 
 def digest_folder(folder: Path) -> str:
     """SHA-256 over names and contents of a model's files; blocks."""
-    lines = [f"{path.name}\0{file_digest(path)}" for path in model_files(folder)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return _digest((path.name, file_digest(path)) for path in model_files(folder))
+
+
+async def digest_stored(origin: Stored, store: Store, scratch: Path, field: Field) -> str:
+    """`digest_folder` of what is in the storage. Each file is in `scratch` for as long as it is read: there need not be room for all."""
+    found: list[tuple[str, str]] = []
+    for info in await _stored_files(origin, store, field):
+        path = scratch / info.key.removeprefix(origin.key).lstrip("/")
+        if path.parent == scratch and _is_wanted(path.name) and await store.download(info.key, path):
+            found.append((path.name, await asyncio.to_thread(file_digest, path)))
+            path.unlink()
+    return _digest(found)
+
+
+def _digest(files: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256("\n".join(f"{name}\0{digest}" for name, digest in files).encode()).hexdigest()
+
+
+async def _stored_files(origin: Stored, store: Store, field: Field) -> list[ObjectInfo]:
+    found = await store.list(origin.key)
+    if not found:
+        raise StageFailure("ModelNotFound", f"{field}: there is nothing below {origin.key}/ in {store.url}: correct it, or put it there")
+    return found
+
+
+def _is_wanted(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
 def _check_context(config: Mapping[str, Any], field: Field, max_model_len: int | None) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import structlog
 
-from dagger_operator.serving.models import Folder, Hub, check_model, commit, digest_folder, fetch, source
+from dagger_operator.serving.models import Folder, Hub, Source, Stored, check_model, commit, digest_folder, digest_stored, fetch, source
 from dagger_operator.serving.shared import Shared
 from dagger_operator.store.policies import load_policy, pointed
 from dagger_operator.store.results import PrepareResult, read_result
@@ -37,18 +37,17 @@ def role(stage: Stage) -> str:
     return found
 
 
-async def teacher_version(stage: Stage) -> tuple[str, Hub | Folder]:
+async def teacher_version(stage: Stage) -> tuple[str, Source]:
     """Version of a teacher served here, and where it comes from: pinned to a commit, or to the contents of its folder."""
-    model = stage.run.spec.teacher.model
-    origin = source(model, stage.store, "teacher.model")
+    origin = source(stage.run.spec.teacher.model, stage.store, "teacher.model")
     match origin:
         case Hub(id):
             revision = await commit(origin, "teacher.model")
             return _named(f"{id}\n{revision}"), Hub(id, revision)
         case Folder(path):
             return _named(await asyncio.to_thread(digest_folder, path)), origin
-        case _:
-            raise StageFailure("ModelNotFound", f"teacher.model {model!r}: a teacher is a Hugging Face id or a folder")
+        case Stored():
+            return _named(await digest_stored(origin, stage.store, stage.scratch / "teacher", "teacher.model")), origin
 
 
 def _named(content: str) -> str:
@@ -67,26 +66,23 @@ async def _teacher(stage: Stage, shared: Shared) -> str:
     prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
     if prepared is None:
         raise StageFailure("NotPrepared", "the teacher's version is in the result of the prepare stage, which comes first", permanent=False)
-    serving = stage.run.spec.teacher.serving
-    if prepared.teacher_revision:
-        origin: Hub | Folder = Hub(stage.run.spec.teacher.model, prepared.teacher_revision)
-    else:
-        version, origin = await teacher_version(stage)
-        if version != prepared.teacher:
-            raise StageFailure(
-                "TeacherChanged",
-                f"teacher.model {stage.run.spec.teacher.model!r} is not what it was when the run was prepared ({version}, not "
-                f"{prepared.teacher}): restore it, or make a new run",
-            )
-    target = shared.folder(prepared.teacher)
-    if not target.exists():
-        partial = target.with_name(target.name + ".partial")
-        folder = await fetch(origin, stage.store, partial, "teacher.model")
-        check_model(folder, "teacher.model", serving.max_model_len if serving else None)
-        if folder == partial:
-            partial.rename(target)
-        else:
-            target.symlink_to(folder.resolve())
+    teacher, target = stage.run.spec.teacher, shared.folder(prepared.teacher)
+    if target.is_dir() and not target.is_symlink():
+        return prepared.teacher  # copied here, and whole: only a folder of somebody else's can have changed
+    pinned = Hub(teacher.model, prepared.teacher_revision) if prepared.teacher_revision else None
+    partial = target.with_name(target.name + ".partial")
+    folder = await fetch(pinned or source(teacher.model, stage.store, "teacher.model"), stage.store, partial, "teacher.model")
+    if pinned is None and (version := _named(await asyncio.to_thread(digest_folder, folder))) != prepared.teacher:
+        raise StageFailure(
+            "TeacherChanged",
+            f"teacher.model {teacher.model!r} is not what it was when the run was prepared ({version}, not {prepared.teacher}): "
+            "restore it, or make a new run",
+        )
+    check_model(folder, "teacher.model", teacher.serving.max_model_len if teacher.serving else None)
+    if folder == partial:
+        partial.rename(target)
+    elif not target.exists():
+        target.symlink_to(folder.resolve())
     return prepared.teacher
 
 
