@@ -97,14 +97,18 @@ def test_the_operator_is_told_its_settings(render: Render) -> None:
         "DAGGER_OPERATOR_NAMESPACE": {"fieldRef": {"fieldPath": "metadata.namespace"}},
         "DAGGER_OPERATOR_POD": {"fieldRef": {"fieldPath": "metadata.name"}},
         "DAGGER_OPERATOR_LEASE": "dagger-operator",
+        "DAGGER_OPERATOR_WORKER_IMAGE": "dagger-operator/worker:0.1.0",
+        "DAGGER_OPERATOR_TRAINER_IMAGE": "dagger-operator/trainer:0.1.0",
         "DAGGER_OPERATOR_SANDBOX_NAMESPACE": "dagger-sandboxes",
         "DAGGER_OPERATOR_HELPER_IMAGE": "dagger-operator/sandbox-helper:0.1.0",
         "DAGGER_OPERATOR_METRICS_PORT": "8080",
         "DAGGER_OPERATOR_HEALTH_PORT": "8081",
     }
-    told = operator_env(render({"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}}))
+    runs = {"workerImage": "registry/worker:1", "trainerImage": "registry/trainer:1"}
+    told = operator_env(render({"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}, "runs": runs}))
     settings = Settings.read({**told, "DAGGER_OPERATOR_NAMESPACE": "dagger-system", "DAGGER_OPERATOR_POD": "dagger-operator-0"})
     assert settings.namespaces == ("a", "b") and settings.helper_image == "registry/helper:1"
+    assert (settings.worker_image, settings.trainer_image) == ("registry/worker:1", "registry/trainer:1")
 
 
 def test_no_setting_of_the_operator_is_invented(render: Render) -> None:

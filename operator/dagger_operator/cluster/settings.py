@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 PREFIX = "DAGGER_OPERATOR_"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Image = Annotated[str, Field(min_length=1, max_length=512)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -33,8 +34,12 @@ class Settings(BaseModel):
     """Name of this process among its replicas: the pod's."""
     sandbox_namespace: Name | None = None
     """Namespace for sandbox pods of runs that name none."""
-    helper_image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    helper_image: Image | None = None
     """Image with the sandboxes' helper for runs that name none."""
+    worker_image: Image | None = None
+    """Image of every stage but training for runs that name none."""
+    trainer_image: Image | None = None
+    """Trainer image for runs that name none."""
     metrics_port: Port = 8080
     health_port: Port = 8081
     """0 turns a server off."""

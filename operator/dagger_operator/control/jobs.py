@@ -13,6 +13,8 @@ from dagger_operator.control.pods import (
     GATEWAY_PORT,
     METRICS_PORT,
     SCRATCH,
+    TRAINER_IMAGE,
+    WORKER_IMAGE,
     container,
     from_field,
     own_environment,
@@ -154,7 +156,7 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
             env.append(value("DAGGER_HELPER_IMAGE", run.spec.sandbox.helper_image))
     stage = container(
         "stage",
-        run.spec.training.image if training else run.spec.image,
+        (run.spec.training.image or TRAINER_IMAGE) if training else (run.spec.image or WORKER_IMAGE),
         ["python", "-m", shape.module],
         env,
         env_from=storage_environment(run),

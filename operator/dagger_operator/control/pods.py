@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from dagger_operator import __version__
 from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint
 from dagger_operator.api.training import Loss
 from dagger_operator.control.names import Role, server_name
@@ -18,6 +19,10 @@ METRICS_PORT = 9090
 GATEWAY_PORT = 8090
 USER_ID = 10001
 """An ordinary user: no image needs root, and restricted namespaces admit the pods."""
+
+WORKER_IMAGE = f"dagger-operator/worker:{__version__}"
+TRAINER_IMAGE = f"dagger-operator/trainer:{__version__}"
+"""Where neither the run nor its operator names others."""
 
 READS: dict[str, frozenset[str]] = {
     "prepare": frozenset(),

@@ -38,9 +38,12 @@ def within_quota(trouble: Trouble, component: str) -> Trouble:
 
 
 def _image(component: str, container: str) -> str:
+    """What names an image: the run or, where it leaves that open, whoever installed the operator."""
     if container == "vllm":
         return f"spec.{component}.serving.image"
-    return "spec.training.image" if component == StageName.TRAINING else "spec.image"
+    if component == StageName.TRAINING:
+        return "spec.training.image or the chart's runs.trainerImage"
+    return "spec.image or the chart's runs.workerImage"
 
 
 def _settings(component: str) -> str:

@@ -9,6 +9,7 @@ from dagger_operator.control.pods import (
     AGENT_PORT,
     SCRATCH,
     SHARED,
+    WORKER_IMAGE,
     container,
     from_field,
     own_environment,
@@ -141,7 +142,7 @@ def _own_container(run: DAggerRun, role: Role, name: str, **more: Any) -> dict[s
     ]
     mounts = [("shared", SHARED), ("scratch", SCRATCH)]
     command = ["python", "-m", f"dagger_operator.serving.{name}"]
-    return container(name, run.spec.image, command, env, env_from=storage_environment(run), mounts=mounts, **more)
+    return container(name, run.spec.image or WORKER_IMAGE, command, env, env_from=storage_environment(run), mounts=mounts, **more)
 
 
 def _probe(path: str, *, failures: int) -> dict[str, Any]:
