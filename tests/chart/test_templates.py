@@ -1,6 +1,7 @@
 """What the chart makes of its values, and which values it refuses. Rendered by the real Helm, without a cluster."""
 
 import copy
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from dagger_operator.cluster.settings import Settings
+from dagger_operator.control import PROMETHEUS
 
 pytestmark = pytest.mark.heavy
 
@@ -101,13 +103,16 @@ def test_the_operator_is_told_its_settings(render: Render) -> None:
         "DAGGER_OPERATOR_TRAINER_IMAGE": "dagger-operator/trainer:0.1.0",
         "DAGGER_OPERATOR_SANDBOX_NAMESPACE": "dagger-sandboxes",
         "DAGGER_OPERATOR_HELPER_IMAGE": "dagger-operator/sandbox-helper:0.1.0",
+        "DAGGER_OPERATOR_SCRAPERS": json.dumps(PROMETHEUS, separators=(",", ":")),
         "DAGGER_OPERATOR_METRICS_PORT": "8080",
         "DAGGER_OPERATOR_HEALTH_PORT": "8081",
     }
     runs = {"workerImage": "registry/worker:1", "trainerImage": "registry/trainer:1"}
-    told = operator_env(render({"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}, "runs": runs}))
+    values = {"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}, "runs": runs, "metrics": {"scrapers": []}}
+    told = operator_env(render(values))
     settings = Settings.read({**told, "DAGGER_OPERATOR_NAMESPACE": "dagger-system", "DAGGER_OPERATOR_POD": "dagger-operator-0"})
     assert settings.namespaces == ("a", "b") and settings.helper_image == "registry/helper:1"
+    assert settings.scrapers == ()
     assert (settings.worker_image, settings.trainer_image) == ("registry/worker:1", "registry/trainer:1")
 
 
@@ -250,6 +255,8 @@ REFUSED = [
     ({"admissionPolicies": {"validationActions": []}}, "validationActions"),
     ({"admissionPolicies": {"validationActions": ["Deny", "Warn"]}}, "validationActions"),
     ({"metrics": {"serviceMonitor": {"interval": "soon"}}}, "interval"),
+    ({"metrics": {"scrapers": [{}]}}, "scrapers"),
+    ({"metrics": {"scrapers": [{"pods": {}}]}}, "scrapers"),
     ({"sandbox": {"namespace": "dagger-system"}}, 'sandbox.namespace "dagger-system" holds the operator or runs'),
     ({"watchNamespaces": ["dagger-sandboxes"]}, 'sandbox.namespace "dagger-sandboxes" holds the operator or runs'),
     ({"podDisruptionBudget": {"enabled": True}}, "set replicas to 2 or more"),

@@ -42,7 +42,7 @@ class Reconciler:
     def __init__(self, settings: Settings, cache: Cache, client: Client) -> None:
         self._settings, self._cache, self._client = settings, cache, client
         self._stores = Stores(client)
-        self._observer = Observer(cache, client, self._stores)
+        self._observer = Observer(cache, client, self._stores, settings.scrapers)
         self.applier = Applier(client, cache)
         self._teller = Teller(client)
         self._refused: dict[RunKey, Trouble] = {}

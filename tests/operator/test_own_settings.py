@@ -1,10 +1,14 @@
-"""What the operator adds to a run that leaves it open."""
+"""What the operator's own settings add to what a plan is made of."""
 
 from collections.abc import Callable
+from typing import Any
 
 from dagger_operator.api import DAggerRun
+from dagger_operator.cluster.cache import Cache
+from dagger_operator.cluster.observe import Observer
 from dagger_operator.cluster.reconcile import completed
 from dagger_operator.cluster.settings import Settings
+from dagger_operator.control import Results
 
 Make = Callable[..., DAggerRun]
 SETTINGS = Settings(sandbox_namespace="sandboxes", helper_image="reg/helper:2", worker_image="reg/worker:2", trainer_image="reg/trainer:2")
@@ -31,3 +35,16 @@ def test_what_a_run_names_is_its_own(make_run: Make) -> None:
     spec = run.spec.model_copy(update={"image": "my/worker", "sandbox": sandbox, "training": training})
     named = run.model_copy(update={"spec": spec})
     assert open_fields(completed(named, SETTINGS)) == ("mine", "my/helper", "my/worker", "my/trainer")
+
+
+class NoResults:
+    async def read(self, run: DAggerRun) -> tuple[Results, dict[Any, Any]]:
+        return Results(), {}
+
+
+async def test_plans_are_told_who_may_scrape(make_run: Make) -> None:
+    agent = {"podSelector": {"matchLabels": {"app": "agent"}}}
+    nobody_to_ask: Any = None
+    no_results: Any = NoResults()
+    observed = await Observer(Cache(), nobody_to_ask, no_results, (agent,)).observe(make_run(), None)
+    assert observed.scrapers == (agent,)
