@@ -183,6 +183,19 @@ def test_the_crd_stays_unless_told_otherwise(render: Render) -> None:
     assert not all_of(render({"crds": {"install": False}}), "CustomResourceDefinition")
 
 
+def test_a_further_release_makes_nothing_that_the_first_one_made(helm: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    def made(release: str, values: Json) -> set[tuple[str, str, str]]:
+        arguments = ["template", release, CHART, "--namespace", release, "--kube-version", "1.34", "--values", "-"]
+        objects = yaml.safe_load_all(helm(*arguments, input=json.dumps(values)).stdout)
+        return {(one["kind"], one["metadata"].get("namespace", ""), one["metadata"]["name"]) for one in objects if one}
+
+    first = made("first", {"watchNamespaces": ["a"]})
+    apart = {"watchNamespaces": ["b"], "crds": {"install": False}, "sandbox": {"namespace": "b-sandboxes"}}
+    assert not first & made("second", apart)
+    shared = {kind for kind, _, _ in first & made("second", {"watchNamespaces": ["b"]})}
+    assert shared == {"CustomResourceDefinition", "Namespace", "NetworkPolicy", "Role"}, "docs/operating.md says what to set"
+
+
 def test_optional_objects_are_made_when_asked_for(render: Render) -> None:
     base, full = render(), render(EVERYTHING, apis=MONITORING)
     added = {one["kind"] for one in full} - {one["kind"] for one in base}
