@@ -136,6 +136,8 @@ POD: Json = {
     "annotations": {"example.org/note": "b"},
     "sharedMemoryMib": 1024,
     "claims": [{"claimName": "weights", "mountPath": "/models"}],
+    "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "envFrom": [{"secretRef": {"name": "hub"}}],
 }
 
 

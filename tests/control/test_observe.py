@@ -126,6 +126,7 @@ def test_a_pod_that_waits_says_why(status: Json, reason: str, message: str) -> N
             "create it in the run's namespace",
         ),
         ("prepare", "stage", "CreateContainerConfigError", 'secret "k" not found', "spec.storage.secretRef", "create it"),
+        ("training", "stage", "CreateContainerConfigError", 'secret "k" not found', "spec.training.pod.envFrom", "create it"),
         ("student", "vllm", "CreateContainerConfigError", 'secret "k" not found', "spec.student.serving.env", "create it"),
     ],
 )

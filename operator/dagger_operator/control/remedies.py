@@ -72,5 +72,6 @@ def _secrets(component: str, container: str) -> str:
     if container == "vllm":
         return f"create it in the run's namespace; spec.{component}.serving.env names it"
     asks = component in (StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION)
-    fields = "spec.storage.secretRef" + (" or the secretRef of spec.teacher.endpoint or spec.student.endpoint" if asks else "")
+    fields = f"spec.storage.secretRef or {_settings(component)}.envFrom"
+    fields += " or the secretRef of spec.teacher.endpoint or spec.student.endpoint" if asks else ""
     return f"create it in the run's namespace, with its keys; {fields} names it"
