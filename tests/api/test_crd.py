@@ -159,7 +159,13 @@ FULL: Json = {
     "sandbox": {"limits": {"cpus": 0.5}, "backend": "Process"},
     "labels": {"minCoverage": 0.5},
     "rollouts": {
-        "pod": {"affinity": {"nodeAffinity": {}}, "tolerations": [{"key": "gpu", "effect": "NoSchedule"}], "labels": {"team": "a"}}
+        "pod": {
+            "affinity": {"nodeAffinity": {}},
+            "tolerations": [{"key": "gpu", "effect": "NoSchedule"}],
+            "labels": {"team": "a"},
+            "env": [{"name": "HTTPS_PROXY", "value": "http://proxy"}],
+            "envFrom": [{"secretRef": {"name": "hub"}}],
+        }
     },
     "failurePolicy": {"rules": [{"stages": ["Training"], "reasons": ["OOMKilled"], "exitCodes": [9], "action": "FailRun"}]},
     "kueue": {"queueName": "q"},

@@ -61,6 +61,8 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
         ("teacher", {"model": "t", "serving": {}, "endpoint": {"url": "http://x/v1"}}, "spec.teacher", "exactly one"),
         ("teacher", {"model": "t", "serving": {"nodes": 2, "gpus": 0}}, "spec.teacher.serving", "or nodes 1"),
         ("rollouts", {"pod": {"labels": {"dagger-operator.dev/run": "x"}}}, "spec.rollouts.pod", "choose another name"),
+        ("rollouts", {"pod": {"env": [{"name": "DAGGER_ROUND"}]}}, "spec.rollouts.pod.env[0]", "choose another name"),
+        ("training", {"pod": {"env": [{"name": "HOME"}]}}, "spec.training.pod", "choose another name"),
         ("failurePolicy", {"rules": [{"action": "FailRun"}]}, "spec.failurePolicy.rules[0]", "at least one"),
         # The schema: one field by itself.
         ("mixing", {"beta": {"type": "List", "values": []}}, "spec.mixing.beta.values", "at least 1 item"),

@@ -1,6 +1,7 @@
 """What the chart makes of its values, and which values it refuses. Rendered by the real Helm, without a cluster."""
 
 import copy
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from dagger_operator.cluster.settings import Settings
+from dagger_operator.control import PROMETHEUS
 
 pytestmark = pytest.mark.heavy
 
@@ -97,14 +99,21 @@ def test_the_operator_is_told_its_settings(render: Render) -> None:
         "DAGGER_OPERATOR_NAMESPACE": {"fieldRef": {"fieldPath": "metadata.namespace"}},
         "DAGGER_OPERATOR_POD": {"fieldRef": {"fieldPath": "metadata.name"}},
         "DAGGER_OPERATOR_LEASE": "dagger-operator",
+        "DAGGER_OPERATOR_WORKER_IMAGE": "dagger-operator/worker:0.1.0",
+        "DAGGER_OPERATOR_TRAINER_IMAGE": "dagger-operator/trainer:0.1.0",
         "DAGGER_OPERATOR_SANDBOX_NAMESPACE": "dagger-sandboxes",
         "DAGGER_OPERATOR_HELPER_IMAGE": "dagger-operator/sandbox-helper:0.1.0",
+        "DAGGER_OPERATOR_SCRAPERS": json.dumps(PROMETHEUS, separators=(",", ":")),
         "DAGGER_OPERATOR_METRICS_PORT": "8080",
         "DAGGER_OPERATOR_HEALTH_PORT": "8081",
     }
-    told = operator_env(render({"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}}))
+    runs = {"workerImage": "registry/worker:1", "trainerImage": "registry/trainer:1"}
+    values = {"watchNamespaces": ["a", "b"], "sandbox": {"helperImage": "registry/helper:1"}, "runs": runs, "metrics": {"scrapers": []}}
+    told = operator_env(render(values))
     settings = Settings.read({**told, "DAGGER_OPERATOR_NAMESPACE": "dagger-system", "DAGGER_OPERATOR_POD": "dagger-operator-0"})
     assert settings.namespaces == ("a", "b") and settings.helper_image == "registry/helper:1"
+    assert settings.scrapers == ()
+    assert (settings.worker_image, settings.trainer_image) == ("registry/worker:1", "registry/trainer:1")
 
 
 def test_no_setting_of_the_operator_is_invented(render: Render) -> None:
@@ -172,6 +181,19 @@ def test_the_crd_stays_unless_told_otherwise(render: Render) -> None:
     (goes,) = all_of(render({"crds": {"keep": False}}), "CustomResourceDefinition")
     assert "annotations" not in goes["metadata"]
     assert not all_of(render({"crds": {"install": False}}), "CustomResourceDefinition")
+
+
+def test_a_further_release_makes_nothing_that_the_first_one_made(helm: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    def made(release: str, values: Json) -> set[tuple[str, str, str]]:
+        arguments = ["template", release, CHART, "--namespace", release, "--kube-version", "1.34", "--values", "-"]
+        objects = yaml.safe_load_all(helm(*arguments, input=json.dumps(values)).stdout)
+        return {(one["kind"], one["metadata"].get("namespace", ""), one["metadata"]["name"]) for one in objects if one}
+
+    first = made("first", {"watchNamespaces": ["a"]})
+    apart = {"watchNamespaces": ["b"], "crds": {"install": False}, "sandbox": {"namespace": "b-sandboxes"}}
+    assert not first & made("second", apart)
+    shared = {kind for kind, _, _ in first & made("second", {"watchNamespaces": ["b"]})}
+    assert shared == {"CustomResourceDefinition", "Namespace", "NetworkPolicy", "Role"}, "docs/operating.md says what to set"
 
 
 def test_optional_objects_are_made_when_asked_for(render: Render) -> None:
@@ -246,6 +268,8 @@ REFUSED = [
     ({"admissionPolicies": {"validationActions": []}}, "validationActions"),
     ({"admissionPolicies": {"validationActions": ["Deny", "Warn"]}}, "validationActions"),
     ({"metrics": {"serviceMonitor": {"interval": "soon"}}}, "interval"),
+    ({"metrics": {"scrapers": [{}]}}, "scrapers"),
+    ({"metrics": {"scrapers": [{"pods": {}}]}}, "scrapers"),
     ({"sandbox": {"namespace": "dagger-system"}}, 'sandbox.namespace "dagger-system" holds the operator or runs'),
     ({"watchNamespaces": ["dagger-sandboxes"]}, 'sandbox.namespace "dagger-sandboxes" holds the operator or runs'),
     ({"podDisruptionBudget": {"enabled": True}}, "set replicas to 2 or more"),

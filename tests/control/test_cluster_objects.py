@@ -50,6 +50,35 @@ def test_what_a_user_says_about_pods_is_in_them_and_what_runs_inside_does_not_se
     assert job["metadata"]["name"] != plain["metadata"]["name"]
 
 
+ENVIRONMENT: Json = {"env": [{"name": "HF_ENDPOINT", "value": "https://mirror"}], "envFrom": [{"secretRef": {"name": "hub"}}]}
+
+
+def told(manifest: Json) -> set[str]:
+    """Names of the containers that see the variable and the Secret of `ENVIRONMENT`; no other sees a part of it."""
+    spec = manifest["spec"]["template"]["spec"]
+    containers = [*spec.get("initContainers", ()), *spec["containers"]]
+    env = {one["name"] for one in containers if {"name": "HF_ENDPOINT", "value": "https://mirror"} in one["env"]}
+    secrets = {one["name"] for one in containers if {"secretRef": {"name": "hub"}} in one.get("envFrom", ())}
+    assert env == secrets
+    return env
+
+
+def test_the_environment_of_pods_reaches_what_runs_this_projects_commands_and_not_vllm(make_run: Make) -> None:
+    run = make_run(rollouts={"pod": ENVIRONMENT}, storage={"url": "s3://bucket/prefix", "secretRef": {"name": "storage-keys"}})
+    assert {step.stage for step in steps(run.spec) if told(build_job(run, step, RESULTS))} == set(StageName) - {StageName.TRAINING}
+    prepare = build_job(run, Step(0, StageName.PREPARE), RESULTS)
+    (stage,) = prepare["spec"]["template"]["spec"]["containers"]
+    assert stage["envFrom"][-1] == {"secretRef": {"name": "storage-keys"}}, "the last one wins: storage is read as the operator reads it"
+    trained = build_job(make_run(training={"pod": ENVIRONMENT}), Step(1, StageName.TRAINING), RESULTS)
+    assert told(trained) == {"stage"}
+    assert trained["metadata"]["name"] != build_job(make_run(), Step(1, StageName.TRAINING), RESULTS)["metadata"]["name"]
+    run = make_run(student={"model": "m", "serving": {"pod": ENVIRONMENT, "env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}})
+    assert run.spec.student.served is not None
+    server = build_server(run, Role.STUDENT, run.spec.student.served, replicas=1)
+    assert told(server) == {"weights", "agent"}
+    assert environment(server, "vllm")["NCCL_DEBUG"] == "INFO" and "NCCL_DEBUG" not in environment(server, "agent")
+
+
 def test_weights_on_a_claim_are_mounted_where_they_are_prepared_and_served(make_run: Make) -> None:
     student = {"model": "/models/x", "serving": {"gpus": 1, "pod": {"claims": POD["claims"]}}}
     run = make_run(student=student)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dagger_operator
+from dagger_operator import __version__
 from dagger_operator.api import DAggerRun, RunSpec, load
 from dagger_operator.control import Results, Role, StageName, Step, steps
 from dagger_operator.control.identity import build_identity
@@ -135,6 +136,8 @@ POD: Json = {
     "annotations": {"example.org/note": "b"},
     "sharedMemoryMib": 1024,
     "claims": [{"claimName": "weights", "mountPath": "/models"}],
+    "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "envFrom": [{"secretRef": {"name": "hub"}}],
 }
 
 
@@ -215,6 +218,25 @@ def test_gpus_are_asked_for_by_training_and_servers_alone(make_run: Make) -> Non
     assert asking == {"training", "student"}
     on_cpu = make_run(student={"model": "m", "serving": {"gpus": 0}}, training={"gpusPerNode": 0, "processesPerNode": 2})
     assert "nvidia.com/gpu" not in json.dumps(list(manifests(on_cpu)))
+
+
+def images(run: DAggerRun) -> dict[str, set[str]]:
+    """Images of the project's own containers, by what they are for."""
+    found: dict[str, set[str]] = {"worker": set(), "trainer": set()}
+    for manifest in manifests(run):
+        if manifest["kind"] in ("Job", "Deployment"):
+            spec = manifest["spec"]["template"]["spec"]
+            trains = "-training-" in manifest["metadata"]["name"]
+            own = [one for one in (*spec.get("initContainers", ()), *spec["containers"]) if one["name"] != "vllm"]
+            found["trainer" if trains else "worker"] |= {one["image"] for one in own}
+    return found
+
+
+def test_images_are_those_that_the_run_names_or_those_of_this_release(make_run: Make) -> None:
+    release = {"worker": {f"dagger-operator/worker:{__version__}"}, "trainer": {f"dagger-operator/trainer:{__version__}"}}
+    assert images(make_run()) == release
+    named = {"worker": {"reg/worker:9"}, "trainer": {"reg/trainer:9"}}
+    assert images(make_run(image="reg/worker:9", training={"image": "reg/trainer:9"})) == named
 
 
 def test_several_training_nodes_find_the_first_by_name(make_run: Make) -> None:

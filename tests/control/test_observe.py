@@ -113,8 +113,8 @@ def test_a_pod_that_waits_says_why(status: Json, reason: str, message: str) -> N
 @pytest.mark.parametrize(
     ("component", "container", "reason", "message", "field", "remedy"),
     [
-        ("rollout", "stage", "ErrImagePull", 'image "reg/worker:9": not found', "spec.image", "spec.rollouts.pod.imagePullSecrets"),
-        ("training", "stage", "ImagePullBackOff", "pulling image", "spec.training.image", "spec.training.pod.imagePullSecrets"),
+        ("rollout", "stage", "ErrImagePull", "reg/worker:9", "spec.image or the chart's runs.workerImage", "spec.rollouts.pod.image"),
+        ("training", "stage", "ImagePullBackOff", "pulling image", "the chart's runs.trainerImage", "spec.training.pod.imagePullSecrets"),
         ("teacher", "vllm", "InvalidImageName", "A B", "spec.teacher.serving.image", "name an image that the nodes can pull"),
         ("student", "weights", "ErrImagePull", "not found", "spec.image", "spec.student.serving.pod.imagePullSecrets"),
         (
@@ -126,6 +126,7 @@ def test_a_pod_that_waits_says_why(status: Json, reason: str, message: str) -> N
             "create it in the run's namespace",
         ),
         ("prepare", "stage", "CreateContainerConfigError", 'secret "k" not found', "spec.storage.secretRef", "create it"),
+        ("training", "stage", "CreateContainerConfigError", 'secret "k" not found', "spec.training.pod.envFrom", "create it"),
         ("student", "vllm", "CreateContainerConfigError", 'secret "k" not found', "spec.student.serving.env", "create it"),
     ],
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dagger_operator.api import Phase
-from dagger_operator.control import RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan
+from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -34,6 +34,23 @@ def test_then_servers_start_and_preflight_waits_for_them_saying_so(story: Callab
     tale.serve()
     assert ("Job", "preflight") in wanted(tale.plan())
     assert tale.condition("ServersReady").status == "True"
+
+
+def test_servers_are_open_to_the_runs_own_pods_and_to_those_who_may_scrape_here(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story()
+    tale.done("prepare")
+
+    def admitted(**more: Any) -> list[Any]:
+        (rule,) = wanted(tale.plan(told=False, **more))["NetworkPolicy", "serving"]["spec"]["ingress"]
+        assert rule["ports"] == [{"port": 8000, "protocol": "TCP"}]
+        return list(rule["from"])
+
+    own, *others = admitted()
+    assert own["podSelector"]["matchLabels"]["dagger-operator.dev/run"] == "demo"
+    assert others == [*PROMETHEUS]
+    agent = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "vmagent"}}}
+    assert admitted(scrapers=(agent,)) == [own, agent]
+    assert admitted(scrapers=()) == [own]
 
 
 def test_a_round_is_rollout_training_publish_evaluation_and_each_hands_on_the_policy(story: Callable[..., Story], wanted: Wanted) -> None:

@@ -47,7 +47,8 @@ def test_the_token_itself_is_nowhere_in_the_pod_and_its_lease_owns_it() -> None:
     made = pod(setting(), SandboxRequest("one", env={"SECRET": "of the command"}), digest="its-hash", owner=OWNER)
     assert made["spec"]["containers"][0]["env"] == [{"name": "DAGGER_TOKEN_SHA256", "value": "its-hash"}]
     assert "of the command" not in str(made)
-    assert made["metadata"]["ownerReferences"] == [{"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "name": "lease", "uid": "u"}]
+    lease = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "name": "lease", "uid": "u"}
+    assert made["metadata"]["ownerReferences"] == [{**lease, "controller": True}], "a drain takes pods that have a controller"
 
 
 def test_only_a_pod_with_a_way_to_the_gateway_wears_the_label_that_opens_it() -> None:

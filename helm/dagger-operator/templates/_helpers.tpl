@@ -40,6 +40,14 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- .Values.sandbox.helperImage | default (printf "dagger-operator/sandbox-helper:%s" .Chart.AppVersion) }}
 {{- end }}
 
+{{- define "dagger-operator.workerImage" -}}
+{{- .Values.runs.workerImage | default (printf "dagger-operator/worker:%s" .Chart.AppVersion) }}
+{{- end }}
+
+{{- define "dagger-operator.trainerImage" -}}
+{{- .Values.runs.trainerImage | default (printf "dagger-operator/trainer:%s" .Chart.AppVersion) }}
+{{- end }}
+
 {{- /* The chart's own pods satisfy the restricted pod security standard. */}}
 {{- define "dagger-operator.podSecurityContext" -}}
 runAsNonRoot: true

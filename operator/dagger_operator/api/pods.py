@@ -63,6 +63,34 @@ class ClaimMount(ApiModel):
     """Whether it is mounted read-only."""
 
 
+_OWN_PREFIX = "DAGGER_"
+_OWN_VARIABLES = ("HOME", "JOB_COMPLETION_INDEX", "POD_IP")
+"""What pods are told by the operator; of these names Kubernetes takes one each."""
+_THE_OPERATORS = f"{', '.join(_OWN_VARIABLES)} and names that start with {_OWN_PREFIX} are the operator's own: choose another name"
+
+
+class EnvVar(ApiModel):
+    """A plain environment variable of a container; secrets have fields of their own."""
+
+    cel: ClassVar[tuple[Rule, ...]] = (Rule(f"!self.name.startsWith('{_OWN_PREFIX}')", _THE_OPERATORS),)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+    value: Annotated[str, Field(max_length=4096)] = ""
+
+    @model_validator(mode="after")
+    def _not_the_operators(self) -> Self:
+        if self.name.startswith(_OWN_PREFIX):
+            raise Misfit("name", self.name, _THE_OPERATORS)
+        return self
+
+
+class EnvSource(ApiModel):
+    """Variables that stand together somewhere else."""
+
+    secret_ref: LocalReference
+    """A Secret in the run's namespace; each key is a variable."""
+
+
 class Resources(ApiModel):
     """Requests and limits of a pod's main container; GPUs have fields of their own."""
 
@@ -73,12 +101,15 @@ class Resources(ApiModel):
 
 
 class PodSettings(ApiModel):
-    """Scheduling, resources and identity of pods. An edit makes the pods anew."""
+    """Scheduling, resources, environment and identity of pods. An edit makes the pods anew."""
 
-    cel: ClassVar[tuple[Rule, ...]] = tuple(
-        Rule(f"!has(self.{field}) || self.{field}.all(key, !key.startsWith('{prefix}'))", _RESERVED)
-        for field in ("labels", "annotations")
-        for prefix in RESERVED
+    cel: ClassVar[tuple[Rule, ...]] = (
+        *(
+            Rule(f"!has(self.{field}) || self.{field}.all(key, !key.startsWith('{prefix}'))", _RESERVED)
+            for field in ("labels", "annotations")
+            for prefix in RESERVED
+        ),
+        Rule(f"!has(self.env) || self.env.all(one, !(one.name in {list(_OWN_VARIABLES)}))", _THE_OPERATORS),
     )
 
     node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
@@ -101,6 +132,11 @@ class PodSettings(ApiModel):
     """ServiceAccount of the pods, as a cloud's workload identity wants it. Its token is not mounted."""
     resources: Resources = Resources()
     """Requests and limits of the main container."""
+    env: Annotated[list[EnvVar], Field(max_length=32, json_schema_extra=list_map("name"))] = []
+    """Further environment of the containers that run this project's commands: all but vLLM's, which has `serving.env`. Nothing secret:
+    who may read the run reads it."""
+    env_from: Annotated[list[EnvSource], Field(max_length=8)] = []
+    """Secrets whose keys are further environment of the same containers, such as HF_TOKEN; `storage.secretRef` wins over them."""
     labels: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Further labels of the pods."""
     annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] = {}
@@ -116,6 +152,10 @@ class PodSettings(ApiModel):
             for name in names:
                 if name.startswith(RESERVED):
                     raise Misfit(field, name, _RESERVED)
+        for variable in self.env:
+            if variable.name in _OWN_VARIABLES:
+                raise Misfit("env", variable.name, _THE_OPERATORS)
+        refuse_repeated("env", [variable.name for variable in self.env])
         refuse_repeated("claims", [claim.mount_path for claim in self.claims])
         refuse_repeated("imagePullSecrets", [secret.name for secret in self.image_pull_secrets])
         return self

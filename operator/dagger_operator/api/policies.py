@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
-from dagger_operator.api.pods import PodSettings
+from dagger_operator.api.pods import EnvVar, PodSettings
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 
@@ -49,13 +49,6 @@ class Endpoint(ApiModel):
         return f"endpoint-{sha256(asked.encode()).hexdigest()[:12]}"
 
 
-class EnvVar(ApiModel):
-    """A plain environment variable of a container; secrets have fields of their own."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
-    value: Annotated[str, Field(max_length=4096)] = ""
-
-
 _NODES_HAVE_GPUS = "a replica over several nodes is served on GPUs: write gpus, those of each node, or nodes 1"
 
 
@@ -79,11 +72,11 @@ class Serving(ApiModel):
     extra_args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
     """Further arguments of vLLM's API server, as they are."""
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=list_map("name"))] = []
-    """Further environment of the server."""
+    """Further environment of vLLM's container. What runs beside it has `pod.env`."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
     """How long loading may take before a replica counts as failed."""
     pod: PodSettings = PodSettings()
-    """Scheduling and resources of the serving pods; not used on one machine without a cluster."""
+    """Scheduling, resources and environment of the serving pods; one machine without a cluster uses the environment alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

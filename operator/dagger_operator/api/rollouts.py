@@ -152,4 +152,5 @@ class Rollouts(ApiModel):
     min_valid_fraction: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Least share of a round's rollouts that infrastructure left whole; below it the round fails and says why."""
     pod: PodSettings = PodSettings()
-    """Scheduling and resources of the pods of every stage but training; not used on one machine without a cluster."""
+    """Scheduling, resources and environment of the pods of every stage but training; one machine without a cluster uses the environment
+    alone."""

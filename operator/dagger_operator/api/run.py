@@ -158,8 +158,9 @@ class RunSpec(ApiModel):
     """Where everything is kept."""
     gpu_sharing: GpuSharing = GpuSharing.DEDICATED
     """TimeShared: serving scales to zero while training holds the GPUs."""
-    image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/worker:0.1.0"
-    """Image of every stage but training, and of what runs beside vLLM; not used on one machine without containers."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Image of every stage but training, and of what runs beside vLLM; default the operator's setting, an image of its own release. Not
+    used on one machine without containers."""
     kueue: Kueue | None = None
     """Have Kueue admit what the run asks for: a Job or server starts once its queue has room for all of its pods."""
     failure_policy: FailurePolicy = FailurePolicy()

@@ -172,10 +172,10 @@ class Training(ApiModel):
     """Steps between checkpoints from which a killed Job goes on."""
     retries: Annotated[int, Field(ge=0, le=100)] = 6
     """Further tries of a failed training Job before the run fails."""
-    image: Annotated[str, Field(min_length=1, max_length=512)] = "dagger-operator/trainer:0.1.0"
-    """Trainer image; not used on one machine without containers."""
+    image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """Trainer image; default the operator's setting, an image of its own release. Not used on one machine without containers."""
     pod: PodSettings = PodSettings()
-    """Scheduling and resources of the training pods; not used on one machine without a cluster."""
+    """Scheduling, resources and environment of the training pods; one machine without a cluster uses the environment alone."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -8,13 +8,13 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import own
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.cluster.warnings import warnings_about
-from dagger_operator.control import Observed, Trouble, children
+from dagger_operator.control import Observed, Peer, Trouble, children
 from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 
 
 class Observer:
-    def __init__(self, cache: Cache, client: Client, stores: Stores) -> None:
-        self._cache, self._client, self._stores = cache, client, stores
+    def __init__(self, cache: Cache, client: Client, stores: Stores, scrapers: tuple[Peer, ...]) -> None:
+        self._cache, self._client, self._stores, self._scrapers = cache, client, stores, scrapers
 
     async def observe(self, run: DAggerRun, refused: Trouble | None) -> Observed:
         """Children before results: a Job that is seen to be done has its result in storage by then."""
@@ -25,4 +25,4 @@ class Observer:
             results, progress = await self._stores.read(run)
         except (StoreUnavailable, DamagedObject) as error:
             return Observed(datetime.now(UTC), seen, storage_problem=str(error), refused=refused)
-        return Observed(datetime.now(UTC), seen, results, refused=refused, progress=progress)
+        return Observed(datetime.now(UTC), seen, results, refused=refused, progress=progress, scrapers=self._scrapers)

@@ -7,10 +7,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dagger_operator.api import KIND, MANAGER, DAggerRun, InvalidRun, Metadata, Phase, RunStatus, load
 from dagger_operator.cluster.apply import Applier
@@ -35,13 +35,14 @@ SPREAD_SECONDS = 3.0
 """How much sooner a look may come, by chance: runs that were made together are not to be looked at together for ever."""
 
 Manifest = Mapping[str, Any]
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class Reconciler:
     def __init__(self, settings: Settings, cache: Cache, client: Client) -> None:
         self._settings, self._cache, self._client = settings, cache, client
         self._stores = Stores(client)
-        self._observer = Observer(cache, client, self._stores)
+        self._observer = Observer(cache, client, self._stores, settings.scrapers)
         self.applier = Applier(client, cache)
         self._teller = Teller(client)
         self._refused: dict[RunKey, Trouble] = {}
@@ -82,7 +83,7 @@ class Reconciler:
         """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""
         version = f"{stored['metadata']['uid']}/{stored['metadata']['resourceVersion']}"
         if (read := self._read.get(key)) is None or read[0] != version:
-            read = self._read[key] = version, self._completed(_loaded(stored))
+            read = self._read[key] = version, completed(_loaded(stored), self._settings)
         return read[1]
 
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan) -> Trouble | None:
@@ -130,13 +131,6 @@ class Reconciler:
         )
         log.info("deleted, its time to live is over", namespace=metadata["namespace"], name=metadata["name"])
 
-    def _completed(self, run: DAggerRun) -> DAggerRun:
-        """With our own settings where the spec leaves them open; they are never written back."""
-        own = {"namespace": self._settings.sandbox_namespace, "helper_image": self._settings.helper_image}
-        sandbox = run.spec.sandbox
-        sandbox = sandbox.model_copy(update={name: value for name, value in own.items() if getattr(sandbox, name) is None})
-        return run.model_copy(update={"spec": run.spec.model_copy(update={"sandbox": sandbox})})
-
     def _forget(self, key: RunKey) -> None:
         self._stores.forget(key)
         self._refused.pop(key, None)
@@ -149,6 +143,18 @@ def paced(after: float | None, runs: int, dice: float) -> float | None:
     A wait of ten seconds or more is longer in a large fleet, and spread; what is awaited sooner is not.
     """
     return after if after is None or after < LOOK_AGAIN else max(after, runs / LOOKS_A_SECOND) - SPREAD_SECONDS * dice
+
+
+def completed(run: DAggerRun, settings: Settings) -> DAggerRun:
+    """With our own settings where the spec leaves them open; they are never written back."""
+    sandbox = _filled(run.spec.sandbox, namespace=settings.sandbox_namespace, helper_image=settings.helper_image)
+    training = _filled(run.spec.training, image=settings.trainer_image)
+    spec = _filled(run.spec, image=settings.worker_image).model_copy(update={"sandbox": sandbox, "training": training})
+    return run.model_copy(update={"spec": spec})
+
+
+def _filled(section: Section, **own: str | None) -> Section:
+    return section.model_copy(update={name: value for name, value in own.items() if getattr(section, name) is None})
 
 
 def _loaded(stored: Manifest) -> DAggerRun:

@@ -4,11 +4,16 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
+
+from dagger_operator.control import PROMETHEUS
 
 PREFIX = "DAGGER_OPERATOR_"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Image = Annotated[str, Field(min_length=1, max_length=512)]
+PeerField = Annotated[str, Field(pattern=r"^(namespaceSelector|podSelector|ipBlock)$")]
+Peer = Annotated[dict[PeerField, dict[str, Any]], Field(min_length=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -33,8 +38,14 @@ class Settings(BaseModel):
     """Name of this process among its replicas: the pod's."""
     sandbox_namespace: Name | None = None
     """Namespace for sandbox pods of runs that name none."""
-    helper_image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    helper_image: Image | None = None
     """Image with the sandboxes' helper for runs that name none."""
+    worker_image: Image | None = None
+    """Image of every stage but training for runs that name none."""
+    trainer_image: Image | None = None
+    """Trainer image for runs that name none."""
+    scrapers: Json[tuple[Peer, ...]] = PROMETHEUS
+    """Who may scrape the servers of runs: peers of a NetworkPolicy, as a JSON list; `[]` is nobody."""
     metrics_port: Port = 8080
     health_port: Port = 8081
     """0 turns a server off."""

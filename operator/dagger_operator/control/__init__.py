@@ -7,6 +7,7 @@ and writes its status. It decides nothing.
 from dagger_operator.control.child import Child, ChildState, PodFailure, Trouble
 from dagger_operator.control.conditions import ConditionType, Event, Reason
 from dagger_operator.control.names import ATTEMPT, COMPONENT, FAILED, MANAGED_BY, MANAGER, RETRY, ROUND, RUN, Ref, Role
+from dagger_operator.control.network import PROMETHEUS, Peer
 from dagger_operator.control.observe import Observed, child, children
 from dagger_operator.control.plan import Plan, plan
 from dagger_operator.control.progress import Progress, read_progress
@@ -20,6 +21,7 @@ __all__ = [
     "FAILED",
     "MANAGED_BY",
     "MANAGER",
+    "PROMETHEUS",
     "RETRY",
     "ROUND",
     "RUN",
@@ -28,6 +30,7 @@ __all__ = [
     "ConditionType",
     "Event",
     "Observed",
+    "Peer",
     "Plan",
     "PodFailure",
     "Progress",

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, PodSettings
 from dagger_operator.control.child import Trouble
 from dagger_operator.control.failures import retry_settings
 from dagger_operator.control.identity import sandbox_namespace, worker_account
@@ -13,13 +13,15 @@ from dagger_operator.control.pods import (
     GATEWAY_PORT,
     METRICS_PORT,
     SCRATCH,
+    TRAINER_IMAGE,
+    WORKER_IMAGE,
     container,
     from_field,
     own_environment,
+    own_secrets,
     owned,
     pod_spec,
     policy_environment,
-    storage_environment,
     value,
 )
 from dagger_operator.control.results import Results
@@ -122,7 +124,7 @@ def pods_of(run: DAggerRun, stage: StageName) -> int:
 
 
 def _template(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
-    settings = run.spec.training.pod if step.stage is StageName.TRAINING else run.spec.rollouts.pod
+    settings = _settings(run, step.stage)
     served = (run.spec.student.served, run.spec.teacher.serving)
     # Weights on a claim are read where the first policy is prepared, as they are where it is served.
     claims = [claim for one in served if one is not None for claim in one.pod.claims] if step.stage is StageName.PREPARE else []
@@ -132,10 +134,14 @@ def _template(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
     return template
 
 
+def _settings(run: DAggerRun, stage: StageName) -> PodSettings:
+    return run.spec.training.pod if stage is StageName.TRAINING else run.spec.rollouts.pod
+
+
 def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
-    shape, training = _SHAPES[step.stage], step.stage is StageName.TRAINING
+    shape, training, settings = _SHAPES[step.stage], step.stage is StageName.TRAINING, _settings(run, step.stage)
     env = [
-        *own_environment(run, step.stage),
+        *own_environment(run, settings, step.stage),
         value("DAGGER_ROUND", step.round),
         from_field("JOB_COMPLETION_INDEX", INDEX),
         value("DAGGER_WORKER", f"{step.stage}-$(JOB_COMPLETION_INDEX)"),
@@ -154,10 +160,10 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
             env.append(value("DAGGER_HELPER_IMAGE", run.spec.sandbox.helper_image))
     stage = container(
         "stage",
-        run.spec.training.image if training else run.spec.image,
+        (run.spec.training.image or TRAINER_IMAGE) if training else (run.spec.image or WORKER_IMAGE),
         ["python", "-m", shape.module],
         env,
-        env_from=storage_environment(run),
+        env_from=own_secrets(run, settings),
         mounts=[("scratch", SCRATCH), *([("shm", "/dev/shm")] if training else [])],  # noqa: S108 - a mount of the pod's own
         gpus=run.spec.training.gpus_per_node if training else 0,
         requests={"cpu": shape.cpu, "memory": shape.memory},

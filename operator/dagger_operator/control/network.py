@@ -1,5 +1,6 @@
 """Who may reach a run's servers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from dagger_operator.api import DAggerRun
@@ -8,17 +9,19 @@ from dagger_operator.control.pods import AGENT_PORT, owned
 
 SERVING = "serving"
 """Component of what belongs to both policies' servers."""
-_PROMETHEUS = {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+Peer = dict[str, Any]
+"""An entry below `from` in a NetworkPolicy."""
+PROMETHEUS: tuple[Peer, ...] = ({"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}},)
 
 
-def build_network_policy(run: DAggerRun) -> dict[str, Any]:
-    """Serving pods take requests from this run's pods alone, and are scraped by Prometheus. Probes come from the node and pass."""
+def build_network_policy(run: DAggerRun, scrapers: Iterable[Peer] = PROMETHEUS) -> dict[str, Any]:
+    """Serving pods take requests from this run's pods alone, and are scraped by those who may. Probes come from the node and pass."""
     own_pods = {"matchLabels": {MANAGED_BY: MANAGER, RUN: run.metadata.name}}
     roles = [{"key": COMPONENT, "operator": "In", "values": sorted(Role)}]
     servers = {**own_pods, "matchExpressions": roles}
     ingress: list[dict[str, Any]] = [
         {
-            "from": [{"podSelector": own_pods}, {"namespaceSelector": {}, "podSelector": _PROMETHEUS}],
+            "from": [{"podSelector": own_pods}, *scrapers],
             "ports": [{"port": AGENT_PORT, "protocol": "TCP"}],
         }
     ]

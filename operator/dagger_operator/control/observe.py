@@ -11,6 +11,7 @@ from typing import Any
 
 from dagger_operator.control import names
 from dagger_operator.control.child import SERVERS, Child, ChildState, Trouble
+from dagger_operator.control.network import PROMETHEUS, Peer
 from dagger_operator.control.progress import Progress
 from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.results import Results
@@ -48,6 +49,8 @@ class Observed:
     """An object that the API server did not take at the last try; `since` is when it was refused first."""
     progress: Progress = field(default_factory=dict)
     """How far the steps at work are; shown, never decided by."""
+    scrapers: tuple[Peer, ...] = PROMETHEUS
+    """Who may scrape servers here."""
 
 
 def children(objects: Iterable[Manifest], pods: Iterable[Manifest], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:

@@ -79,7 +79,7 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
 
 def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Plan:
     released = gpus_released(run, observed, work)
-    objects = build_support(run, work)
+    objects = build_support(run, observed, work)
     objects += [
         build_server(run, role, serving, replicas=0 if released else serving.replicas) for role, serving in needed(run, work).items()
     ]

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint
+from dagger_operator import __version__
+from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint, PodSettings
 from dagger_operator.api.training import Loss
 from dagger_operator.control.names import Role, server_name
 
@@ -18,6 +19,10 @@ METRICS_PORT = 9090
 GATEWAY_PORT = 8090
 USER_ID = 10001
 """An ordinary user: no image needs root, and restricted namespaces admit the pods."""
+
+WORKER_IMAGE = f"dagger-operator/worker:{__version__}"
+TRAINER_IMAGE = f"dagger-operator/trainer:{__version__}"
+"""Where neither the run nor its operator names others."""
 
 READS: dict[str, frozenset[str]] = {
     "prepare": frozenset(),
@@ -104,13 +109,14 @@ def policy_environment(run: DAggerRun, roles: Iterable[Role]) -> list[Json]:
     return env
 
 
-def storage_environment(run: DAggerRun) -> list[Json]:
-    """`envFrom` with the credentials of the storage."""
-    secret = run.spec.storage.secret_ref
-    return [{"secretRef": {"name": secret.name}}] if secret else []
+def own_secrets(run: DAggerRun, settings: PodSettings) -> list[Json]:
+    """`envFrom` of every container that runs a command of this project; the last one wins, so all read the storage as the operator does."""
+    storage = run.spec.storage.secret_ref
+    names = [source.secret_ref.name for source in settings.env_from] + ([storage.name] if storage else [])
+    return [{"secretRef": {"name": name}} for name in names]
 
 
-def own_environment(run: DAggerRun, command: str, role: Role | None = None) -> list[Json]:
+def own_environment(run: DAggerRun, settings: PodSettings, command: str, role: Role | None = None) -> list[Json]:
     """What every container that runs a command of this project is told."""
     return [
         value("DAGGER_RUN", carried_run(run, command, role)),
@@ -119,6 +125,7 @@ def own_environment(run: DAggerRun, command: str, role: Role | None = None) -> l
         value("DAGGER_SCRATCH", SCRATCH),
         # The user of the pod has no entry in the image's passwd, and no home.
         value("HOME", SCRATCH),
+        *(value(variable.name, variable.value) for variable in settings.env),
     ]
 
 

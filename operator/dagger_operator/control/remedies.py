@@ -38,9 +38,12 @@ def within_quota(trouble: Trouble, component: str) -> Trouble:
 
 
 def _image(component: str, container: str) -> str:
+    """What names an image: the run or, where it leaves that open, whoever installed the operator."""
     if container == "vllm":
         return f"spec.{component}.serving.image"
-    return "spec.training.image" if component == StageName.TRAINING else "spec.image"
+    if component == StageName.TRAINING:
+        return "spec.training.image or the chart's runs.trainerImage"
+    return "spec.image or the chart's runs.workerImage"
 
 
 def _settings(component: str) -> str:
@@ -69,5 +72,6 @@ def _secrets(component: str, container: str) -> str:
     if container == "vllm":
         return f"create it in the run's namespace; spec.{component}.serving.env names it"
     asks = component in (StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION)
-    fields = "spec.storage.secretRef" + (" or the secretRef of spec.teacher.endpoint or spec.student.endpoint" if asks else "")
+    fields = f"spec.storage.secretRef or {_settings(component)}.envFrom"
+    fields += " or the secretRef of spec.teacher.endpoint or spec.student.endpoint" if asks else ""
     return f"create it in the run's namespace, with its keys; {fields} names it"

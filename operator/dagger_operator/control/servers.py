@@ -9,12 +9,13 @@ from dagger_operator.control.pods import (
     AGENT_PORT,
     SCRATCH,
     SHARED,
+    WORKER_IMAGE,
     container,
     from_field,
     own_environment,
+    own_secrets,
     owned,
     pod_spec,
-    storage_environment,
     value,
 )
 from dagger_operator.control.scheduling import pod_template, queue_labels
@@ -99,22 +100,23 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
     agent = _own_container(
         run,
         role,
+        serving,
         "agent",
         requests={"cpu": "250m", "memory": "512Mi"},
         ports=[{"name": "http", "containerPort": AGENT_PORT}],
         readinessProbe=_probe("/health/ready", failures=1),
     )
-    return pod_spec([vllm, agent], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role)])
+    return pod_spec([vllm, agent], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role, serving)])
 
 
 def _follower(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
     """A further node of a replica: the same weights, and workers of the first node's engine."""
     vllm = _vllm(serving, FOLLOWER)
-    return pod_spec([vllm], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role)])
+    return pod_spec([vllm], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role, serving)])
 
 
-def _weights(run: DAggerRun, role: Role) -> dict[str, Any]:
-    return _own_container(run, role, "weights", requests={"cpu": "100m", "memory": "1Gi"})
+def _weights(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
+    return _own_container(run, role, serving, "weights", requests={"cpu": "100m", "memory": "1Gi"})
 
 
 def _vllm(serving: Serving, command: tuple[str, ...], **more: Any) -> dict[str, Any]:
@@ -131,9 +133,9 @@ def _vllm(serving: Serving, command: tuple[str, ...], **more: Any) -> dict[str, 
     )
 
 
-def _own_container(run: DAggerRun, role: Role, name: str, **more: Any) -> dict[str, Any]:
+def _own_container(run: DAggerRun, role: Role, serving: Serving, name: str, **more: Any) -> dict[str, Any]:
     env = [
-        *own_environment(run, "serving", role),
+        *own_environment(run, serving.pod, "serving", role),
         value("DAGGER_ROUND", 0),
         value("DAGGER_WORKER", role),
         value("DAGGER_ROLE", role),
@@ -141,7 +143,7 @@ def _own_container(run: DAggerRun, role: Role, name: str, **more: Any) -> dict[s
     ]
     mounts = [("shared", SHARED), ("scratch", SCRATCH)]
     command = ["python", "-m", f"dagger_operator.serving.{name}"]
-    return container(name, run.spec.image, command, env, env_from=storage_environment(run), mounts=mounts, **more)
+    return container(name, run.spec.image or WORKER_IMAGE, command, env, env_from=own_secrets(run, serving.pod), mounts=mounts, **more)
 
 
 def _probe(path: str, *, failures: int) -> dict[str, Any]:

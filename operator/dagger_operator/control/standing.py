@@ -27,7 +27,7 @@ def at_a_standstill(
     objects = _servers(run, observed, work, servers, failed, keep)
     if failed is not None and failed.refused:
         # What was refused is asked for still: once it is taken, the run goes on.
-        objects += build_support(run, work)
+        objects += build_support(run, observed, work)
     costs_something = ("Job", *SERVERS)
     stay = [one for one in observed.children if one.kind not in costs_something and keep is not Keep.NOTHING]
     for step, job in jobs.items():

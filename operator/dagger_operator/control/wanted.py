@@ -24,12 +24,12 @@ def needed(run: DAggerRun, work: Work) -> dict[Role, Serving]:
     return {role: serving for role in Role if wanted[role] and (serving := served(run, role)) is not None}
 
 
-def build_support(run: DAggerRun, work: Work) -> list[Manifest]:
+def build_support(run: DAggerRun, observed: Observed, work: Work) -> list[Manifest]:
     """What Jobs and servers lean on; it comes before them."""
     servers = needed(run, work)
     support = [build_service(run, role, serving) for role, serving in servers.items()]
     if servers:
-        support.append(build_network_policy(run))
+        support.append(build_network_policy(run, observed.scrapers))
     if StageName.TRAINING in {step.stage for step in work} and run.spec.training.nodes > 1:
         support.append(build_training_service(run))
     if namespace := next(filter(None, (sandbox_namespace(run, step.stage) for step in work)), None):

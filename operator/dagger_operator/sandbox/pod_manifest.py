@@ -100,6 +100,8 @@ def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) 
                     "kind": "Lease",
                     "name": owner["metadata"]["name"],
                     "uid": owner["metadata"]["uid"],
+                    # A pod without a controller stops `kubectl drain`.
+                    "controller": True,
                 }
             ],
         },

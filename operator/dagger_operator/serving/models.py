@@ -158,7 +158,7 @@ def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:
 
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, GatedRepoError):
-        remedy = "accept its licence on the hub and give HF_TOKEN in the storage Secret, or put a copy below storage.url"
+        remedy = "accept its licence on the hub and give HF_TOKEN in a Secret that pod.envFrom names, or put a copy below storage.url"
         raise StageFailure("ModelGated", f"{field} {origin.id!r}: {said}: {remedy}") from error
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError):
         raise StageFailure(
