@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,64 @@ def long_forest(tokens: int) -> Chains:
     made = [Chain(tokens // 2 + 60 * turn, tokens // 2 + 60 * (turn + 1), 0, 1 + turn * 55) for turn in range(branches)]
     end = made[-1].end
     return (*trunk, *made, Chain(end, tokens))
+
+
+def same_as_torchs(chains: Chains) -> None:
+    """The mask has the blocks of the one that torch makes of all pairs."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from dagger_operator.training import flex
+
+    mine = flex.block_mask(chains, torch.device("cpu"))
+    right = create_block_mask(mine.mask_mod, None, None, chains[-1].end, chains[-1].end, device="cpu")
+    assert (mine.BLOCK_SIZE, mine.shape) == (right.BLOCK_SIZE, right.shape)
+    assert torch.equal(mine.to_dense(), right.to_dense())
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, columns = (getattr(right, f"{kind}_{what}") for what in ("num_blocks", "indices"))
+        assert counts.dtype == columns.dtype == getattr(mine, f"{kind}_num_blocks").dtype == getattr(mine, f"{kind}_indices").dtype
+        assert torch.equal(getattr(mine, f"{kind}_num_blocks"), counts)
+        listed = torch.arange(columns.shape[-1]) < counts[..., None]
+        assert torch.equal(getattr(mine, f"{kind}_indices")[listed], columns[listed])
+
+
+@quick
+@given(forests(), st.integers(1, 10))
+def test_a_block_mask_made_of_chains_is_the_one_that_is_made_of_all_pairs(chains: Chains, times: int) -> None:
+    """Of blocks of every kind, once chains are a hundred tokens long; few rows end where a block does."""
+    same_as_torchs(tuple(Chain(chain.start * times, chain.end * times, chain.parent, chain.at * times) for chain in chains))
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1024, 2048])
+def test_so_it_is_for_conversations_of_any_length(tokens: int) -> None:
+    same_as_torchs(long_forest(tokens) if tokens >= 1024 else (Chain(0, tokens),))
+
+
+def test_a_block_mask_needs_no_memory_for_every_pair_of_tokens() -> None:
+    """Only for blocks: of a byte a pair this row would take 256 MiB, and torch takes ten bytes."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dagger_operator.training import flex
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made = [one for one in (out if isinstance(out, tuple) else (out,)) if isinstance(one, torch.Tensor)]
+            self.size = max(self.size, *(one.nbytes for one in made), 0)
+            return out
+
+    chains = long_forest(16_384)
+    tracemalloc.start()  # numpy's arrays; torch's are seen by their operators
+    try:
+        with Largest() as torchs:
+            flex.block_mask(chains, torch.device("cpu"))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert 0 < torchs.size < 1 << 20
 
 
 @pytest.mark.cuda

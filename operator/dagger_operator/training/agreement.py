@@ -1,25 +1,39 @@
-"""A check before the first step, on this machine's own kernels: a tree's loss is that of its labels one by one.
+"""Checks before the first step, on this machine's own kernels: what a token sees is right, forward and backward, and a tree's loss is
+that of its labels one by one.
 
 Attention over trees is a kernel that is compiled for a device and a mask; should it be wrong there, training would go on and learn
-something else. One tree of the first batch costs a few forward passes.
+something else. So it is held to torch's public attention on a small tree, and a few labels of the first batch to themselves: they cost
+a few forward passes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from dagger_operator.api.training import Packing, Precision, Training
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.batches import Limits, spread
+from dagger_operator.training import segments
+from dagger_operator.training.attention import Tree, tree_attention
+from dagger_operator.training.batches import Limits, Pass, spread
 from dagger_operator.training.engine import Engine
 from dagger_operator.training.layout import Rank
 from dagger_operator.training.packing import Pack, pack
 from dagger_operator.training.rows import collate
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.tree import Chain, Chains, forest
 
+_TREE = (Chain(0, 300), Chain(300, 340, 0, 100), Chain(340, 410, 0, 200), Chain(410, 440, 2, 30))
+"""A branch's branch among its branches. Two of it are one bucket on CUDA, with blocks that the kernel skips, masks and takes whole."""
+_OFF_BY = {Precision.FP32: 1e-2, Precision.BF16: 1e-1}
+"""Relative difference that rounding may make at the worst token; on the CPU it makes 2e-6 and 3e-2, but CUDA may round FP32 as TF32. A
+token too many makes 1 where one is to be seen, and 0.06 where 300 are."""
+_BRANCHES = 3
+"""Most of a tree that are compared with labels one by one: each is a row, and on CUDA perhaps a kernel, of its own."""
 _TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 3e-2}
 """Difference that rounding may make, in nats a target where they lose less than one, else relative; a wrong mask makes a larger one.
 Not relative to a small loss: a student that knows its labels by heart loses little but rounding."""
@@ -28,14 +42,17 @@ Not relative to a small loss: a student that knows its labels by heart loses lit
 def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> float | None:
     """Difference of the two losses, as `_TOLERANCE` has it; None where no tree of the batch has a branch to compare. Collective.
 
-    Raises `StageFailure("TreesDisagree")` where it is more than rounding.
+    Raises `StageFailure("TreesDisagree")` where it is more than rounding, or attention is wrong whatever the batch.
     """
+    _check_attention(engine.policy.config.get_text_config(), training, rank, limits)
     if training.packing is not Packing.TREES or (chosen := _smallest_tree(batch, limits)) is None:
         return None
     # By cross-entropy, whatever is learned: a divergence may be so small that it is all rounding.
     chosen = [replace(sample, soft=None) for sample in chosen]
-    together = _loss(engine, pack(chosen, limits.tokens), rank, limits)
-    apart = _loss(engine, pack(chosen, limits.tokens, Packing.LABELS), rank, limits)
+    trees, labels = pack(chosen, limits.tokens), pack(chosen, limits.tokens, Packing.LABELS)
+    together = _loss(engine, trees, spread(trees, rank.groups, limits), rank, limits)
+    # A row for each: what keeps the labels of one row apart is what is to be checked.
+    apart = _loss(engine, labels, spread(labels, rank.groups, replace(limits, tokens=0)), rank, limits)
     if not math.isfinite(apart):
         return None  # the first step says so
     difference = abs(together - apart) / max(abs(apart), 1.0)
@@ -43,29 +60,93 @@ def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training,
         raise StageFailure(
             "TreesDisagree",
             f"the labels of rollout {chosen[0].trajectory} have loss {together:.6f} as a tree and {apart:.6f} one by one: attention over "
-            "trees is wrong on this device with this software; write training.packing: Labels, which needs none, and report it",
+            "trees is wrong on this device with this software; write training.packing: Labels, which has no branches, and report it",
         )
     return difference
 
 
+def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits) -> None:
+    """Outputs and gradients on one tree, or sequence where labels have one each, and on two in a row, with heads as the model has them.
+
+    Collective, so that all ranks end where one is wrong.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = (heads // rank.rows_shared_by, max(1, kv_heads // rank.rows_shared_by), size)
+    dtype = torch.bfloat16 if training.precision is Precision.BF16 else torch.float32
+    trees = training.packing is Packing.TREES
+    one = _TREE if trees else _TREE[:1]
+    for row in (one, forest([one, one])):
+        filler = limits.padding(row[-1].end)
+        off = _off(forest([row, (Chain(0, filler),)]) if filler else row, *shape, dtype, rank.device)
+        torch.distributed.all_reduce(off, torch.distributed.ReduceOp.MAX)
+        if not float(off.max()) <= _OFF_BY[training.precision]:
+            by = ", ".join(f"{name} by {number:.1%}" for name, number in zip(("outputs", *"qkv"), off.tolist(), strict=True))
+            remedy = "write training.packing: Labels, which has no branches" if trees else "take the trainer's image, or another device"
+            raise StageFailure(
+                "TreesDisagree",
+                f"attention over {'trees' if row is one else 'a row of several'} is wrong on this device with this software, {by} "
+                f"(letters: gradients); {remedy}, and report it",
+            )
+
+
+def _off(chains: Chains, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By how much this device's attention is off at some token: its output, and the gradients of query, key and value; shape (4,)."""
+    dice, tokens = torch.Generator().manual_seed(heads), chains[-1].end
+    shapes = [(1, count, tokens, size) for count in (heads, kv_heads, kv_heads)] + [(1, tokens, heads, size)]
+    *given, gradient = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
+    tree, scaling = Tree(chains, device), size**-0.5
+
+    def here(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return tree_attention(torch.nn.Identity(), query, key, value, None, tree=tree, scaling=scaling)[0]
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return segments.attend(query, key, value, tree.segments, scaling)
+
+    mine = _results(here, given, gradient)
+    right = _results(plain, [tensor.float() for tensor in given], gradient.float())
+    return torch.stack([_difference(*pair) for pair in zip(mine, right, strict=True)])
+
+
+def _results(attend: Callable[..., Tensor], given: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
+    given = [tensor.detach().requires_grad_() for tensor in given]
+    out = attend(*given)
+    return [out.detach(), *torch.autograd.grad(out, given, gradient)]
+
+
+def _difference(mine: Tensor, right: Tensor) -> Tensor:
+    """The largest at any token and head, relative to what is there, or to what usually is where that is more."""
+    there: Tensor = right.norm(dim=-1)
+    off: Tensor = (mine.float() - right).norm(dim=-1) / there.clamp_min(float(there.square().mean().sqrt()))
+    return off.max().nan_to_num(nan=math.inf)
+
+
 def _smallest_tree(batch: Sequence[Sample], limits: Limits) -> list[Sample] | None:
-    """The samples of the trajectory that makes the smallest tree with a branch."""
+    """A few samples of the trajectory in which they make the smallest tree with a branch."""
     by_trajectory: dict[str, list[Sample]] = {}
     for sample in batch:
-        by_trajectory.setdefault(sample.trajectory, []).append(sample)
-    trees = [(sum(map(len, packs)), name) for name in by_trajectory if _branches(packs := pack(by_trajectory[name], limits.tokens))]
-    return by_trajectory[min(trees)[1]] if trees else None
+        if len(sample.targets):
+            by_trajectory.setdefault(sample.trajectory, []).append(sample)
+    trees = [few for samples in by_trajectory.values() if (few := _trunk_and_branches(samples, limits))]
+    return min(trees, key=lambda few: sum(map(len, pack(few, limits.tokens))), default=None)
+
+
+def _trunk_and_branches(samples: Sequence[Sample], limits: Limits) -> list[Sample]:
+    """The longest and the shortest that branch off it; none where none does."""
+    trunk, *others = sorted(samples, key=lambda sample: -len(sample.tokens))
+    branches = [sample for sample in others if _branches(pack([trunk, sample], limits.tokens))]
+    return [trunk, *branches[-_BRANCHES:]] if branches else []
 
 
 def _branches(packs: Sequence[Pack]) -> bool:
     return any(chain.parent >= 0 for one in packs for chain in one.chains)
 
 
-def _loss(engine: Engine, packs: Sequence[Pack], rank: Rank, limits: Limits) -> float:
+def _loss(engine: Engine, packs: Sequence[Pack], passes: Sequence[Pass], rank: Rank, limits: Limits) -> float:
     """Mean loss over all ranks' targets, without a gradient."""
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
     with torch.no_grad():
-        for turn in spread(packs, rank.groups, limits):
+        for turn in passes:
             mine = [packs[index] for index in turn.packs[rank.group]]
             total += engine(**collate(mine, limits, rank.share, rank.device), pieces=turn.pieces).detach()
     torch.distributed.all_reduce(total)
