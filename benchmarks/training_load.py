@@ -30,6 +30,7 @@ from dagger_operator.training.loss import Objective
 from dagger_operator.training.packing import Pack, pack
 from dagger_operator.training.rows import Share, collate
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.strand import Strand
 from dagger_operator.training.tree import paths
 
 TURNS = 24
@@ -82,7 +83,7 @@ class Load:
             state, action = conversation[:end], conversation[end : end + LABEL]
             teacher_acted = int((turn + 1) * acted) > int(turn * acted)
             label = action if teacher_acted else random.integers(1, vocabulary, LABEL, dtype=np.int32)
-            self.samples.append(Sample("0001/00000", turn, np.concatenate([state, label]), len(state)))
+            self.samples.append(Sample("0001/00000", turn, Strand(np.concatenate([state, label])), len(state)))
 
     def packs(self, variant: str) -> list[Pack]:
         return self._apart if variant == "labels" else self._together

@@ -26,6 +26,7 @@ BASE = {
 SETTINGS: dict[str, dict[str, Any]] = {
     **{f"zero{stage}": {"deepspeed": {"zeroStage": stage}} for stage in range(4)},
     "offload": {"deepspeed": {"zeroStage": 2, "offload": "Optimizer"}},
+    **{f"offload-zero{stage}": {"deepspeed": {"zeroStage": stage, "offload": "Optimizer"}} for stage in (1, 3)},
     "labels": {"packing": "Labels", "deepspeed": {"zeroStage": 2}},
     "one-row": {"microBatchTokens": 4096, "deepspeed": {"zeroStage": 1}},
     "parted-trees": {"microBatchTokens": 150, "deepspeed": {"zeroStage": 3}},
@@ -33,10 +34,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"deepspeed": {"zeroStage": 2}, "gradientClip": 0.05},
     "recompute-zero3": {"deepspeed": {"zeroStage": 3}, "activationCheckpointing": True},
     **{f"bf16-zero{stage}": {"deepspeed": {"zeroStage": stage}, "precision": "BF16"} for stage in range(4)},
+    **{
+        f"bf16-offload-zero{stage}": {"deepspeed": {"zeroStage": stage, "offload": "Optimizer"}, "precision": "BF16"} for stage in (1, 2, 3)
+    },
 }
 SHARED: dict[str, dict[str, Any]] = {
     f"shared-{name}": {"sequenceParallel": 2, **SETTINGS[name]}
-    for name in ("zero0", "zero1", "zero2", "zero3", "offload", "one-row", "parted-trees", "recompute", "recompute-zero3", "bf16-zero2")
+    for name in (
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "offload",
+        "one-row",
+        "parted-trees",
+        "recompute",
+        "recompute-zero3",
+        "bf16-zero2",
+        "bf16-offload-zero3",
+    )
 }
 """Both ranks share every row."""
 LORA = {"rank": 4, "alpha": 6}
@@ -129,11 +145,20 @@ def made(folder: Path, adapted: bool = False) -> dict[str, Any]:
 
 
 def under_deepspeed(
-    ranks: int, settings: dict[str, dict[str, Any]], weights: Path, samples: list[Sample], folder: Path, adapter: Path | None = None
+    ranks: int,
+    settings: dict[str, dict[str, Any]],
+    weights: Path,
+    samples: list[Sample],
+    folder: Path,
+    adapter: Path | None = None,
+    *,
+    adam: bool = False,
+    goes_on: bool = False,
 ) -> dict[str, tuple[float, ...]]:
+    """The losses of each layout; what it made is in `folder`. With `goes_on` it does so from the checkpoint that an earlier call left."""
     job = folder / "job.pickle"
     given = {"weights": weights, "samples": samples, "training": BASE, "settings": settings, "adapter": adapter}
-    job.write_bytes(pickle.dumps(given))
+    job.write_bytes(pickle.dumps({**given, "adam": adam, "goes_on": goes_on}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,6 +13,7 @@ from dagger_operator.training.batches import Curriculum, Limits, padding, spread
 from dagger_operator.training.packing import Pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.schedule import learning_rate
+from dagger_operator.training.strand import Strand
 from dagger_operator.training.tree import Chain
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -20,7 +21,7 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 def samples_of(labels_by_trajectory: list[int]) -> list[Sample]:
     return [
-        Sample(f"0001/{number:05d}", turn, np.array([1, 2], dtype=np.int32), 1)
+        Sample(f"0001/{number:05d}", turn, Strand(np.array([1, 2], dtype=np.int32)), 1)
         for number, labels in enumerate(labels_by_trajectory)
         for turn in range(labels)
     ]

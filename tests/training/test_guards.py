@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.guards import refuse_broken
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.strand import Strand
 
-BATCH = [Sample(f"0002/{number:05d}", turn, np.array([1, 2], dtype=np.int32), 1) for number in range(3) for turn in range(2)]
+BATCH = [Sample(f"0002/{number:05d}", turn, Strand(np.array([1, 2], dtype=np.int32)), 1) for number in range(3) for turn in range(2)]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

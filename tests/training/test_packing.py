@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dagger_operator.api.training import Packing
 from dagger_operator.training.packing import Pack, pack, token_ratio
 from dagger_operator.training.samples import Sample
+from dagger_operator.training.strand import Strand
 from dagger_operator.training.tree import visits
 
 
@@ -23,7 +24,7 @@ def samples(draw: st.DrawFn) -> list[Sample]:
         for turn in range(draw(st.integers(1, 6))):
             cut = draw(st.integers(1, len(trunk) - 1))
             label = draw(st.one_of(st.just(trunk[cut : cut + 4]), st.lists(token, min_size=1, max_size=4)))
-            made.append(Sample(f"0001/{trajectory:05d}", turn, np.array(trunk[:cut] + label, dtype=np.int32), cut))
+            made.append(Sample(f"0001/{trajectory:05d}", turn, Strand(np.array(trunk[:cut] + label, dtype=np.int32)), cut))
     return made
 
 
@@ -66,22 +67,22 @@ def test_what_a_trajectorys_labels_share_costs_once(made: list[Sample]) -> None:
 
 def test_a_run_of_the_teachers_turns_costs_one_sequence() -> None:
     dialogue = np.arange(100, dtype=np.int32)
-    turns = [Sample("0001/00000", turn, dialogue[: 20 * turn + 20], 20 * turn + 10) for turn in range(5)]
+    turns = [Sample("0001/00000", turn, Strand(dialogue[: 20 * turn + 20]), 20 * turn + 10) for turn in range(5)]
     packs = pack(turns, 1000)
     assert [len(one) for one in packs] == [99]
     assert token_ratio(turns, packs) == sum(20 * turn + 19 for turn in range(5)) / 99
 
 
 def test_a_label_that_the_student_did_not_follow_costs_its_own_tokens_alone() -> None:
-    followed = Sample("0001/00000", 1, np.array([1, 2, 3, 4, 5, 6], dtype=np.int32), 4)
-    strayed = Sample("0001/00000", 0, np.array([1, 2, 9, 9], dtype=np.int32), 2)
-    elsewhere = Sample("0001/00001", 0, np.array([1, 2, 3], dtype=np.int32), 2)
+    followed = Sample("0001/00000", 1, Strand(np.array([1, 2, 3, 4, 5, 6], dtype=np.int32)), 4)
+    strayed = Sample("0001/00000", 0, Strand(np.array([1, 2, 9, 9], dtype=np.int32)), 2)
+    elsewhere = Sample("0001/00001", 0, Strand(np.array([1, 2, 3], dtype=np.int32)), 2)
     assert sorted(len(one) for one in pack([followed, strayed, elsewhere], 1000)) == [2, 6]
 
 
 def test_the_first_token_of_a_branch_is_predicted_from_the_trunk() -> None:
-    trunk = Sample("0001/00000", 1, np.array([1, 2, 3, 4, 5, 6], dtype=np.int32), 4)
-    branch = Sample("0001/00000", 0, np.array([1, 2, 8, 9], dtype=np.int32), 2)
+    trunk = Sample("0001/00000", 1, Strand(np.array([1, 2, 3, 4, 5, 6], dtype=np.int32)), 4)
+    branch = Sample("0001/00000", 0, Strand(np.array([1, 2, 8, 9], dtype=np.int32)), 2)
     (one,) = pack([trunk, branch], 1000)
     assert one.input_ids.tolist() == [1, 2, 3, 4, 5, 8]
     assert one.position_ids.tolist() == [0, 1, 2, 3, 4, 2]
@@ -91,8 +92,8 @@ def test_the_first_token_of_a_branch_is_predicted_from_the_trunk() -> None:
 def test_a_tree_above_the_bound_is_parted_so_that_late_turns_share_the_long_trunk() -> None:
     dialogue = np.arange(400, dtype=np.int32)
     turns = [
-        Sample("0001/00000", turn, np.concatenate([dialogue[: 40 * turn + 40], np.full(11, 1000 + turn, dtype=np.int32)]), 40 * turn + 40)
-        for turn in range(10)
+        Sample("0001/00000", turn, Strand(np.concatenate([dialogue[:end], np.full(11, 1000 + turn, dtype=np.int32)])), end)
+        for turn, end in enumerate(range(40, 401, 40))
     ]
     assert [len(one) for one in pack(turns, 10**6)] == [400 + 10 * 10]
     parted = pack(turns, 440)

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,9 +15,14 @@ from dagger_operator.store.policies import policy_manifest
 from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode
+from dagger_operator.training.samples import Sample
 from training.stage import Setting, until
+from training.steps import SETTINGS, SHARED, made, under_deepspeed
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
+
+HALF_WAY = {"steps": {"type": "Constant", "value": 4}, "checkpointEverySteps": 2, "learningRate": 3e-3}
+"""The one checkpoint of such a training is what a kill anywhere after it leaves."""
 
 
 async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_same_losses_and_weights(
@@ -79,6 +85,28 @@ async def test_it_goes_on_with_another_number_of_ranks_to_the_same_losses_but_fo
     assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
     result, expected = await setting.result(), await undisturbed.result()
     assert result.losses == pytest.approx(expected.losses[:25], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        {name: SETTINGS[name] for name in ("bf16-zero1", "bf16-zero2", "bf16-zero3", "offload", "bf16-offload-zero3")},
+        {name: SHARED[name] for name in ("shared-zero2", "shared-bf16-zero2")},
+    ],
+    ids=["two ranks", "shared rows"],
+)
+def test_in_bf16_and_with_shared_rows_too_it_ends_with_the_same_losses_and_weights(
+    layouts: dict[str, dict[str, Any]], policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    import torch
+
+    layouts = {name: {**settings, **HALF_WAY} for name, settings in layouts.items()}
+    undisturbed = under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True)
+    expected = {name: made(tmp_path / name / "policy") for name in layouts}
+    assert under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, goes_on=True) == undisturbed
+    for name, weights in expected.items():
+        resumed = made(tmp_path / name / "policy")
+        assert all(torch.equal(resumed[key], weights[key]) for key in weights), name
 
 
 async def test_a_checkpoint_of_another_learning_rate_is_not_gone_on_from(

@@ -110,8 +110,9 @@ def test_labels_of_which_nothing_or_something_else_was_told_are_counted_and_hard
 
 def test_a_round_without_a_soft_target_says_why() -> None:
     from dagger_operator.training.samples import Sample
+    from dagger_operator.training.strand import Strand
 
-    samples = tuple(Sample("0001/00000", turn, np.arange(4, dtype=np.int32), 2) for turn in range(3))
+    samples = tuple(Sample("0001/00000", turn, Strand(np.arange(4, dtype=np.int32)), 2) for turn in range(3))
     with pytest.raises(
         StageFailure, match=r"of 2 the teacher told no.*of 1 those of other tokens.*labels\.topLogprobs for the rounds"
     ) as failed:

@@ -18,6 +18,7 @@ from dagger_operator.training.batches import Limits
 from dagger_operator.training.packing import pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.soft import Soft
+from dagger_operator.training.strand import Strand
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
@@ -25,7 +26,7 @@ VOCABULARY = 40
 
 
 def sample(tokens: Sequence[int], prompt: int, weight: float = 1.0, trajectory: int = 0) -> Sample:
-    return Sample(f"0001/{trajectory:05d}", 0, np.array(tokens, dtype=np.int32), prompt, weight)
+    return Sample(f"0001/{trajectory:05d}", 0, Strand(np.array(tokens, dtype=np.int32)), prompt, weight)
 
 
 @st.composite

@@ -68,7 +68,7 @@ async def train(
             labels=len(batch),
             tokens=sum(map(len, packs)),
             padding=padding(passes, packs, limits),
-            unpacked=sum(len(sample.tokens) - 1 for sample in batch),
+            unpacked=sum(len(sample.strand) - 1 for sample in batch),
             learning_rate=rate,
             gradient_norm=gradient_norm(engine),
             seconds=time.monotonic() - started,

@@ -57,14 +57,14 @@ def pack(samples: Iterable[Sample], most_tokens: int, packing: Packing = Packing
 
 def token_ratio(samples: Sequence[Sample], packs: Sequence[Pack]) -> float:
     """Tokens that one sequence per sample would cost, by tokens that the packs cost."""
-    return sum(len(sample.tokens) - 1 for sample in samples) / max(1, sum(map(len, packs)))
+    return sum(len(sample.strand) - 1 for sample in samples) / max(1, sum(map(len, packs)))
 
 
 def _parts(samples: Sequence[Sample], most_tokens: int) -> list[list[Sample]]:
     """The longest first, as many to a tree as fit: late turns together, since they share the longest trunk."""
     parts: list[list[Sample]] = []
     tree = TreeBuilder()
-    for sample in sorted(samples, key=lambda sample: -len(sample.tokens)):
+    for sample in sorted(samples, key=lambda sample: -len(sample.strand)):
         inputs = _inputs(sample)
         if not parts or tree.length + tree.cost(inputs) > most_tokens:
             tree = TreeBuilder()

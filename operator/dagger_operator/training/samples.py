@@ -4,16 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dagger_operator.api.training import LabelWeights, Loss, Training
 from dagger_operator.store.records import Actor, Trajectory, labelled_states
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.soft import Soft, soft
+from dagger_operator.training.strand import Strand, Tokens, following
 from dagger_operator.training.template import StudentTemplate
-
-Tokens = NDArray[np.int32]
-
 
 _ALIKE = LabelWeights()
 
@@ -25,8 +22,8 @@ class Sample:
     trajectory: str
     """Round and rollout, such as `0001/00017`."""
     turn: int
-    tokens: Tokens
-    """Shape (prompt + label,): the state as the server renders it, then the label up to and with its end-of-turn token."""
+    strand: Strand
+    """The state as the server renders it, then the label up to and with its end-of-turn token: prompt + label tokens."""
     prompt: int
     """How many of them are the state."""
     weight: float = 1.0
@@ -35,9 +32,14 @@ class Sample:
     """What the teacher told of each target, as the loss asks for it; None learns the tokens alone."""
 
     @property
+    def tokens(self) -> Tokens:
+        """Shape (prompt + label,), put together anew."""
+        return self.strand.tokens()
+
+    @property
     def targets(self) -> Tokens:
         """Shape (label,): the tokens that are learned."""
-        return self.tokens[self.prompt :]
+        return self.strand.tokens(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def tokenise(
         name = f"{trajectory.round:04d}/{trajectory.rollout_id}"
         counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Actor.STUDENT}
         students = {turn.index for turn in trajectory.turns if turn.actor is Actor.STUDENT}
+        strand: Strand | None = None
         for state in labelled_states(trajectory):
             if not (weight := weights.student_acted if state.turn in students else weights.teacher_acted):
                 continue
@@ -96,7 +99,8 @@ def tokenise(
                 told = soft(label, state.logprobs, soft_below) if state.logprobs is not None else None
                 untold += state.logprobs is None
                 foreign += state.logprobs is not None and told is None
-            samples.append(Sample(name, state.turn, np.array(prompt + label, dtype=np.int32), len(prompt), weight, told))
+            strand = following(np.array(prompt + label, dtype=np.int32), strand)
+            samples.append(Sample(name, state.turn, strand, len(prompt), weight, told))
     return Tokenised(tuple(samples), too_long, untold, foreign)
 
 

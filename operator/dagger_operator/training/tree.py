@@ -7,6 +7,7 @@ renders history another way costs tokens, and never changes what is learned.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,14 +136,14 @@ class TreeBuilder:
         spans: list[Span] = []
         chain, at, known = -1, 0, 0
         while known < len(tokens) and (following := self._next.get((chain, at, int(tokens[known])))) is not None:
-            chain, at = following, _alike(self._tokens[following], tokens[known:])
+            chain, at = following, alike(self._tokens[following], tokens[known:])
             start = self.chains[chain].start
             spans.append((start, start + at))
             known += at
         return spans, chain, at, known
 
 
-def _alike(left: Ints, right: Ints) -> int:
+def alike(left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]]) -> int:
     """Length of what both begin with."""
     both = min(len(left), len(right))
     differs = np.flatnonzero(left[:both] != right[:both])
