@@ -114,7 +114,8 @@ async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undistu
             (rank,) = psutil.Process(chance.choice(nodes).pid).children()
             rank.kill()
             ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
-        assert ExitCode.UNAVAILABLE in ended, setting.log.read_text()[-4000:]
+        assert ended == [ExitCode.UNAVAILABLE] * 2, setting.log.read_text()[-4000:]
+        assert '"PeerLost"' in setting.log.read_text(), "infrastructure pays for the loss of a peer too"
     seldom(setting)
     with setting.two_nodes(tmp_path / "last") as nodes:
         assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]

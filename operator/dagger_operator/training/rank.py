@@ -27,6 +27,7 @@ from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
 from dagger_operator.training.inputs import Inputs, adapter_folder, digest, inputs, weights_folder
 from dagger_operator.training.metrics import Step, TrainerMetrics
+from dagger_operator.training.peers import losing_peers
 from dagger_operator.training.samples import Tokenised, joined, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
@@ -41,7 +42,7 @@ _MEAN_OF = 10
 async def body(stage: Stage) -> None:
     """Trains, exports, stores the policy and, on rank 0, the stage's result."""
     # One rank of a pod answers Prometheus.
-    with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry:
+    with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry, losing_peers():
         await _train(stage, registry)
 
 
