@@ -22,7 +22,7 @@ from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
 from dagger_operator.store.records import Trajectory
-from dagger_operator.store.results import TrainingResult, save_result
+from dagger_operator.store.results import TrainingResult, read_result, save_result
 from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
 from dagger_operator.training.inputs import Inputs, adapter_folder, digest, inputs, weights_folder
@@ -57,6 +57,8 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     spec = stage.run.spec
     given = await inputs(stage)
     weights = weights_folder(stage.scratch, given.base)
+    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+        return  # rank 0 stored it while this pod was made anew, and meets nobody any more
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
@@ -97,9 +99,11 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
+    summary = await _store(stage, given, settings, tokenised, tally, folder, started) if rank == 0 else None
+    # A pod that is done is not started again: were rank 0 lost before all is stored, it would wait for the others for ever.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    if rank == 0:  # the others need not wait while it uploads
-        summary = await _store(stage, given, settings, tokenised, tally, folder, started)
+    if summary is not None:
         await kept.forget()
         observer.log.info("training done", **summary.wire())
 
