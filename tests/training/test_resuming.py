@@ -157,6 +157,22 @@ async def test_a_first_node_that_is_lost_while_it_stores_the_policy_is_waited_fo
     assert {name: file for name, file in made[0].files.items() if name not in slow} == made[1].files
 
 
+async def test_it_goes_on_bit_for_bit_where_the_same_ranks_are_dealt_to_other_nodes(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, nodes=2, processesPerNode=1)
+    await setting.prepare(policy_folder, trajectories)
+    with setting.two_nodes(tmp_path / "two") as nodes:
+        await until(setting.checkpoints, nodes[0])
+    setting.run["spec"]["training"] |= {"nodes": 1, "processesPerNode": 2}
+    seldom(setting)
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    said = setting.log.read_text()
+    assert "given up" not in said
+    assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
+    assert (await setting.result()).losses == (await undisturbed.result()).losses
+
+
 async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:
     """Whether a stage that found a checkpoint has taken steps since."""
     stored = await setting.checkpoints()
