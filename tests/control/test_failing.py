@@ -1,6 +1,7 @@
 """Budgets, deadlines and rules: when a run fails, what it says, and what it keeps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -88,6 +89,28 @@ def test_a_rule_by_reason_is_decided_by_the_plan(story: Callable[..., Story]) ->
     assert "the stage's own retries allows 18" in tale.plan(told=False).status.conditions[-1].message
     tale.see("rollout", failures=(OUT_OF_MEMORY,))
     assert tale.plan().status.reason == "OOMKilled"
+
+
+def test_what_happens_to_one_of_many_nodes_costs_a_training_one_retry(story: Callable[..., Story]) -> None:
+    tale = story(training={"nodes": 8, "retries": 3}, failurePolicy={"infrastructureRetries": 4})
+    tale.done("prepare", "preflight")
+    tale.done("rollout", round_number=1)
+    tale.carry_out(tale.plan())
+    tale.carry_out(tale.plan())
+
+    def struck(first: PodFailure, times: int) -> tuple[PodFailure, ...]:
+        """One node fails so often, and all others lose it."""
+        nodes = [first, *[PodFailure("PeerLost", "connection closed", exit_code=75)] * 7]
+        return tuple(replace(failure, index=f"{index}") for index, failure in enumerate(nodes)) * times
+
+    for enough, cause in ((4, EVICTED), (3, BROKEN)):
+        tale.see("training", failures=struck(cause, enough))
+        assert tale.plan(told=False).status.phase is Phase.TRAINING
+        tale.see("training", failures=struck(cause, enough + 1))
+        failed = tale.plan(told=False).status
+        assert (failed.phase, failed.reason) == (Phase.FAILED, cause.reason)
+    spec = build_job(tale.run, Step(1, StageName.TRAINING), Results())["spec"]
+    assert spec["backoffLimit"] == 3 * 8, "the controller counts every pod"
 
 
 def test_a_run_fails_when_its_time_is_over_and_goes_on_when_it_is_given_more(story: Callable[..., Story], wanted: Wanted) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, Trouble, child, children
+from dagger_operator.control.names import COMPLETION_INDEX
 
 Json = dict[str, Any]
 LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
@@ -275,7 +276,7 @@ def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
     pods = [
         pod("b", "Failed", containers=[ended(137, reason="OOMKilled", at="2026-01-01T00:00:09Z")], conditions=[drained]),
-        pod("a", "Failed", containers=[ended(75, away, at="2026-01-01T00:00:05Z")]),
+        pod("a", "Failed", containers=[ended(75, away, at="2026-01-01T00:00:05Z")], labels={**LABELS, COMPLETION_INDEX: "2"}),
         pod("c", "Failed", reason="Evicted", message="low on disk"),
         pod("d"),
         pod("e", "Succeeded", containers=[ended(0)]),
@@ -287,6 +288,7 @@ def test_a_job_tells_how_each_of_its_pods_failed() -> None:
         ("Evicted", None, False),
     }
     assert [one.reason for one in seen if one.exit_code] == ["StorageUnavailable", "OOMKilled"], "oldest first"
+    assert [one.index for one in seen if one.exit_code == 75] == ["2"]
 
 
 def test_a_job_that_the_plan_gave_up_has_failed_whatever_its_pods_do() -> None:

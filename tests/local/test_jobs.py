@@ -19,6 +19,8 @@ async def test_every_index_runs_once_and_knows_its_number(lab: Any) -> None:
     assert lab.end("work") == ("Complete", "CompletionsReached")
     assert [lab.log(f"work-{index}") for index in range(3)] == ["index 0", "index 1", "index 2"]
     assert lab.status("work")["succeeded"] == 3
+    ((_, pods),) = lab.machine.observed()
+    assert [one["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] for one in pods] == ["0", "1", "2"]
 
 
 async def test_a_failed_pod_is_made_again_until_it_succeeds(lab: Any, tmp_path: Path) -> None:

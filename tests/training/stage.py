@@ -69,8 +69,8 @@ class Setting:
         await close_round(self.store, "demo", 1, [trajectory.rollout_id for trajectory in trajectories])
 
     @contextmanager
-    def started(self, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The stage, with `more` in its environment, as a process group of its own; nothing of it is left afterwards."""
+    def started(self, module: str = "dagger_operator.training", **more: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The stage, or a module of it, with `more` in its environment, as a process group of its own; nothing of it is left afterwards."""
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)  # lost with the pod
         environ = {
             **os.environ,
@@ -81,7 +81,7 @@ class Setting:
             **more,
         }
         with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "dagger_operator.training"]
+            command = [sys.executable, "-m", module]
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
             try:
                 yield process

@@ -11,7 +11,10 @@ import pytest
 
 from dagger_operator.store.stage import ExitCode, StageFailure
 from dagger_operator.training.__main__ import RankProcess, _watch
+from dagger_operator.training.peers import PEER_LOST
 from dagger_operator.training.rank import asked_to_end
+
+LOST = f"raise SystemExit({ExitCode.UNAVAILABLE:d})"
 
 
 async def rank(index: int, folder: Path, code: str, words: dict[str, str] | None = None) -> RankProcess:
@@ -26,7 +29,7 @@ async def test_ends_well_when_every_rank_does(tmp_path: Path) -> None:
 
 
 async def test_the_rank_that_knows_the_cause_is_heard_although_another_ended_first(tmp_path: Path) -> None:
-    lost = await rank(0, tmp_path, "raise SystemExit(1)", {"reason": "Unexpected", "message": "connection closed by peer"})
+    lost = await rank(0, tmp_path, LOST, {"reason": PEER_LOST, "message": "connection closed by peer"})
     cause = await rank(
         1,
         tmp_path,
@@ -36,6 +39,16 @@ async def test_the_rank_that_knows_the_cause_is_heard_although_another_ended_fir
     with pytest.raises(StageFailure, match="LossNotFinite: lower it") as caught:
         await _watch([lost, cause])
     assert caught.value.permanent
+
+
+@pytest.mark.parametrize(("cause", "said"), [("import os; os.kill(os.getpid(), 9)", "SIGKILL"), ("raise SystemExit(1)", "code 1")])
+async def test_a_rank_that_lost_a_peer_is_heard_only_where_no_other_knows_more(tmp_path: Path, cause: str, said: str) -> None:
+    lost = await rank(0, tmp_path, LOST, {"reason": PEER_LOST, "message": "connection closed by peer"})
+    with pytest.raises((StageFailure, RuntimeError), match=said):
+        await _watch([lost, await rank(1, tmp_path, cause)])
+    with pytest.raises(StageFailure, match=PEER_LOST) as caught:
+        await _watch([lost])
+    assert not caught.value.permanent
 
 
 async def test_a_killed_rank_is_named_and_tried_again(tmp_path: Path) -> None:

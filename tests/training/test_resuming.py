@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dagger_operator.store import layout
 from dagger_operator.store.policies import policy_manifest
 from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import TrainingResult, read_result
@@ -142,7 +144,8 @@ async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undistu
             (rank,) = psutil.Process(chance.choice(nodes).pid).children()
             rank.kill()
             ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
-        assert ExitCode.UNAVAILABLE in ended, setting.log.read_text()[-4000:]
+        assert ended == [ExitCode.UNAVAILABLE] * 2, setting.log.read_text()[-4000:]
+        assert '"PeerLost"' in setting.log.read_text(), "infrastructure pays for the loss of a peer too"
     seldom(setting)
     with setting.two_nodes(tmp_path / "last") as nodes:
         assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]
@@ -150,6 +153,52 @@ async def test_two_nodes_whose_ranks_are_killed_at_any_time_train_as_one_undistu
     assert result.losses == expected.losses
     made = [await policy_manifest(one.store, (await one.result()).policy) for one in (setting, undisturbed)]
     assert made[0].files == made[1].files, "the weights are the same, bit for bit"
+
+
+async def test_a_first_node_that_is_lost_while_it_stores_the_policy_is_waited_for(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, nodes=2, processesPerNode=1)
+    seldom(setting)
+    student = shutil.copytree(policy_folder, tmp_path / "student")
+    slow = {f"z{number}.txt" for number in range(400)}  # so much to store that somebody can come in between
+    for name in slow:
+        (student / name).touch()
+    await setting.prepare(student, trajectories)
+    policies = tmp_path / "store" / layout.policy("r001-")
+    with setting.two_nodes(tmp_path / "first") as nodes:
+        await until(setting.checkpoints, nodes[0])
+        (first,) = psutil.Process(nodes[0].pid).children()
+        while not any(path.is_file() for path in policies.parent.glob("r001-*/*")):
+            await asyncio.sleep(0.001)
+        first.kill()
+        ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
+    assert await read_result(setting.store, 1, "training", TrainingResult) is None
+    assert ended == [ExitCode.UNAVAILABLE] * 2, "a node that is done would never come again, and the first one wait for it"
+    for life in ("second", "third"):  # the third finds the result
+        with setting.two_nodes(tmp_path / life) as nodes:
+            assert [await asyncio.to_thread(node.wait, 300) for node in nodes] == [ExitCode.DONE] * 2, setting.log.read_text()[-4000:]
+    late = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with setting.started("dagger_operator.training.rank", **late) as rank:
+        assert await asyncio.to_thread(rank.wait, 120) == ExitCode.DONE, "a node that was made anew meanwhile waits for nobody"
+    made = [await policy_manifest(one.store, (await one.result()).policy) for one in (setting, undisturbed)]
+    assert {name: file for name, file in made[0].files.items() if name not in slow} == made[1].files
+
+
+async def test_it_goes_on_bit_for_bit_where_the_same_ranks_are_dealt_to_other_nodes(
+    undisturbed: Setting, policy_folder: Path, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    setting = Setting(tmp_path, nodes=2, processesPerNode=1)
+    await setting.prepare(policy_folder, trajectories)
+    with setting.two_nodes(tmp_path / "two") as nodes:
+        await until(setting.checkpoints, nodes[0])
+    setting.run["spec"]["training"] |= {"nodes": 1, "processesPerNode": 2}
+    seldom(setting)
+    assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
+    said = setting.log.read_text()
+    assert "given up" not in said
+    assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
+    assert (await setting.result()).losses == (await undisturbed.result()).losses
 
 
 async def goes_on(setting: Setting, from_checkpoints: list[str]) -> bool:

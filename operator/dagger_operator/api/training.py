@@ -171,7 +171,7 @@ class Training(ApiModel):
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000000)] = 50
     """Steps between checkpoints from which a killed Job goes on."""
     retries: Annotated[int, Field(ge=0, le=100)] = 6
-    """Further tries of a failed training Job before the run fails."""
+    """Further tries of a training that failed by itself. Its nodes end together, and count as one."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """Trainer image; default the operator's setting, an image of its own release. Not used on one machine without containers."""
     pod: PodSettings = PodSettings()

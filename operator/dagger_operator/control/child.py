@@ -38,6 +38,8 @@ class PodFailure:
     exit_code: int | None = None
     disrupted: bool = False
     """Evicted, preempted, or its node went away."""
+    index: str = ""
+    """Completion index of the pod, by which the one that takes its place is known."""
 
 
 SERVERS = frozenset({"Deployment", "LeaderWorkerSet"})

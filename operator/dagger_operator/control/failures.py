@@ -4,6 +4,8 @@ The Job controller decides what it can by exit code and condition. From the firs
 plan decides; so a Job may then be tried more often than its own budget says, by what infrastructure may add to it.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from dagger_operator.api import DAggerRun, FailureAction, FailureRule, RunStage
@@ -28,6 +30,16 @@ def own_retries(run: DAggerRun, stage: StageName, pods: int) -> int:
     return run.spec.training.retries if stage is StageName.TRAINING else RETRIES * pods
 
 
+def counted(stage: StageName, failures: Sequence[PodFailure]) -> Sequence[PodFailure]:
+    """Those that cost a retry. The nodes of a training end together, whichever was the cause, so what happened to it is counted by the
+    node that failed most often."""
+    if stage is not StageName.TRAINING:
+        return failures
+    by_node = Counter(failure.index for failure in failures)
+    most = max(by_node, key=by_node.__getitem__, default="")
+    return [failure for failure in failures if failure.index == most]
+
+
 def verdict(run: DAggerRun, stage: StageName, failure: PodFailure) -> FailureAction:
     """What is done about one pod that failed."""
     for rule in _rules(run, stage):
@@ -50,7 +62,7 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
         FailureAction.RETRY: ("the stage's own retries", own_retries(run, stage, pods)),
     }
     for action, (name, budget) in budgets.items():
-        spent = [failure for one, failure in verdicts if one is action]
+        spent = counted(stage, [failure for one, failure in verdicts if one is action])
         if len(spent) > budget:
             last = spent[-1]
             return Trouble(last.reason, f"{len(spent)} pods failed, {name} allows {budget}; the last one: {last.message}")
@@ -78,6 +90,8 @@ def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
         decided.append(_on_exit_codes("FailJob", ExitCode.PERMANENT))
         decided.append(_on_exit_codes("Ignore", ExitCode.UNAVAILABLE))
         decided.append({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
+    if stage is StageName.TRAINING:
+        limit *= pods  # the controller counts pods; the plan stops it where one of the nodes has failed too often
     return {"backoffLimit": limit, **({"podFailurePolicy": {"rules": decided}} if decided else {})}
 
 

@@ -8,7 +8,7 @@ from dagger_operator.api import DAggerRun, PodSettings
 from dagger_operator.control.child import Trouble
 from dagger_operator.control.failures import retry_settings
 from dagger_operator.control.identity import sandbox_namespace, worker_account
-from dagger_operator.control.names import FAILED, Role, attempt_of, job_name, labels
+from dagger_operator.control.names import COMPLETION_INDEX, FAILED, Role, attempt_of, job_name, labels
 from dagger_operator.control.pods import (
     GATEWAY_PORT,
     METRICS_PORT,
@@ -28,7 +28,7 @@ from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step
 from dagger_operator.control.scheduling import pod_template, queue_labels
 
-INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+INDEX = f"metadata.annotations['{COMPLETION_INDEX}']"
 MASTER_PORT = 29500
 
 

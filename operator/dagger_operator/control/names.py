@@ -24,6 +24,9 @@ FAILED = "dagger-operator.dev/failed"
 """Annotation of a Job or server that was given up: reason and message as JSON. It is the lasting sign that this attempt failed,
 where the object itself would not show it."""
 
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Label of an Indexed Job's pods."""
+
 
 class Role(StrEnum):
     """The two policies, as components of a run."""

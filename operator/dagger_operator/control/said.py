@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
+from dagger_operator.control.names import COMPLETION_INDEX
 from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
 
@@ -90,7 +91,8 @@ def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
             continue
         disrupted = any(one["type"] == "DisruptionTarget" and one["status"] == "True" for one in status(pod).get("conditions") or ())
         at, said, code = _end(pod)
-        found.append((at, str(pod["metadata"]["name"]), PodFailure(said.reason, said.message, code, disrupted)))
+        index = (pod["metadata"].get("labels") or {}).get(COMPLETION_INDEX, "")
+        found.append((at, str(pod["metadata"]["name"]), PodFailure(said.reason, said.message, code, disrupted, index)))
     return tuple(failure for _, _, failure in sorted(found, key=lambda one: one[:2]))
 
 

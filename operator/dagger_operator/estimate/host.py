@@ -16,7 +16,7 @@ OTHER = 4 * GIB
 STORED = 2
 """Bytes of a stored parameter: BF16, as the paper's models have it."""
 TOKEN = 4
-"""Bytes of a label's token in the trainer (`training/samples.py`)."""
+"""Bytes of a label's token in the trainer (`training/strand.py`)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrainingNode:
 
     processes: float
     labels: float
-    """Every rank holds all labels, each with its state, as one sequence of tokens."""
+    """Every rank holds all labels, and of each one's state what the state before it has not."""
     loading: float
     """Every rank loads the weights whole before DeepSpeed shares them out, all at the same time. At most: pages of a file in the same
     type may be shared."""
@@ -80,7 +80,7 @@ Need = TrainingNode | ServingPod
 
 
 def training_node(shape: Shape, training: Training, memory: Memory, label_tokens: float) -> TrainingNode:
-    """`memory` is that of a rank, `label_tokens` those of all labels of the largest round, each with its state."""
+    """`memory` is that of a rank, `label_tokens` what is held of all labels of the largest round."""
     setup, ranks, nodes = Setup.of(training), training.processes_per_node, training.nodes
     adapters = shape.adapters(setup.adapter_rank)
     trained = adapters or shape.parameters

@@ -120,9 +120,10 @@ class _Planner:
         return range(number if self.spec.training.aggregation is Aggregation.CURRENT_ROUND_ONLY else 1, number + 1)
 
     def _label_tokens(self) -> float:
-        """Of all labels of the largest round, each with its state."""
+        """Of all labels of the largest round: each trajectory's last state, and the labels."""
         rounds = range(1, self.spec.rounds + 1)
-        return self.per_label.tokens * max(sum(map(self._rollouts, self._aggregated(number))) for number in rounds)
+        held = self.talk.trees(teacher_share=0.0, most_tokens=math.inf).tokens
+        return held * max(sum(map(self._rollouts, self._aggregated(number))) for number in rounds)
 
     def _training_seconds(self, work: Tokens, steps: int) -> float | None:
         if not self.trains:

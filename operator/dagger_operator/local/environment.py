@@ -28,7 +28,8 @@ UNUSED = frozenset({"HOME"})
 OWN_FOLDERS = frozenset({"/tmp"})  # noqa: S108 - named, not used
 """Mounts that stand for a folder which this machine has itself."""
 
-COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Label and annotation of an Indexed Job's pods."""
 
 _URL = re.compile(r"(?P<scheme>https?://)(?P<host>[a-z0-9.-]+)(?P<rest>[:/].*)?")
 _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
@@ -124,7 +125,7 @@ def _value(variable: Mapping[str, Any], pod: PodContext) -> str | None:
     path = source["fieldRef"]["fieldPath"]
     fields = {"status.podIP": pod.address, "metadata.name": pod.name, "metadata.namespace": pod.namespace}
     if pod.completion_index is not None:
-        fields[COMPLETION_INDEX] = str(pod.completion_index)
+        fields[f"metadata.annotations['{COMPLETION_INDEX}']"] = str(pod.completion_index)
     if path in fields:
         return fields[path]
     raise CannotStart("CreateContainerConfigError", f"fieldRef {path} of {variable['name']} is not known on one machine")

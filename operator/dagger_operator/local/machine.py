@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from dagger_operator.local.addresses import pod_address
 from dagger_operator.local.containers import now
 from dagger_operator.local.deployments import DeploymentRunner
-from dagger_operator.local.environment import PodContext, host_names
+from dagger_operator.local.environment import COMPLETION_INDEX, PodContext, host_names
 from dagger_operator.local.guard import Guard
 from dagger_operator.local.jobs import JobRunner
 from dagger_operator.local.pods import Pod
@@ -128,13 +128,16 @@ class Machine:
             template = owner["spec"]["template"]
             metadata = {**template.get("metadata", {}), "name": name, "namespace": owner["metadata"].get("namespace", "default")}
             metadata["creationTimestamp"] = now()
+            indexed = owner["spec"].get("completionMode") == "Indexed"
+            if indexed:
+                metadata["labels"] = {**metadata.get("labels", {}), COMPLETION_INDEX: f"{index}"}
             context = PodContext(
                 name=name,
                 namespace=metadata["namespace"],
                 address=pod_address(self._place.scope, name),
                 folder=self._place.folder / name,
                 labels=metadata.get("labels", {}),
-                completion_index=index if owner["spec"].get("completionMode") == "Indexed" else None,
+                completion_index=index if indexed else None,
                 secrets=self._place.secrets,
                 hosts=self._hosts(),
             )

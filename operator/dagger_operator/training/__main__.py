@@ -22,6 +22,7 @@ from dagger_operator.store.policies import load_adapter, load_policy
 from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure, main
 from dagger_operator.training.inputs import adapter_folder, inputs, weights_folder
+from dagger_operator.training.peers import PEER_LOST
 
 _GRACE_SECONDS = 10
 """How long ranks may go on after another one failed: they wait for it in a collective that will never end."""
@@ -90,6 +91,8 @@ def _failure(rank: RankProcess) -> Exception:
 def _vagueness(failure: Exception) -> int:
     if not isinstance(failure, StageFailure):
         return 2
+    if failure.reason == PEER_LOST:
+        return 3
     return 0 if failure.permanent else 1
 
 

@@ -2,7 +2,8 @@
 rounding on another number of ranks.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
-restart fetches that again. The last two are kept: if one is damaged, the one before it serves.
+restart fetches that again, or all there is where ranks are dealt to other pods. The last two are kept: if one is damaged, the one
+before it serves.
 """
 
 import asyncio
@@ -82,6 +83,8 @@ class Checkpoint(Record):
     course: str
     """Digest of everything that decides the course of training but for rounding. Another one is another training."""
     cut: Cut
+    nodes: tuple[int, ...] = ()
+    """Pod of each rank. Elsewhere a pod's ranks need files that other pods wrote."""
     tally: Tally
     files: dict[str, StoredFile]
 
@@ -97,8 +100,8 @@ class Checkpoints:
         self._cut = Cut(zero_stage=zero_stage, ranks=torch.distributed.get_world_size())
         self._rank = torch.distributed.get_rank()
         # One rank of each pod moves files; the pods' folders are not shared.
-        nodes = _gathered(node)
-        self._carries = nodes.index(node) == self._rank
+        self._nodes = tuple(_gathered(node))
+        self._carries = self._nodes.index(node) == self._rank
         self._last, self._cost = time.monotonic(), 0.0
         self._log = structlog.get_logger()
 
@@ -119,7 +122,7 @@ class Checkpoints:
                 await self._store.upload(f"{self._prefix}{tag}/{name}", path)
         files = {name: file for part in _gathered(mine) for name, file in part.items()}
         if self._rank == 0:
-            manifest = Checkpoint(course=self._course, cut=self._cut, tally=tally, files=files)
+            manifest = Checkpoint(course=self._course, cut=self._cut, nodes=self._nodes, tally=tally, files=files)
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
             for old in (await self._tags())[:-_KEPT]:
                 await self._forget(old)
@@ -196,7 +199,7 @@ class Checkpoints:
         if not self._carries:
             return True
         for name, file in checkpoint.files.items():
-            if file.node not in (0, self._node) and checkpoint.cut == self._cut:
+            if file.node not in (0, self._node) and checkpoint.nodes == self._nodes:
                 continue
             path = self._folder / tag / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # Ranks wait for the one that uploads a checkpoint of many gigabytes.
+    # Ranks wait for the one that uploads a checkpoint or a policy of many gigabytes.
     torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks, timeout=timedelta(hours=1))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device

@@ -24,11 +24,12 @@ from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
 from dagger_operator.store.records import Trajectory
-from dagger_operator.store.results import TrainingResult, save_result
+from dagger_operator.store.results import TrainingResult, read_result, save_result
 from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
 from dagger_operator.training.inputs import Inputs, adapter_folder, digest, inputs, weights_folder
 from dagger_operator.training.metrics import Step, TrainerMetrics
+from dagger_operator.training.peers import losing_peers
 from dagger_operator.training.samples import Tokenised, joined, tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
 
@@ -43,7 +44,7 @@ _MEAN_OF = 10
 async def body(stage: Stage) -> None:
     """Trains, exports, stores the policy and, on rank 0, the stage's result."""
     # One rank of a pod answers Prometheus.
-    with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry:
+    with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry, losing_peers():
         await _train(stage, registry)
 
 
@@ -58,6 +59,8 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     spec = stage.run.spec
     given = await inputs(stage)
     weights = weights_folder(stage.scratch, given.base)
+    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+        return  # rank 0 stored it while this pod was made anew, and meets nobody any more
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
@@ -98,9 +101,11 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
+    summary = await _store(stage, given, settings, tokenised, tally, folder, started) if rank == 0 else None
+    # A pod that is done is not started again: were rank 0 lost before all is stored, it would wait for the others for ever.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    if rank == 0:  # the others need not wait while it uploads
-        summary = await _store(stage, given, settings, tokenised, tally, folder, started)
+    if summary is not None:
         await kept.forget()
         observer.log.info("training done", **summary.wire())
 

@@ -1,0 +1,33 @@
+"""A rank whose peers are gone says so, whatever call it was in: the cause lies with one of them, and another try goes on from the
+checkpoint."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dagger_operator.store.stage import StageFailure
+
+PEER_LOST = "PeerLost"
+
+_GONE = re.compile(
+    r"\[\S*gloo/transport/|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
+)
+"""In what gloo and NCCL say, which have no type of their own for it. What gloo asserts starts with `[enforce fail at`, and is a fault."""
+
+
+@contextmanager
+def losing_peers() -> Iterator[None]:
+    """Within it, the loss of another rank is a `StageFailure` on the account of infrastructure."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_loss(error):
+            raise
+        message = f"another rank is gone, and its own pod says why; training goes on from its last checkpoint: {error}"
+        raise StageFailure(PEER_LOST, message, permanent=False) from error
+
+
+def is_loss(error: RuntimeError) -> bool:
+    from torch.distributed import DistNetworkError, DistStoreError
+
+    return isinstance(error, DistNetworkError | DistStoreError) or _GONE.search(str(error)) is not None
