@@ -34,6 +34,7 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
     [
         ("scaffold", {"type": "Command"}, "spec.scaffold.command", "needs command"),
         ("scaffold", {"protocol": "ToolCall"}, "spec.student.serving.toolCallParser", "hermes"),
+        ("sandbox", {"backend": "Pod", "allowUnconfined": True}, "spec.sandbox.allowUnconfined", "leave it out, or write backend Process"),
         ("mixing", {"strategy": "StudentPrefix"}, "spec.mixing.maxPrefixTurns", "T_max schedule"),
         ("mixing", {"beta": {"type": "Linear", "start": 1}}, "spec.mixing.beta.step", "start and step"),
         ("mixing", {"beta": {"type": "List", "values": [1, -0.5]}}, "spec.mixing.beta.values[1]", "0..1"),

@@ -49,6 +49,7 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
         # Rules: two fields that do not fit together, or more than a schema can say.
         ("scaffold", {"type": "Command"}, "spec.scaffold", "needs command"),
         ("scaffold", {"protocol": "ToolCall"}, "spec", "hermes"),
+        ("sandbox", {"backend": "Pod", "allowUnconfined": True}, "spec.sandbox", "leave it out, or write backend Process"),
         ("mixing", {"strategy": "StudentPrefix"}, "spec.mixing", "T_max schedule"),
         ("mixing", {"beta": {"type": "Linear", "start": 1}}, "spec.mixing.beta", "start and step"),
         ("mixing", {"beta": {"type": "Constant", "value": 1.5}}, "spec.mixing", "0..1"),

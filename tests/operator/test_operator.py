@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import Counter
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +193,6 @@ async def test_storage_that_is_away_is_waited_for(lab: Any, operator: Any) -> No
 
 async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
     mine = {"app.kubernetes.io/managed-by": "dagger-operator", "dagger-operator.dev/run-namespace": lab.namespace}
-    now = datetime.now(UTC)
 
     async def make(api_version: str, kind: str, name: str, run: str, **more: Any) -> None:
         metadata = {"name": name, "namespace": lab.namespace, "labels": {**mine, "dagger-operator.dev/run": run}}
@@ -204,9 +202,12 @@ async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
     role = {"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "dagger-sandbox-worker"}}
     for run in ("alive", "gone"):
         await make("rbac.authorization.k8s.io/v1", "RoleBinding", f"{lab.namespace}.{run}.worker", run, **role)
-    for name, age in (("fresh", timedelta(0)), ("stale", GRACE + timedelta(seconds=31))):
-        renewed = (now - age).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        await make("coordination.k8s.io/v1", "Lease", name, "alive", spec={"renewTime": renewed, "leaseDurationSeconds": 30})
+    for name in ("renewed", "stale"):
+        await make("coordination.k8s.io/v1", "Lease", name, "alive", spec={"leaseTransitions": 0, "leaseDurationSeconds": 30})
+
+    async def renew(times: int) -> None:
+        lease = await lab.client.get("coordination.k8s.io/v1", "Lease", lab.namespace, "renewed")
+        await lab.client.replace({**lease, "spec": {**lease["spec"], "leaseTransitions": times}})
 
     # Made by hand: it wears the labels of a sandbox, and no Lease owns it.
     container = {"name": "main", "image": "localhost/none:1"}
@@ -216,22 +217,26 @@ async def test_what_no_owner_reference_clears_is_cleared(lab: Any) -> None:
     await lab.client.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container]}})
 
     cache, woken = Cache(), []
-    reaper = Reaper(lab.namespace, cache, lab.client, woken.append)
-    assert await reaper.reap(now) == 2
-    assert await reaper.reap(now) == 0
+    looks = [0.0, 60.0, 31.0 + GRACE, 32.0 + GRACE, 33.0 + GRACE]
+    reaper = Reaper(lab.namespace, cache, lab.client, woken.append, iter(looks).__next__)
+    removed = []
+    for times in range(4):
+        removed.append(await reaper.reap())
+        await renew(times + 1)
+    assert removed == [1, 0, 1, 0], "the binding at once, the Lease once it stood still for long enough before our eyes"
     for binding in await lab.objects("rbac.authorization.k8s.io/v1", "RoleBinding"):
         cache.put(binding)
         lost = {**binding, "metadata": binding["metadata"] | {"name": f"{lab.namespace}.lost.worker", "uid": "another"}}
         lost["metadata"]["labels"] = {**mine, "dagger-operator.dev/run": "lost"}
         cache.put(lost)
-    await reaper.reap(now)
+    await reaper.reap()
     assert woken == [(lab.namespace, "lost")], "what went is made again"
     left = [
         one["metadata"]["name"]
         for kind in (("rbac.authorization.k8s.io/v1", "RoleBinding"), ("coordination.k8s.io/v1", "Lease"))
         for one in await lab.objects(*kind)
     ]
-    assert left == [f"{lab.namespace}.alive.worker", "fresh"]
+    assert left == [f"{lab.namespace}.alive.worker", "renewed"]
     assert "by-hand" in [one["metadata"]["name"] for one in await lab.objects("v1", "Pod")]
 
 

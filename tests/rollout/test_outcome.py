@@ -35,6 +35,7 @@ SUBMITTED = ScaffoldEnd("Submitted")
         (ScaffoldEnd("ExitCode2"), recording(), Verdict(Outcome.UNRESOLVED, "ExitCode2")),
         (ScaffoldEnd("LimitReached"), recording(limit=True), Verdict(Outcome.LIMIT_REACHED, "LimitReached")),
         (ScaffoldEnd("Deadline"), recording(), Verdict(Outcome.LIMIT_REACHED, "Deadline")),
+        (ScaffoldEnd("Deadline"), recording(()), Verdict(Outcome.LIMIT_REACHED, "Deadline")),
         # A program that shrugs the refusal off and ends well has had its turns all the same.
         (SUBMITTED, recording(limit=True), Verdict(Outcome.LIMIT_REACHED, "LimitReached")),
         (ScaffoldEnd("GatewayRefused"), recording(policy_error=WHY), Verdict(Outcome.POLICY_ERROR, "Because")),
@@ -51,6 +52,8 @@ def test_an_agents_end_is_judged(end: ScaffoldEnd, seen: Recording, expected: Ve
         (SUBMITTED, recording(failure=WHY), "Because"),
         (SUBMITTED, recording(failure=WHY, policy_error=WHY, limit=True), "Because"),
         (ScaffoldEnd("ExitCode127", "not found"), recording(()), "ScaffoldNeverActed"),
+        # Whatever exceeded the sandbox's limits, it was no policy.
+        (ScaffoldEnd("LimitReached", "Evicted: its disk is full"), recording(()), "ScaffoldNeverActed"),
         (SUBMITTED, recording(turns(10, lost=1)), "LabelsUnavailable"),
     ],
 )

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -18,6 +19,9 @@ from aiohttp import web
 
 from dagger_operator.evaluation.stage import evaluate
 from dagger_operator.rollout.round import rollout
+from dagger_operator.sandbox import isolation
+from dagger_operator.sandbox.interface import CommandResult, LimitExceeded
+from dagger_operator.sandbox.process_sandbox import ProcessSandbox
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import RoundManifest, read_manifest, training_set
@@ -188,6 +192,67 @@ async def test_a_task_whose_setup_fails_is_infrastructure(ground: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"setup": "exit 7"}) + "\n")
     with pytest.raises(StageFailure, match="infrastructure broke 1 of 1"):
         await rollout(ground.stage(run))
+
+
+def evicted_at(monkeypatch: pytest.MonkeyPatch, beginning: str) -> None:
+    """Sandboxes that are gone from a command on, as a pod is that its kubelet evicts for its disk; a real one takes a cluster."""
+    execute, gone = ProcessSandbox.execute, set[ProcessSandbox]()
+
+    async def executed(sandbox: ProcessSandbox, command: str, **more: Any) -> CommandResult:
+        if sandbox in gone or command.startswith(beginning):
+            gone.add(sandbox)
+            raise LimitExceeded("Evicted", "Pod ephemeral local storage usage exceeds the total limit of containers 10304Mi. ")
+        return await execute(sandbox, command, **more)
+
+    monkeypatch.setattr(ProcessSandbox, "execute", executed)
+
+
+async def test_an_agent_that_exceeds_its_sandboxs_limits_has_reached_a_limit(ground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evicted_at(monkeypatch, "sed -i")
+    run = ground.run(train=3, mixing={"beta": {"type": "Constant", "value": 1.0}})
+    await rollout(ground.stage(run))
+    ended = await trajectories(ground.store(run))
+    assert {(t.outcome, t.exit_status, t.submitted, t.patch, t.tries) for t in ended} == {
+        (Outcome.LIMIT_REACHED, "LimitReached", False, "", 1)
+    }
+    assert all([turn.label is not None for turn in t.turns] == [True, True] for t in ended), "its turns train as any others do"
+    result = await _result(ground.store(run))
+    assert (result.summary.labels, result.excluded) == (6, {})
+
+
+async def test_a_patch_that_exceeds_its_sandboxs_limits_is_unresolved(ground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evicted_at(monkeypatch, "sh check.sh")
+    run = ground.run(train=2, mixing={"beta": {"type": "Constant", "value": 1.0}})
+    await rollout(ground.stage(run))
+    ended = await trajectories(ground.store(run))
+    assert {(t.outcome, t.submitted, t.tries) for t in ended} == {(Outcome.UNRESOLVED, True, 1)}
+    assert all("+right" in t.patch for t in ended)
+
+
+async def test_a_task_that_exceeds_its_sandboxs_limits_before_the_agent_acts_is_infrastructure(
+    ground: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evicted_at(monkeypatch, "")
+    with pytest.raises(StageFailure, match=r"infrastructure broke 1 of 1 rollouts \(1 Evicted"):
+        await rollout(ground.stage(ground.run(train=1, rollouts={"infrastructureRetries": 0})))
+
+
+@pytest.fixture
+def no_bubblewrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without it."""
+    real = shutil.which
+    monkeypatch.setattr(isolation.shutil, "which", lambda name, *more: None if name == "bwrap" else real(name, *more))
+
+
+async def test_nothing_is_run_unconfined_unless_the_spec_allows_it(ground: Any, no_bubblewrap: None) -> None:
+    with pytest.raises(StageFailure) as caught:
+        await rollout(ground.stage(ground.run(train=1)))
+    assert (caught.value.reason, caught.value.permanent) == ("NoNamespaces", True)
+    assert "bwrap is not installed" in caught.value.message and "spec.sandbox.allowUnconfined: true" in caught.value.message
+    assert not ground.policies.requests
+    run = ground.run(train=1, sandbox={"commandTimeoutSeconds": 20, "limits": {"processes": 64}, "allowUnconfined": True})
+    await rollout(ground.stage(run))
+    assert (await _result(ground.store(run))).summary.rollouts == 1
 
 
 async def _result(store: Store) -> RolloutResult:

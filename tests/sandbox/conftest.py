@@ -57,7 +57,7 @@ async def sandbox(provider: ProcessSandboxes) -> ProcessSandbox:
 @pytest.fixture
 async def plain(tmp_path: Path) -> AsyncIterator[ProcessSandboxes]:
     isolation = Isolation(bubblewrap=None, reason="the test forbids it", cgroups=None, root=probe().root)
-    async with ProcessSandboxes(LIMITS, tmp_path / "plain", isolation=isolation) as provider:
+    async with ProcessSandboxes(LIMITS, tmp_path / "plain", allow_unconfined=True, isolation=isolation) as provider:
         yield provider
 
 

@@ -122,6 +122,18 @@ async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 async def test_the_warning_comes_when_a_provider_without_namespaces_starts(plain: ProcessSandboxes, tmp_path: Path) -> None:
     with capture_logs() as logs:
-        async with ProcessSandboxes(plain._limits, tmp_path / "again", isolation=plain.isolation):
+        async with ProcessSandboxes(plain._limits, tmp_path / "again", allow_unconfined=True, isolation=plain.isolation):
             pass
-    assert [entry["log_level"] for entry in logs] == ["warning"] and "Install bubblewrap" in logs[0]["isolation"]
+    assert [entry["log_level"] for entry in logs] == ["warning"] and "WITHOUT namespaces" in logs[0]["isolation"]
+
+
+async def test_without_namespaces_there_are_no_sandboxes_unless_that_is_allowed(plain: ProcessSandboxes, tmp_path: Path) -> None:
+    with pytest.raises(SandboxError, match=r"NoNamespaces: .*the test forbids it\. Install bubblewrap, .*allowUnconfined: true"):
+        await ProcessSandboxes(plain._limits, tmp_path / "refused", isolation=plain.isolation).__aenter__()
+    assert not (tmp_path / "refused").exists()
+
+
+async def test_what_is_allowed_is_not_done_where_there_are_namespaces(provider: ProcessSandboxes, tmp_path: Path) -> None:
+    async with ProcessSandboxes(provider._limits, tmp_path / "both", allow_unconfined=True, isolation=provider.isolation) as best:
+        sandbox = await best.create(SandboxRequest("one"), timeout=60)
+        assert (await sandbox.execute("pwd", timeout=60)).output == "/testbed\n"

@@ -1,7 +1,7 @@
 """What a sandbox pod looks like, and what its status is taken for: no cluster needed."""
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from dagger_operator.api import SandboxLimits, SandboxPod
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.pod_manifest import Setting, pod, pod_name
 from dagger_operator.sandbox.pod_state import Stand, state_of
-from dagger_operator.sandbox.worker_lease import expired, lease_of
+from dagger_operator.sandbox.worker_lease import lease_of
 
 OWNER = {"metadata": {"name": "lease", "uid": "u"}}
 
@@ -146,18 +146,38 @@ def test_a_pods_status_is_told_in_its_own_words(status: dict[str, Any], stand: S
     assert seen(status) == (stand, reason)
 
 
+KILLED = [container("sandbox", terminated={"reason": "OOMKilled", "exitCode": 137})]
+LOW = "The node was low on resource: memory. Threshold quantity: 100Mi, available: 98892Ki. "
+USING = "Container sandbox was using 2Gi, request is 1Gi, has larger consumption of memory. "
+
+
+@pytest.mark.parametrize(
+    ("status", "exceeded"),
+    [
+        # A kubelet's own words, as of Kubernetes 1.34.
+        ({"reason": "Evicted", "message": "Pod ephemeral local storage usage exceeds the total limit of containers 10304Mi. "}, True),
+        ({"reason": "Evicted", "message": 'Container sandbox exceeded its local ephemeral storage limit "10304Mi". '}, True),
+        ({"reason": "Evicted", "message": 'Usage of EmptyDir volume "workdir" exceeds the limit "10Gi". '}, True),
+        ({"containerStatuses": KILLED}, True),
+        # No command can write there.
+        ({"reason": "Evicted", "message": 'Usage of EmptyDir volume "dagger" exceeds the limit "64Mi". '}, False),
+        ({"initContainerStatuses": [KILLED[0] | {"name": "helper"}]}, False),
+        # The node's want, whoever caused it.
+        ({"reason": "Evicted", "message": LOW + USING}, False),
+        ({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage. "}, False),
+        ({"reason": "Evicted", "message": LOW + USING, "containerStatuses": KILLED}, False),
+        ({"reason": "Evicted"}, False),
+        ({"conditions": PREEMPTED, "containerStatuses": KILLED}, False),
+        ({"reason": "DeadlineExceeded", "containerStatuses": KILLED}, False),
+        ({"containerStatuses": [container("sandbox", terminated={"reason": "Error", "exitCode": 137})]}, False),
+    ],
+)
+def test_a_pod_that_its_own_limits_ended_is_told_from_one_that_its_node_gave_up(status: dict[str, Any], exceeded: bool) -> None:
+    for metadata in ({}, {"deletionTimestamp": "2026-01-01T00:00:00Z"} if exceeded else {}):
+        state = state_of({"metadata": {"name": "p", **metadata}, "status": {"phase": "Failed", **status}})
+        assert (state.stand, state.exceeded) == (Stand.ENDED, exceeded)
+
+
 def test_a_pod_that_is_being_deleted_is_over_though_it_still_runs() -> None:
     status = {"phase": "Running", "containerStatuses": RUNNING, "podIP": "10.1.1.1"}
     assert seen(status, deletionTimestamp="2026-01-01T00:00:00Z") == (Stand.ENDED, "PodDeleted")
-
-
-@given(age=st.floats(-1000, 1000), duration=st.integers(1, 300))
-def test_a_lease_expires_once_it_was_not_renewed_for_its_duration(age: float, duration: int) -> None:
-    now = datetime(2026, 1, 1, tzinfo=UTC)
-    lease = lease_of(setting(), now - timedelta(seconds=age), duration)
-    assert expired(lease, now) == (age > duration)
-
-
-@pytest.mark.parametrize("spec", [None, {}, {"renewTime": "yesterday", "leaseDurationSeconds": 1}, {"renewTime": None}])
-def test_a_lease_that_says_nothing_counts_as_expired(spec: Any) -> None:
-    assert expired({"spec": spec}, datetime.now(UTC))

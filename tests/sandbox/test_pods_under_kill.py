@@ -43,7 +43,7 @@ asyncio.run(main())
 """
 
 
-async def test_killed_workers_leave_no_pod_once_a_sibling_looked(
+async def test_killed_workers_leave_no_pod_once_a_sibling_looked_on_for_as_long_as_a_lease_lasts(
     pods: Callable[..., PodSandboxes], cluster: Any, namespace: str, sandbox_image: str
 ) -> None:
     chance = random.Random(4)

@@ -1,13 +1,14 @@
 """From a task's start over the agent's work to the verdict, in real sandboxes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dagger_operator.api import SandboxLimits
-from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
+from dagger_operator.sandbox.interface import CommandResult, LimitExceeded, SandboxError, SandboxRequest
 from dagger_operator.sandbox.isolation import Isolation
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
@@ -157,7 +158,7 @@ async def test_a_setup_that_fails_is_infrastructure_and_leaves_no_sandbox(provid
 
 async def test_all_of_it_works_without_namespaces_too(tmp_path: Path) -> None:
     isolation = Isolation(bubblewrap=None, reason="the test forbids it", cgroups=None, root=False)
-    async with ProcessSandboxes(SandboxLimits(), tmp_path / "plain", isolation=isolation) as plain:
+    async with ProcessSandboxes(SandboxLimits(), tmp_path / "plain", allow_unconfined=True, isolation=isolation) as plain:
         assert (await graded(plain, await after(plain, SOLVE))).resolved
         assert not (await graded(plain, await after(plain, "true"))).resolved
 
@@ -177,6 +178,21 @@ class Losing:
 async def test_a_lost_sandbox_is_never_unresolved(provider: ProcessSandboxes) -> None:
     with pytest.raises(SandboxError, match="Closed"):
         await grade(TASK, "", Losing(provider), name="lost", create_timeout=60, timeout=60)  # type: ignore[arg-type]  # only create is needed
+
+
+async def test_a_check_that_exceeds_the_sandboxs_limits_is_unresolved(provider: ProcessSandboxes, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute = ProcessSandbox.execute
+
+    async def evicted(sandbox: ProcessSandbox, command: str, **more: Any) -> CommandResult:
+        if command == TASK.grading.command:
+            raise LimitExceeded("Evicted", "its disk is full")
+        return await execute(sandbox, command, **more)
+
+    patch = await after(provider, SOLVE)
+    monkeypatch.setattr(ProcessSandbox, "execute", evicted)
+    found = await graded(provider, patch)
+    assert (found.resolved, found.returncode, found.log) == (False, None, "Evicted: its disk is full")
+    assert not provider._live
 
 
 EVAL = """#!/bin/bash

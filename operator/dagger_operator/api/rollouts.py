@@ -58,25 +58,37 @@ class SandboxBackend(StrEnum):
 
 
 class SandboxLimits(ApiModel):
-    """Bounds of one sandbox; what exceeds them is stopped, and the agent is told."""
+    """Bounds of one sandbox; what exceeds them is stopped, and the agent is told. A pod that is ended whole for it ends its rollout."""
 
     cpus: Annotated[float, Field(gt=0, le=256)] = 1.0
     """Processor cores."""
     memory_mib: Annotated[int, Field(ge=16, le=1048576)] = 4096
     """Memory in MiB."""
     disk_mib: Annotated[int, Field(ge=1, le=1048576)] = 10240
-    """Writable disk in MiB; of a Process sandbox also the largest single file."""
+    """Writable disk in MiB, and the largest single file. A pod over it is evicted, and its rollout ends as LimitReached."""
     processes: Annotated[int, Field(ge=4, le=32768)] = 512
     """Processes and threads alive at once."""
     output_kib: Annotated[int, Field(ge=1, le=65536)] = 256
     """Output kept of one command in KiB; the middle of what is longer is cut out at its source."""
 
 
+_POD_IS_CONFINED = (
+    "allowUnconfined is for sandboxes that are processes, and a pod is always confined: leave it out, or write backend Process"
+)
+
+
 class Sandbox(ApiModel):
     """Where untrusted commands run: no credentials, no network, limits on everything."""
 
+    cel: ClassVar[tuple[Rule, ...]] = (
+        Rule("!has(self.allowUnconfined) || !self.allowUnconfined || !has(self.backend) || self.backend != 'Pod'", _POD_IS_CONFINED),
+    )
+
     backend: SandboxBackend | None = None
     """Pod on a cluster, Process on one machine; default what the runtime offers."""
+    allow_unconfined: bool = False
+    """Process: where bubblewrap is missing or not permitted, run commands all the same, as plain processes that reach the network and this
+    user's files and processes, credentials among them. Only for tasks and models that you trust; otherwise the stage fails."""
     namespace: ObjectName | None = None
     """Namespace of sandbox pods, apart from GPUs and Secrets; default the operator's setting."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
@@ -93,6 +105,12 @@ class Sandbox(ApiModel):
     """Bounds of each sandbox."""
     pod: SandboxPod = SandboxPod()
     """Scheduling and identity of sandbox pods."""
+
+    @model_validator(mode="after")
+    def _confined_in_pods(self) -> Self:
+        if self.allow_unconfined and self.backend is SandboxBackend.POD:
+            raise Misfit("allowUnconfined", True, _POD_IS_CONFINED)
+        return self
 
 
 class LabelMode(StrEnum):

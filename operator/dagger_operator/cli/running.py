@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 from rich.console import Console
 
-from dagger_operator.api import DAggerRun, Phase, RunStatus
+from dagger_operator.api import DAggerRun, Phase, RunStatus, SandboxBackend
 from dagger_operator.cli.documents import read
 from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.live import Display
@@ -19,6 +19,7 @@ from dagger_operator.control.names import RETRY
 from dagger_operator.local.acceptance import accept, annotated
 from dagger_operator.local.folder import RunFolder, home
 from dagger_operator.local.supervisor import Supervisor
+from dagger_operator.sandbox.isolation import probe
 
 
 def start(file: Path) -> int:
@@ -45,6 +46,8 @@ def _supervise(folder: RunFolder, run: DAggerRun) -> int:
     folder.save(run)
     folder.logs.mkdir(parents=True, exist_ok=True)
     console = Console()
+    if run.spec.sandbox.backend is not SandboxBackend.POD:
+        console.print(probe().describe(), markup=False, highlight=False, soft_wrap=True)
     with (folder.logs / "supervisor.log").open("a") as log:
         structlog.configure(
             processors=[

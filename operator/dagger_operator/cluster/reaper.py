@@ -4,8 +4,8 @@ Sandbox pods belong to their worker's Lease, so the garbage collector takes them
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
@@ -15,38 +15,41 @@ from dagger_operator.cluster.cache import Cache, RunKey, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.control import MANAGED_BY, MANAGER
 from dagger_operator.kube.errors import ApiError, Conflict, Missing
-from dagger_operator.sandbox.worker_lease import expired
+from dagger_operator.sandbox.worker_lease import Witness
 
 log = structlog.get_logger()
 
 EVERY = 60.0
 """Seconds between two rounds."""
-GRACE = timedelta(minutes=2)
-"""A Lease that expired this long ago is nobody's: its worker is gone, and no sibling took it away."""
+GRACE = 60.0
+"""A Lease that stood still for so many seconds more than it lasts is nobody's: its worker is gone, and no sibling took it away."""
 
 Manifest = Mapping[str, Any]
 
 
 class Reaper:
-    def __init__(self, namespace: str, cache: Cache, client: Client, wake: Callable[[RunKey], None]) -> None:
+    def __init__(
+        self, namespace: str, cache: Cache, client: Client, wake: Callable[[RunKey], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._namespace, self._cache, self._client, self._wake = namespace, cache, client, wake
+        self._witness = Witness(EVERY, clock)
 
     async def run(self) -> None:
         """For ever."""
         while True:
             await asyncio.sleep(EVERY)
             try:
-                await self.reap(datetime.now(UTC))
+                await self.reap()
             except ApiError as error:
                 log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error))
 
-    async def reap(self, now: datetime) -> int:
+    async def reap(self) -> int:
         """How many objects were removed."""
         bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
+        gone = self._witness.dead(leases, grace=GRACE)
         self._notice(bindings)
-        gone = [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
-        gone += [one for one in leases if expired(one, now - GRACE)]
+        gone += [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
         return sum([await self._removed(one) for one in gone])
 
     def _labelled(self, api_version: str, kind: str) -> Any:

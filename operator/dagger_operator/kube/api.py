@@ -16,6 +16,7 @@ Manifest = dict[str, Any]
 
 _TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
 _WATCH_SECONDS = 290
+_HEARTBEAT_SECONDS = 30.0
 _SILENCE = aiohttp.ClientTimeout(total=None, connect=10, sock_read=320.0)
 
 
@@ -64,7 +65,7 @@ class Api:
         doing, headers = f"connecting {path}", await authorization(self._settings)
         with _reaching(doing):
             async with self._http.ws_connect(
-                self._settings.host + path, params=query, headers=headers, protocols=protocols, max_msg_size=0, heartbeat=30
+                self._settings.host + path, params=query, headers=headers, protocols=protocols, max_msg_size=0, heartbeat=_HEARTBEAT_SECONDS
             ) as socket:
                 yield socket
 

@@ -13,8 +13,8 @@ from dagger_operator.rollout.actions import ActionReader
 from dagger_operator.rollout.metered_sandbox import MeteredSandbox
 from dagger_operator.rollout.metrics import WorkerMetrics
 from dagger_operator.rollout.outcome import InfrastructureFailed, patch_of, verdict
-from dagger_operator.rollout.scaffold import DEADLINE, ScaffoldEnd, ScaffoldProgram
-from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
+from dagger_operator.rollout.scaffold import DEADLINE, LIMIT_REACHED, ScaffoldEnd, ScaffoldProgram
+from dagger_operator.sandbox.interface import LimitExceeded, SandboxError, SandboxProvider
 from dagger_operator.store.objects import StoreUnavailable
 from dagger_operator.store.records import Failure, Outcome, Timings, Trajectory
 from dagger_operator.store.stage import StageFailure
@@ -120,6 +120,10 @@ class Attempts:
             except TimeoutError:
                 end = ScaffoldEnd(DEADLINE)
             patch = await collect_patch(workspace)
+        except LimitExceeded as error:
+            # With the sandbox all that was changed there is gone.
+            end, patch = ScaffoldEnd(LIMIT_REACHED, str(error)), ""
+            log.info("the agent exceeded its sandbox's limits", reason=error.reason, problem=error.message)
         finally:
             await sandbox.close()
         return end, patch, _Spent(sandbox=workspace.create_seconds + workspace.start_seconds, commands=sandbox.command_seconds)

@@ -38,11 +38,11 @@ def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float) -> V
         raise InfrastructureFailed(Failure(reason="LabelsUnavailable", message=message))
     if recording.policy_error is not None:
         return Verdict(Outcome.POLICY_ERROR, recording.policy_error.reason)
-    if recording.limit_reached or end.status in (DEADLINE, LIMIT_REACHED):
-        return Verdict(Outcome.LIMIT_REACHED, DEADLINE if end.status == DEADLINE else LIMIT_REACHED)
-    if not recording.turns:
+    if not recording.turns and end.status != DEADLINE:
         message = f"it ended as {end.status} before its first turn: {end.submission[-500:]}"
         raise InfrastructureFailed(Failure(reason="ScaffoldNeverActed", message=message))
+    if recording.limit_reached or end.status in (DEADLINE, LIMIT_REACHED):
+        return Verdict(Outcome.LIMIT_REACHED, DEADLINE if end.status == DEADLINE else LIMIT_REACHED)
     return Verdict(None if end.submitted else Outcome.UNRESOLVED, end.status)
 
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from dagger_operator.api import SandboxBackend, ScaffoldType
 from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
-from dagger_operator.sandbox.process import ProcessSandboxes
+from dagger_operator.sandbox.process import NO_NAMESPACES, ProcessSandboxes
 from dagger_operator.store.stage import Stage, StageFailure
 
 GATEWAY_PORT = 8090
@@ -33,10 +33,23 @@ def in_pods(stage: Stage) -> bool:
 @asynccontextmanager
 async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
     """Raises `StageFailure` where there can be none."""
-    if not in_pods(stage):
-        async with ProcessSandboxes(stage.run.spec.sandbox.limits, stage.scratch / "sandboxes") as processes:
-            yield processes
-        return
+    spec = stage.run.spec.sandbox
+    provider: SandboxProvider = (
+        _pods(stage)
+        if in_pods(stage)
+        else ProcessSandboxes(spec.limits, stage.scratch / "sandboxes", allow_unconfined=spec.allow_unconfined)
+    )
+    try:
+        await provider.__aenter__()
+    except SandboxError as error:
+        raise StageFailure(error.reason, error.message, permanent=error.reason == NO_NAMESPACES) from error
+    try:
+        yield provider
+    finally:
+        await provider.__aexit__(None, None, None)
+
+
+def _pods(stage: Stage) -> SandboxProvider:
     # Only here: the Kubernetes client takes a second to import.
     from dagger_operator.sandbox.pod_manifest import Setting
     from dagger_operator.sandbox.pods import PodSandboxes
@@ -62,15 +75,7 @@ async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
         image=spec.sandbox.image,
         pod=spec.sandbox.pod,
     )
-    pods = PodSandboxes(setting, namespace, most_alive=2 * spec.rollouts.concurrency)
-    try:
-        await pods.__aenter__()
-    except SandboxError as error:
-        raise StageFailure(error.reason, error.message, permanent=False) from error
-    try:
-        yield pods
-    finally:
-        await pods.__aexit__(None, None, None)
+    return PodSandboxes(setting, namespace, most_alive=2 * spec.rollouts.concurrency)
 
 
 def gateway_place(stage: Stage) -> GatewayPlace:

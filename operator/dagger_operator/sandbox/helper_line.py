@@ -78,10 +78,9 @@ class Exec:
                 data = json.dumps(request).encode() + b"\n"
                 for start in range(0, len(data), _FRAME):
                     await socket.send_bytes(b"\0" + data[start : start + _FRAME])
-                answer = json.loads(await _line(socket))
+                return _answer(await _line(socket))
         except (ApiError, aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Severed(f"exec: {error or type(error).__name__}") from error
-        return answer["status"], base64.b64decode(answer["body"] or "")
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
@@ -103,6 +102,8 @@ async def _line(socket: aiohttp.ClientWebSocketResponse) -> bytes:
     """The next line of the program's output."""
     output, complaint = bytearray(), b""
     async for message in socket:
+        if message.type is not aiohttp.WSMsgType.BINARY:  # an ERROR above all: nobody answers any more
+            raise Severed(f"exec: {message.type.name} {str(message.data)[:300]}")
         channel, data = message.data[:1], message.data[1:]
         if channel == b"\x01":
             output += data
@@ -111,6 +112,14 @@ async def _line(socket: aiohttp.ClientWebSocketResponse) -> bytes:
         elif data:
             complaint = data
     raise Severed(f"exec ended: {complaint.decode(errors='replace')[:300]}")
+
+
+def _answer(line: bytes) -> Answer:
+    try:
+        said = json.loads(line)
+        return said["status"], base64.b64decode(said["body"] or "")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Severed(f"exec: no answer but {line[:300]!r}") from error
 
 
 class Routes:

@@ -6,11 +6,16 @@ from typing import Protocol, Self
 
 
 class SandboxError(Exception):
-    """Infrastructure broke a sandbox: it could not be made, or was lost. Never the agent's doing, never an observation."""
+    """Infrastructure broke a sandbox: it could not be made, or was lost. Never the agent's doing, but for `LimitExceeded`; never an
+    observation."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason, self.message = reason, message
         super().__init__(f"{reason}: {message}")
+
+
+class LimitExceeded(SandboxError):
+    """What ran in a sandbox exceeded its limits, and all of it was ended for that: no infrastructure broke."""
 
 
 @dataclass(frozen=True)

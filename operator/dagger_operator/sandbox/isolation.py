@@ -31,15 +31,23 @@ class Isolation:
         return self.bubblewrap is not None and (self.root or release >= (5, 14))
 
     def describe(self) -> str:
-        """One paragraph for people, such as `daggerctl` prints."""
+        """One line for people, such as `daggerctl run` prints."""
         memory = f"memory and CPU limited by {self.cgroups.describe()}" if self.cgroups else "memory limited by sampling, CPU not limited"
         if self.bubblewrap:
             user = "a user id of its own" if self.root else "this user in a namespace of its own"
             return f"Process sandboxes: bubblewrap namespaces, no network, no host files but read-only /usr, {user}; {memory}."
         return (
-            f"Process sandboxes WITHOUT namespaces ({self.reason}): commands run as this user, can reach the network and read this "
-            f"user's files, and what leaves its process group outlives its command; {memory}. Install bubblewrap, "
-            "or use the Pod backend, before running agents that you do not trust."
+            f"Process sandboxes WITHOUT namespaces ({self.reason}), for which a run has to set spec.sandbox.allowUnconfined: commands run "
+            "as this user, reach the network and this user's files and processes, and what leaves its process group outlives its command; "
+            f"{memory}."
+        )
+
+    def refusal(self) -> str:
+        """Why a run that does not allow it gets no sandboxes here, and what to do."""
+        return (
+            f"commands of models would reach the network and this user's files and processes, credentials among them: {self.reason}. "
+            "Install bubblewrap, and allow user namespaces or run as root; on a cluster set spec.sandbox.namespace, for sandboxes that are "
+            "pods; or, for tasks and models that you trust, write spec.sandbox.allowUnconfined: true"
         )
 
 

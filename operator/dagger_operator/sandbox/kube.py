@@ -1,7 +1,7 @@
 """The few requests that a worker makes of the API server: its sandbox pods, their watch, `exec` into them, and Leases."""
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from enum import StrEnum
 from typing import Self
 
@@ -47,16 +47,19 @@ class Kube:
         """`metadata.resourceVersion` is a precondition."""
         return await self._api.ask("PUT", self._path(kind, manifest["metadata"]["name"]), body=manifest)
 
-    async def delete(self, kind: Kind, manifest: Manifest, *precise: str) -> None:
-        """Deletes this very object and no later one of its name; that it is gone already is fine.
+    async def delete(self, kind: Kind, manifest: Manifest, *precise: str) -> bool:
+        """Deletes this very object and no later one of its name. False: it was gone already.
 
-        `precise`: further fields of its metadata that must not have changed, such as `resourceVersion`.
+        `precise`: further fields of its metadata that must not have changed, such as `resourceVersion`; False, too, where one has.
         """
         metadata = manifest["metadata"]
         preconditions = {field: metadata[field] for field in ("uid", *precise)}
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background", "preconditions": preconditions}
-        with suppress(Missing, Conflict):
+        try:
             await self._api.ask("DELETE", self._path(kind, metadata["name"]), body=body)
+        except (Missing, Conflict):
+            return False
+        return True
 
     async def list(self, kind: Kind, selector: str) -> tuple[list[Manifest], str]:
         """All objects with these labels, and the resourceVersion at which that was so."""

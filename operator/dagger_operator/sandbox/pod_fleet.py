@@ -91,8 +91,7 @@ class PodFleet:
         """Deletes a pod. Where that fails it is tried again until it is gone."""
         if self._lives.pop(life.uid, None):
             self._known.setdefault(life.uid, life.pod)
-            with suppress(ApiError):
-                await self._kube.delete(Kind.PODS, life.pod)
+            await self._remove(life.uid, life.pod)
 
     def at_rest(self) -> list[Life]:
         return list(self._lives.values())
@@ -122,8 +121,15 @@ class PodFleet:
             await asyncio.sleep(_SWEEP_SECONDS)
             for uid, pod in list(self._known.items()):
                 if self._unwanted(uid, pod["metadata"]):
-                    with suppress(ApiError):
-                        await self._kube.delete(Kind.PODS, pod)
+                    await self._remove(uid, pod)
+
+    async def _remove(self, uid: str, pod: Manifest) -> None:
+        """One that was gone already is forgotten here: its end may have been told before it was known, and is not told again."""
+        with suppress(ApiError):
+            if not await self._kube.delete(Kind.PODS, pod):
+                self._known.pop(uid, None)
+                async with self._fewer:
+                    self._fewer.notify_all()
 
     def _unwanted(self, uid: str, metadata: Manifest) -> bool:
         ours = any(owner["uid"] == self._owner() for owner in metadata.get("ownerReferences") or ())

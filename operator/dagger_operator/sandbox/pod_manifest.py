@@ -14,6 +14,7 @@ Json = dict[str, Any]
 CONTAINER = "sandbox"
 HELPER_PORT = 7070
 HELPER = "/dagger/sandboxd"
+WORKDIR_VOLUME = "workdir"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "dagger-operator", "app.kubernetes.io/component": "sandbox"}
 _SLACK_MIB = 64
 """Memory for the helper, so that what a command holds is measured and stopped before the kernel ends the whole pod."""
@@ -178,7 +179,7 @@ def _sandbox(setting: Setting, request: SandboxRequest, image: str, digest: str)
 
 def _workdir_volumes(setting: Setting, request: SandboxRequest) -> list[Json]:
     """A task that brings no image starts in an empty folder, which whatever user runs the image may write to."""
-    return [] if request.image else [{"name": "workdir", "emptyDir": {"sizeLimit": f"{setting.limits.disk_mib}Mi"}}]
+    return [] if request.image else [{"name": WORKDIR_VOLUME, "emptyDir": {"sizeLimit": f"{setting.limits.disk_mib}Mi"}}]
 
 
 def _amounts(cpus: float, memory_mib: float, disk_mib: float) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox import shell
 from dagger_operator.sandbox.archive import archive
 from dagger_operator.sandbox.helper_line import HelperLine
-from dagger_operator.sandbox.interface import CommandResult, SandboxError, SandboxRequest
+from dagger_operator.sandbox.interface import CommandResult, LimitExceeded, SandboxError, SandboxRequest
 from dagger_operator.sandbox.pod_state import PodState
 
 T = TypeVar("T")
@@ -146,7 +146,8 @@ class PodSandbox:
                 raise SandboxError("Closed", f"sandbox {self._request.name} is closed")
             if not task.done():
                 state = self._lost.result()
-                raise SandboxError(state.reason, f"sandbox {self._request.name}: {state.message}")
+                kind = LimitExceeded if state.exceeded else SandboxError
+                raise kind(state.reason, f"sandbox {self._request.name}: {state.message}")
             return task.result()
         finally:
             if not task.done():

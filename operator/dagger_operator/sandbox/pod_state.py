@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from dagger_operator.sandbox.pod_manifest import CONTAINER
+from dagger_operator.sandbox.pod_manifest import CONTAINER, WORKDIR_VOLUME
 
 Json = dict[str, Any]
 
 _USUAL = ("ContainerCreating", "PodInitializing", "")
 _PULLING = ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError")
+_OWN_LIMITS = (
+    "Pod ephemeral local storage usage exceeds the total limit of containers",
+    f"Container {CONTAINER} exceeded its local ephemeral storage limit",
+    f'Usage of EmptyDir volume "{WORKDIR_VOLUME}" exceeds the limit',
+)
+"""How a kubelet begins to say that it evicted a pod for what that used itself; else its node ran out of something."""
 _HOPELESS = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
 
 
@@ -31,11 +37,15 @@ class PodState:
     message: str
     address: str = ""
     """IP address, as soon as it has one."""
+    exceeded: bool = False
+    """Whether a limit of its own ended it: what ran in it did that."""
 
 
 def state_of(pod: Json) -> PodState:
     """Pure; `pod` as the API server gives it."""
     status = pod.get("status") or {}
+    if status.get("phase") == "Failed" and _exceeded(status):
+        return PodState(Stand.ENDED, *_end(status), exceeded=True)
     if pod["metadata"].get("deletionTimestamp"):
         return PodState(Stand.ENDED, *(_disruption(status) or ("PodDeleted", "the pod was deleted")))
     if status.get("phase") in ("Failed", "Succeeded"):
@@ -52,6 +62,14 @@ def state_of(pod: Json) -> PodState:
     if scheduled.get("status") == "False":
         return PodState(Stand.COMING, scheduled.get("reason") or "Unschedulable", scheduled.get("message") or "")
     return PodState(Stand.COMING, "", "", status.get("podIP") or "")
+
+
+def _exceeded(status: Json) -> bool:
+    if status.get("reason"):
+        return status["reason"] == "Evicted" and (status.get("message") or "").startswith(_OWN_LIMITS)
+    # Where the kernel takes a whole container for what one command holds, as with cgroup v2.
+    ended = [(one.get("state") or {}).get("terminated") or {} for one in _containers(status) if one["name"] == CONTAINER]
+    return _disruption(status) is None and any(one.get("reason") == "OOMKilled" for one in ended)
 
 
 def _end(status: Json) -> tuple[str, str]:

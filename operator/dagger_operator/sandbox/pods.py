@@ -4,6 +4,7 @@ import asyncio
 import posixpath
 import secrets
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from typing import Self
 import aiohttp
 
 from dagger_operator.kube.api import Manifest
-from dagger_operator.kube.errors import ApiError, Unavailable
+from dagger_operator.kube.errors import ApiError, Conflict, Unavailable
 from dagger_operator.sandbox import relay
 from dagger_operator.sandbox.helper_line import Exec, HelperLine, Network, Routes
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
@@ -19,12 +20,21 @@ from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_fleet import Life, PodFleet
 from dagger_operator.sandbox.pod_manifest import HELPER_PORT, Setting, of_a_worker, pod
 from dagger_operator.sandbox.pod_sandbox import PodSandbox
+from dagger_operator.sandbox.pod_state import PodState
 from dagger_operator.sandbox.worker_lease import DURATION_SECONDS, WorkerLease
 
 _FAILURES_UNNOTICED = 3
 _MOST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 3.0
 _KNOCK_SECONDS = 0.1
+
+
+@dataclass
+class _Wait:
+    """Why a pod could not be created yet."""
+
+    reason: str
+    message: str
 
 
 class PodSandboxes:
@@ -70,9 +80,10 @@ class PodSandboxes:
         token = secrets.token_urlsafe(32)
         manifest = pod(self._setting, request, digest=sha256(token.encode()).hexdigest(), owner=self._lease.manifest)
         life: Life | None = None
+        wait = _Wait("CreateTimeout", f"no room for it among {self._most_alive} pods of this worker, or the API server does not answer")
         try:
             async with asyncio.timeout(timeout):
-                life = await self._begin(manifest)
+                life = await self._begin(manifest, wait)
                 sandbox = self._sandbox(request, life, token, await self._answering(life))
                 await sandbox.prepare()
             self._failures = 0
@@ -82,7 +93,7 @@ class PodSandboxes:
                 await self._fleet.end(life)
             if isinstance(error, TimeoutError):
                 self._failures += 1
-                raise _too_late(request, life, timeout) from error
+                raise _too_late(request, life.state if life else wait, timeout) from error
             if isinstance(error, SandboxError):
                 self._failures += 1
             raise
@@ -105,18 +116,18 @@ class PodSandboxes:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
 
-    async def _begin(self, manifest: Manifest) -> Life:
+    async def _begin(self, manifest: Manifest, wait: _Wait) -> Life:
         """Creates the pod, when there is room for it and, after failures in a row, not at once."""
         if self._failures >= _FAILURES_UNNOTICED:
             await asyncio.sleep(min(_MOST_PAUSE_SECONDS, 0.5 * 2 ** min(self._failures - _FAILURES_UNNOTICED, 16)))
         name = manifest["metadata"]["name"]
         await self._fleet.admit(name, self._most_alive)
         try:
-            return self._fleet.born(await self._created(manifest))
+            return self._fleet.born(await self._created(manifest, wait))
         finally:
             await self._fleet.dismiss(name)
 
-    async def _created(self, manifest: Manifest) -> Manifest:
+    async def _created(self, manifest: Manifest, wait: _Wait) -> Manifest:
         """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
         pause = 0.1
         while True:
@@ -125,8 +136,9 @@ class PodSandboxes:
             except ApiError as error:
                 if error.reason == "AlreadyExists":
                     await self._make_way(manifest)
-                elif not isinstance(error, Unavailable):
+                elif not _passes(error):
                     raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
+                wait.reason, wait.message = error.reason, error.message
             await asyncio.sleep(pause)
             pause = min(2.0, 2 * pause)
 
@@ -167,8 +179,12 @@ async def _stop(task: "asyncio.Task[None]") -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _too_late(request: SandboxRequest, life: Life | None, timeout: float) -> SandboxError:
-    state = life.state if life else None
-    why = f": {state.message}" if state and state.message else "" if life else ": no room for it, or the API server is away"
-    reason = (state.reason if state else "") or "CreateTimeout"
-    return SandboxError(reason, f"sandbox {request.name} was not ready after {timeout:g} s{why}")
+def _passes(error: ApiError) -> bool:
+    """Whether the same request may do later. Pods on their way to an end count in a quota until they are gone, and who writes its status at
+    the same time as others meets a conflict."""
+    return isinstance(error, Unavailable | Conflict) or error.reason == "QuotaExceeded"
+
+
+def _too_late(request: SandboxRequest, why: PodState | _Wait, timeout: float) -> SandboxError:
+    said = f": {why.message}" if why.message else ""
+    return SandboxError(why.reason or "CreateTimeout", f"sandbox {request.name} was not ready after {timeout:g} s{said}")

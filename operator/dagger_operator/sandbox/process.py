@@ -26,6 +26,7 @@ from dagger_operator.sandbox.process_sandbox import ProcessSandbox
 from dagger_operator.sandbox.tenancy import Tenancy
 from dagger_operator.sandbox.usage import ProcessTable
 
+NO_NAMESPACES = "NoNamespaces"
 _FIRST_UID, _UIDS = 1_900_000_000, 200_000_000
 """User ids of sandboxes made by root: above those of systems, containers and directories."""
 
@@ -33,11 +34,11 @@ _FIRST_UID, _UIDS = 1_900_000_000, 200_000_000
 class ProcessSandboxes:
     """Makes sandboxes of local processes. Use as an async context manager: leaving it removes them all."""
 
-    def __init__(self, limits: SandboxLimits, root: Path, *, isolation: Isolation | None = None) -> None:
+    def __init__(self, limits: SandboxLimits, root: Path, *, allow_unconfined: bool = False, isolation: Isolation | None = None) -> None:
         """`root` is a folder that several providers may share; `isolation` defaults to the best that the machine has."""
         self._limits = limits
         self._root = root
-        self._isolation = isolation
+        self._isolation, self._allow_unconfined = isolation, allow_unconfined
         self._count = itertools.count()
         self._live: set[ProcessSandbox] = set()
         self._open = AsyncExitStack()
@@ -51,9 +52,12 @@ class ProcessSandboxes:
         return self._isolation
 
     async def __aenter__(self) -> Self:
+        """Raises `SandboxError`: `NoNamespaces` where commands would be plain processes, and that is not allowed."""
         if self._isolation is None:
             self._isolation = await asyncio.to_thread(probe)
         if not self._isolation.bubblewrap:
+            if not self._allow_unconfined:
+                raise SandboxError(NO_NAMESPACES, self._isolation.refusal())
             structlog.get_logger().warning("sandboxes without namespaces", isolation=self._isolation.describe())
         try:
             self._tenancy = await asyncio.to_thread(Tenancy.take, self._root, self._isolation.cgroups)

@@ -1,13 +1,14 @@
 """What says that a worker lives: a Lease in the sandbox namespace that it renews, and that owns its pods.
 
-A Lease that was not renewed for its duration is removed by whoever comes across it, another worker of the run or the operator; then
-the garbage collector removes the pods.
+A Lease that stood still for its duration is removed by whoever looked on, another worker of the run or the operator; then the garbage
+collector removes the pods.
 """
 
 import asyncio
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -31,21 +32,44 @@ def lease_of(setting: Setting, now: datetime, duration: int = DURATION_SECONDS) 
     }
 
 
-def expired(lease: Mapping[str, Any], now: datetime) -> bool:
-    """Whether a Lease was not renewed for as long as it says; one that does not say when is as old as it is."""
-    spec = lease.get("spec") or {}
-    try:
-        renewed = datetime.fromisoformat(spec.get("renewTime") or spec.get("acquireTime") or lease["metadata"]["creationTimestamp"])
-        return renewed + timedelta(seconds=spec.get("leaseDurationSeconds") or 0) < now
-    except (KeyError, TypeError, ValueError):
-        return True
+class Witness:
+    """Who looks at all Leases again and again, and can tell which of them nobody renews.
+
+    No clock of another machine is trusted: what counts is how long a Lease did not change before our eyes. A look that comes late begins
+    anew: while we could not look, for the API server was away, others could not renew either.
+    """
+
+    def __init__(self, pace: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`pace`: seconds from one look to the next."""
+        self._late, self._clock = 2 * pace, clock
+        self._looked = 0.0
+        self._seen: dict[str, tuple[str, float]] = {}
+        """Of the Leases that there are: version, and since when."""
+
+    def dead(self, leases: Iterable[Manifest], *, grace: float = 0.0) -> list[Manifest]:
+        """One look at all that there are; those of them that stood still for longer than they last, and `grace`."""
+        now, before, leases = self._clock(), self._seen, list(leases)
+        if now - self._looked > self._late:
+            before = {}
+        self._looked, self._seen = now, {}
+        for lease in leases:
+            uid, version = lease["metadata"]["uid"], lease["metadata"]["resourceVersion"]
+            known = before.get(uid)
+            self._seen[uid] = known if known and known[0] == version else (version, now)
+        return [lease for lease in leases if now - self._seen[lease["metadata"]["uid"]][1] > _duration(lease) + grace]
+
+
+def _duration(lease: Mapping[str, Any]) -> float:
+    return float((lease.get("spec") or {}).get("leaseDurationSeconds") or DURATION_SECONDS)
 
 
 class WorkerLease:
-    """This worker's Lease, and the sweeping up of its siblings' that expired."""
+    """This worker's Lease, and the sweeping up of its siblings' that nobody renews."""
 
     def __init__(self, kube: Kube, setting: Setting, duration: int = DURATION_SECONDS) -> None:
         self._kube, self._setting, self._duration = kube, setting, duration
+        self._pace = duration / 6
+        self._witness = Witness(self._pace)
         self.manifest: Manifest = {}
         """As the API server has it: the owner of new pods."""
 
@@ -70,7 +94,7 @@ class WorkerLease:
     async def keep(self) -> None:
         """Renews it and sweeps, for ever. Where it was removed all the same its pods are gone, and a new one is made for those to come."""
         while True:
-            await asyncio.sleep(self._duration / 6)
+            await asyncio.sleep(self._pace)
             try:
                 await self._renew()
                 await self.sweep()
@@ -90,10 +114,11 @@ class WorkerLease:
                 raise
 
     async def sweep(self) -> None:
-        """Removes Leases of this run that expired; the resourceVersion sees to it that none is removed that was renewed meanwhile."""
+        """Looks at the Leases of this run, and removes those of the dead; their version sees to it that none is removed that was renewed
+        meanwhile. The first look, at the start, only begins the wait."""
         leases, _ = await self._kube.list(Kind.LEASES, self._setting.run_selector)
-        for lease in leases:
-            if expired(lease, datetime.now(UTC)) and lease["metadata"]["uid"] != self.manifest["metadata"]["uid"]:
+        for lease in self._witness.dead(leases):
+            if lease["metadata"]["uid"] != self.manifest["metadata"]["uid"]:
                 structlog.get_logger().info("removing what a dead worker left", lease=lease["metadata"]["name"])
                 await self._kube.delete(Kind.LEASES, lease, "resourceVersion")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from dagger_operator.sandbox.interface import SandboxProvider
+from dagger_operator.sandbox.interface import LimitExceeded, SandboxProvider
 from dagger_operator.tasks import swebench
 from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
 from dagger_operator.tasks.workspace import NO_PATCH, Workspace, apply_patch, start
@@ -24,13 +24,14 @@ class Grade:
 
     resolved: bool
     returncode: int | None
-    """Exit code of the check; None where it was not run, because there was no patch that applies."""
+    """Exit code of the check; None where there was no patch that applies, or what ran exceeded the sandbox's limits."""
     log: str
     """The end of what the check printed."""
 
 
 async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str, create_timeout: float, timeout: float) -> Grade:
-    """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it is unresolved.
+    """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it, or exceeding the sandbox's limits, is
+    unresolved.
 
     Raises `SandboxError` where the sandbox, or by swebench's own classification its environment, is to blame.
     """
@@ -41,6 +42,8 @@ async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str,
         if isinstance(task.grading, SwebenchGrading):
             return await _by_swebench(workspace, task.grading, patch, timeout)
         return await _by_script(workspace, task.grading, patch, timeout)
+    except LimitExceeded as error:
+        return Grade(False, None, str(error))
     finally:
         await workspace.sandbox.close()
 
