@@ -48,6 +48,18 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
     )
 
 
+def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
+    """The status of a run whose success was reported: what stands there stays, whatever storage holds by now."""
+    previous = run.status or RunStatus()
+    update = {
+        "observed_generation": run.metadata.generation,
+        "reason": situation.reason,
+        "conditions": settle(_conditions(run, situation, {}), previous.conditions, run.metadata.generation, now),
+        "completion_time": previous.completion_time or now,
+    }
+    return previous.model_copy(update=update)
+
+
 def refused(run: DAggerRun, problems: Sequence[Problem], now: datetime) -> RunStatus:
     """The status of a resource that cannot be run, or was edited as it must not be; nothing else about it changes."""
     message = "\n".join(map(str, problems))
