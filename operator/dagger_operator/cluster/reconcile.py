@@ -88,8 +88,7 @@ class Reconciler:
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan) -> Trouble | None:
         """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
         refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
-        for ref in planned.remove:
-            await self.applier.remove(run, ref)
+        refusals += [trouble for ref in planned.remove if (trouble := await self.applier.remove(run, ref)) is not None]
         if not refusals:
             self._refused.pop(key, None)
             return None
