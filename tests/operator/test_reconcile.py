@@ -1,6 +1,8 @@
 """One look at a run: what stands in its way is in its status, and no object is in another's way."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,27 @@ def answers(code: int, *places: tuple[str, str], **status: str) -> Callable[[str
     return fault
 
 
+class Clock:
+    """Says what time it is where the operator asks."""
+
+    def __init__(self) -> None:
+        self.at = datetime.now(UTC)
+
+    def now(self, zone: Any) -> datetime:
+        return self.at
+
+    def later(self, **delta: float) -> None:
+        self.at += timedelta(**delta)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("apply", "observe", "reconcile"):
+        monkeypatch.setattr(f"dagger_operator.cluster.{module}.datetime", clock)
+    return clock
+
+
 @pytest.fixture
 def looks(make_run: Callable[..., DAggerRun]) -> Looks:
     return Looks(make_run())
@@ -104,3 +127,53 @@ async def test_an_api_server_that_does_not_answer_is_asked_again_later_for_every
     with pytest.raises(Unavailable):
         await looks.look()
     assert "status" not in looks.stored
+
+
+QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none"}
+
+
+async def test_a_deadline_goes_on_through_the_lives_of_an_operator(looks: Looks, clock: Clock) -> None:
+    looks.stored["spec"]["preRunningDeadlineSeconds"] = 600
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    looks.restart()
+    for minutes in (0, 4, 5):
+        clock.later(minutes=minutes)
+        looks.restart()
+        assert (await looks.look())["phase"] == "Preparing"
+    clock.later(minutes=2)
+    looks.restart()
+    failed = await looks.look()
+    assert (failed["phase"], failed["reason"]) == ("Failed", "QuotaExceeded")
+    clock.later(minutes=1)
+    looks.restart()
+    assert await looks.look() == failed, "an operator that begins anew knows as much"
+    looks.objects.fault = answers(500, ("apply", "Job"), **DOWN)
+    looks.restart()
+    status = await looks.look()
+    assert (status["phase"], status["reason"]) == ("Failed", "InternalError"), "it is not taken yet, whatever the reason"
+    looks.objects.fault = answers(403)
+    looks.restart()
+    assert (await looks.look())["phase"] == "Preparing"
+
+
+async def test_a_deadline_goes_on_while_storage_is_away(looks: Looks, clock: Clock, tmp_path: Path) -> None:
+    looks.stored["spec"]["preRunningDeadlineSeconds"] = 600
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    looks.restart()
+    await looks.look()
+    folder, away = tmp_path / "demo", tmp_path / "away"
+    folder.rename(away)
+    folder.write_text("no folder")
+    clock.later(minutes=9)
+    assert (await looks.look())["reason"] == "StorageUnavailable"
+    folder.unlink()
+    away.rename(folder)
+    clock.later(minutes=2)
+    assert (await looks.look())["phase"] == "Failed"
+
+
+async def test_what_the_api_server_says_at_length_leaves_room_for_since_when(looks: Looks, clock: Clock) -> None:
+    looks.objects.fault = answers(403, ("apply", "Job"), reason="Forbidden", message="exceeded quota: " + "x" * 5000)
+    said = condition(await looks.look())["message"]
+    assert "have the quota raised" in said
+    assert said.endswith(f"(since {clock.at:%Y-%m-%d %H:%M:%S} UTC)")

@@ -13,6 +13,7 @@ from dagger_operator.cluster.cache import Cache, identity, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller, is_own
 from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
+from dagger_operator.control.remedies import shortened
 from dagger_operator.kube.errors import ApiError, Missing, Refused, Unavailable
 
 Manifest = Mapping[str, Any]
@@ -137,7 +138,7 @@ def _refusal(kind: str, name: str, error: ApiError) -> Trouble:
     if not error.about_one:
         raise error
     log.info("refused", kind=kind, name=name, reason=error.reason, message=error.message)
-    return Trouble(error.reason or "Refused", f"{kind} {name}: {error.message}", datetime.now(UTC))
+    return Trouble(error.reason or "Refused", f"{kind} {name}: {shortened(error.message)}", datetime.now(UTC))
 
 
 def _taken(live: Manifest) -> Trouble:

@@ -12,7 +12,7 @@ from typing import Any
 from dagger_operator.api import DAggerRun, Phase, RunStatus
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Event, Reason, events
-from dagger_operator.control.gates import ASKS_SERVERS, Failure, Jobs, Servers, failure, gpus_released, obstacle
+from dagger_operator.control.gates import ASKS_SERVERS, Failure, Jobs, Servers, active_deadline, failure, gpus_released, obstacle, overdue
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.leftovers import leftovers
 from dagger_operator.control.names import Ref
@@ -58,8 +58,9 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
         status = succeeded(run, _done(run.status.round), observed.now)
         return _ended(run, observed, (), leftovers(run, observed, None, []), status)
     if observed.storage_problem is not None:
-        objects, remove = without_results(run, observed)
-        status = blind(run, observed.storage_problem, observed.now)
+        late = overdue(run, observed.now)
+        objects, remove = without_results(run, observed, late=late is not None)
+        status = blind(run, observed.storage_problem, observed.now, late)
         if status.phase is Phase.FAILED:
             ended = _ended(run, observed, objects, remove, status)
             return replace(ended, requeue_after=LOOK_AGAIN if ended.requeue_after is None else min(LOOK_AGAIN, ended.requeue_after))
@@ -135,7 +136,8 @@ def _close(
         return _ended(run, observed, objects, remove, status)
     requeue: float | None = LOOK_AGAIN
     if situation.phase is Phase.SUSPENDED:
-        requeue = None
+        deadline = active_deadline(run, status)  # suspended time counts
+        requeue = None if deadline is None else (deadline - observed.now).total_seconds()
     elif any(child.state is ChildState.SUCCEEDED for child in observed.children if work and _is_at_work(work, child)):
         requeue = LOOK_AGAIN_SOON  # its result is about to be seen
     return Plan(tuple(objects), remove, status, requeue, _news(run, status))
