@@ -9,6 +9,7 @@ from dagger_operator.api import InvalidRun, Problem, load
 from dagger_operator.api.run import IMMUTABLE, SPEC_BYTES, refused_edits
 
 Json = dict[str, Any]
+ELSEWHERE = "../../kube-system/secrets/admin"
 
 
 def problems(document: Json) -> list[Problem]:
@@ -27,6 +28,10 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
         "spec.mixing.beta.value: got 1.5: beta is a probability: write a number in 0..1",
         "spec.teacher.endpoint: got 'both': give the teacher exactly one of serving and endpoint",
     }
+
+
+def endpoint(**secret: str) -> Json:
+    return {"model": "t", "endpoint": {"url": "https://x/v1", "secretRef": secret}}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,11 @@ def test_everything_wrong_is_said_at_once(document: Json) -> None:
         ("training", {"loss": "ForwardKL"}, "spec.labels.topLogprobs", "such as 8, or training.loss CrossEntropy"),
         ("labels", {"topLogprobs": 21}, "spec.labels.topLogprobs", "less than or equal to 20"),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3://bucket/prefix"),
+        ("storage", {"url": "s3://b/p", "secretRef": {"name": ELSEWHERE}}, "spec.storage.secretRef.name", "Name of the Secret"),
+        ("student", endpoint(name=ELSEWHERE), "spec.student.endpoint.secretRef.name", "Name of the Secret"),
+        ("teacher", endpoint(name=ELSEWHERE), "spec.teacher.endpoint.secretRef.name", "Name of the Secret"),
+        ("teacher", endpoint(name="s", key="../k"), "spec.teacher.endpoint.secretRef.key", "Key within the Secret"),
+        ("sandbox", {"namespace": "../kube-system"}, "spec.sandbox.namespace", "amespace"),
         ("teacher", {"model": "t"}, "spec.teacher.endpoint", "exactly one"),
         ("rollouts", {"pod": {"labels": {"dagger-operator.dev/run": "x"}}}, "spec.rollouts.pod.labels", "choose another name"),
         ("rollouts", {"pod": {"annotations": {"app.kubernetes.io/managed-by": "x"}}}, "spec.rollouts.pod.annotations", "choose another"),

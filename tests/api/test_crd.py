@@ -54,6 +54,13 @@ def defaulted(node: Json, value: Any) -> Any:
     return value
 
 
+def test_whatever_names_an_object_can_name_nothing_else() -> None:
+    spec = schema()["properties"]["spec"]
+    names = [(path, node) for path, node in nodes(spec) if re.search(r"(\.name|Name|\.namespace)$", path)]
+    assert {".storage.secretRef.name", ".teacher.endpoint.secretRef.name", ".sandbox.namespace"} <= {path for path, _ in names}
+    assert [path for path, node in names if re.search(node.get("pattern", ""), "../x")] == []
+
+
 def test_the_files_in_the_repository_are_those_that_the_models_make() -> None:
     stale = [str(path) for path, text in rendered().items() if (ROOT / path).read_text() != text]
     assert not stale, f"run `python -m dagger_operator.api.crd`: {stale}"

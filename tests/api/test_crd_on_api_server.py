@@ -36,6 +36,10 @@ def run_of(path: Path) -> list[Json]:
     return [one for one in yaml.safe_load_all(path.read_text()) if one and one["kind"] == "DAggerRun"]
 
 
+def endpoint(**secret: str) -> Json:
+    return {"model": "t", "endpoint": {"url": "https://x/v1", "secretRef": secret}}
+
+
 @pytest.mark.parametrize("path", [path for path in SAMPLES if run_of(path)], ids=lambda path: path.stem)
 def test_every_sample_is_accepted(said: Say, path: Path) -> None:
     for run in run_of(path):
@@ -68,6 +72,9 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
         ("mixing", {"beta": {"type": "List", "values": []}}, "spec.mixing.beta.values", "at least 1 item"),
         ("training", {"mode": "Sometimes"}, "spec.training.mode", '"Enabled", "Disabled"'),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3"),
+        ("storage", {"url": "s3://b/p", "secretRef": {"name": "../../x/secrets/y"}}, "spec.storage.secretRef.name", "should match"),
+        ("teacher", endpoint(name="../x"), "spec.teacher.endpoint.secretRef.name", "should match"),
+        ("teacher", endpoint(name="x", key="../y"), "spec.teacher.endpoint.secretRef.key", "should match"),
         ("kueue", {}, "spec.kueue.queueName", "Required"),
         ("rounds", 0, "spec.rounds", "greater than or equal to 1"),
         ("rounds", "3", "spec.rounds", "integer"),

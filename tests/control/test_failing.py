@@ -10,6 +10,7 @@ import pytest
 from dagger_operator.api import Phase
 from dagger_operator.control import FAILED, ChildState, Observed, Plan, PodFailure, Results, Trouble, child, plan
 from dagger_operator.control.jobs import build_job
+from dagger_operator.control.refusals import dated, failed_by
 from dagger_operator.control.rounds import StageName, Step
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
@@ -128,6 +129,52 @@ def test_a_run_fails_when_its_time_is_over_and_goes_on_when_it_is_given_more(sto
     assert tale.plan().status.phase is Phase.ROLLOUT
 
 
+def test_a_suspended_run_is_looked_at_when_its_time_is_over(story: Callable[..., Story]) -> None:
+    tale = story(activeDeadlineSeconds=3600, suspend=True)
+    assert tale.plan().requeue_after == 3600
+    tale.later(minutes=59)
+    assert (tale.plan().status.phase, tale.plan().requeue_after) == (Phase.SUSPENDED, 60)
+    tale.later(minutes=1)
+    assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "ActiveDeadlineExceeded")
+    tale.edit(activeDeadlineSeconds=None)
+    assert (tale.plan().status.phase, tale.plan().requeue_after) == (Phase.SUSPENDED, None)
+
+
+@pytest.mark.parametrize(("keep", "zero"), [("Logs", True), ("Everything", False)])
+def test_a_run_fails_when_its_time_is_over_though_its_storage_is_away(
+    story: Callable[..., Story], wanted: Wanted, keep: str, zero: bool
+) -> None:
+    tale = story(activeDeadlineSeconds=3600, ttlSecondsAfterFinished=600, failurePolicy={"keep": keep})
+    tale.into_rollouts()
+    tale.later(minutes=59)
+    assert tale.plan(storage_problem="away").status.reason == "StorageUnavailable"
+    tale.later(minutes=1)
+    late = tale.plan(storage_problem="away")
+    assert (late.status.phase, late.status.reason, late.status.round) == (Phase.FAILED, "ActiveDeadlineExceeded", 1)
+    assert tale.condition("Failed").status == "True"
+    assert "raise activeDeadlineSeconds" in tale.condition("Failed").message
+    assert [ref.kind for ref in late.remove] == ["Job"], "its stage does what is left when it is made again"
+    assert [one["spec"]["replicas"] for one in late.objects] == ([0] if zero else [])
+    tale.later(minutes=9)
+    again = tale.plan(storage_problem="still away")
+    assert (again.status, again.events, again.remove, again.expired) == (late.status, (), late.remove, False)
+    assert again.status.completion_time == late.status.completion_time
+    tale.later(minutes=1)
+    assert tale.plan(told=False, storage_problem="away").expired
+    tale.edit(activeDeadlineSeconds=7200)
+    assert tale.plan().status.phase is Phase.ROLLOUT
+
+
+def test_a_failure_that_came_before_stays_the_reason_when_storage_is_away_and_time_is_over(story: Callable[..., Story]) -> None:
+    tale = story(activeDeadlineSeconds=3600)
+    tale.into_rollouts()
+    tale.see("rollout", state=ChildState.FAILED, pods=0, trouble=Trouble("Broken", "mend it"))
+    tale.plan()
+    tale.later(hours=2)
+    tale.plan(storage_problem="away")
+    assert tale.condition("Failed").reason == "Broken"
+
+
 @pytest.mark.parametrize("who", ["rollout", "student"])
 def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story: Callable[..., Story], wanted: Wanted, who: str) -> None:
     tale = story(preRunningDeadlineSeconds=600)
@@ -160,6 +207,27 @@ def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story
     assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "QuotaExceeded")
     assert ("Deployment", "student") in wanted(failed), "once it is taken the run goes on"
     assert tale.plan().status.phase is Phase.PREFLIGHT
+
+
+def test_since_when_an_object_is_refused_is_read_from_the_status(story: Callable[..., Story]) -> None:
+    tale = story(preRunningDeadlineSeconds=600)
+    tale.done("prepare")
+    tale.plan()
+    tale.later(hours=1)
+    first = Trouble("QuotaExceeded", "Deployment demo-student: exceeded quota", tale.now)
+    assert dated(first, None, tale.run.status).since == tale.now, "it waited for other things before"
+    tale.plan(refused=first)
+    assert failed_by(tale.run.status) is None
+    tale.later(minutes=5)
+    again = Trouble("QuotaExceeded", "Deployment demo-student: exceeded quota", tale.now)
+    assert dated(again, None, tale.run.status).since == first.since
+    other = Trouble("InternalError", "failed calling webhook", tale.now)
+    assert dated(other, first, tale.run.status).since == other.since
+    tale.later(minutes=6)
+    assert tale.plan(refused=dated(again, None, tale.run.status)).status.phase is Phase.FAILED
+    known = failed_by(tale.run.status)
+    assert (known.reason, known.since) == ("QuotaExceeded", first.since)
+    assert dated(other, None, tale.run.status).since == first.since, "it fails until the object is taken"
 
 
 @pytest.mark.parametrize(("keep", "replicas"), [("Logs", 0), ("Everything", 2), ("Nothing", None)])

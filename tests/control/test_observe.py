@@ -55,6 +55,13 @@ def test_a_job_is_waiting_running_suspended_succeeded_or_failed() -> None:
     assert (failed.component, failed.round, failed.attempt, failed.uid) == ("rollout", 2, "abcd1234", "j")
 
 
+@pytest.mark.parametrize("said", ["x", "-1", "1.5", "", "\u00b2"])
+def test_a_round_that_is_no_number_is_none(said: str) -> None:
+    odd = job()
+    odd["metadata"]["labels"] = LABELS | {ROUND: said}
+    assert (child(odd).round, child(job()).round) == (0, 2)
+
+
 def test_a_failed_job_speaks_with_the_words_of_the_stage_that_a_retry_would_not_mend() -> None:
     failed = job(conditions=[{"type": "Failed", "status": "True", "reason": "PodFailurePolicy"}])
     told_to_end = pod("b", "Failed", containers=[ended(75, '{"reason": "Terminated", "message": "asked to"}', at="2026-01-01T00:00:05Z")])

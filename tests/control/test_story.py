@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from dagger_operator.api import Phase
-from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan
+import pytest
+
+from dagger_operator.api import Phase, Problem
+from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan, refused
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -226,6 +228,52 @@ def test_a_finished_run_goes_when_its_time_is_over(story: Callable[..., Story]) 
     assert (tale.plan().expired, tale.plan().requeue_after) == (False, 15.0)
     tale.later(seconds=15)
     assert tale.plan().expired
+
+
+@pytest.mark.parametrize("storage", ["cleared", "away"])
+def test_a_run_that_succeeded_has_succeeded_whatever_becomes_of_its_storage(story: Callable[..., Story], storage: str) -> None:
+    tale = story(ttlSecondsAfterFinished=60)
+    tale.into_rollouts()
+    job = tale.see("rollout", state=ChildState.SUCCEEDED, pods=0, round=2)
+    for number in (1, 2):
+        tale.done("rollout", "training", "publish", "evaluation", round_number=number)
+    end = tale.plan()
+    tale.carry_out(end)
+    problem = "s3://bucket/prefix: NoSuchBucket" if storage == "away" else None
+    results, tale.results = tale.results, {}
+    tale.later(seconds=45)
+    look = tale.plan(storage_problem=problem)
+    assert (look.status, look.objects, look.remove, look.events) == (end.status, (), (), ())
+    assert ("Job", job.name) in tale.children, "its logs stay"
+    assert (look.expired, look.requeue_after) == (False, 15.0)
+    tale.later(seconds=15)
+    assert tale.plan(storage_problem=problem).expired
+    tale.edit(rounds=1)
+    assert tale.plan(storage_problem=problem).status.round == 2
+    tale.edit(rounds=3)
+    tale.results = results
+    assert (tale.plan().status.phase, tale.plan().status.round) == (Phase.ROLLOUT, 3), "raised rounds take it up again"
+
+
+def test_what_was_said_of_a_run_that_succeeded_is_put_right(story: Callable[..., Story]) -> None:
+    tale = story(rounds=1)
+    tale.done("prepare", "preflight")
+    tale.done("rollout", "training", "publish", "evaluation", round_number=1)
+    end = tale.plan().status
+    tale.run = tale.run.model_copy(update={"status": refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)})
+    assert tale.plan().status == end
+
+
+def test_a_failed_run_goes_when_its_time_is_over_though_its_storage_is_away(story: Callable[..., Story]) -> None:
+    tale = story(ttlSecondsAfterFinished=60)
+    tale.into_rollouts()
+    tale.see("rollout", state=ChildState.FAILED, pods=0, trouble=Trouble("Broken", "mend it"))
+    assert tale.plan().status.phase is Phase.FAILED
+    tale.later(seconds=57)
+    blind = tale.plan(storage_problem="connection refused")
+    assert (blind.status.phase, blind.expired, blind.requeue_after) == (Phase.FAILED, False, 3.0)
+    tale.later(seconds=3)
+    assert tale.plan(storage_problem="connection refused").expired
 
 
 def test_a_deleted_run_wants_nothing(story: Callable[..., Story]) -> None:

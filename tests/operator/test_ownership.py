@@ -21,14 +21,16 @@ def run() -> DAggerRun:
     return load({"metadata": {"name": "demo", "namespace": "lab", "uid": "run"}, "spec": spec})
 
 
-def made(kind: str, name: str, owner: tuple[str, str, str] | None, namespace: str = "lab") -> Json:
+def made(kind: str, name: str, owner: tuple[str, str, str] | None, namespace: str = "lab", **labels: str) -> Json:
     """An object with its controller: kind, name, uid."""
     metadata: Json = {"name": name, "namespace": namespace, "uid": f"uid-of-{name}"}
+    metadata["labels"] = {f"dagger-operator.dev/{label}": text for label, text in labels.items()}
     if owner is not None:
         metadata["ownerReferences"] = [{"kind": owner[0], "name": owner[1], "uid": owner[2], "controller": True}]
     return {"kind": kind, "metadata": metadata}
 
 
+ROLLOUT = {"component": "rollout", "round": "1"}
 RUN = ("DAggerRun", "demo", "run")
 JOB = made("Job", "demo-r001-rollout-x", RUN)
 SERVER = made("Deployment", "demo-student", RUN)
@@ -42,7 +44,15 @@ CASES: list[tuple[str, Json, bool]] = [
     ("a Job made by hand", FOREIGN_JOB, False),
     ("an object in another namespace", made("Job", "demo-r001-rollout-y", RUN, "elsewhere"), False),
     ("a pod of its Job", made("Pod", "p", ("Job", "demo-r001-rollout-x", "uid-of-demo-r001-rollout-x")), True),
-    ("a pod whose Job is gone", made("Pod", "p", ("Job", "demo-r001-rollout-old", "gone")), True),
+    ("a pod whose Job is gone", made("Pod", "p", ("Job", "demo-r001-rollout-old", "gone"), **ROLLOUT, attempt="old"), True),
+    ("a pod of a Job by hand that is unknown", made("Pod", "p", ("Job", "demo-by-hand-too", "x"), **ROLLOUT, attempt="old"), False),
+    ("a pod of an unknown Job, without labels", made("Pod", "p", ("Job", "demo-r001-rollout-old", "gone")), False),
+    ("a pod whose round is no number", made("Pod", "p", ("Job", "demo-r001-rollout-old", "gone"), **{**ROLLOUT, "round": "x"}), False),
+    ("a pod of its group of nodes", made("Pod", "p", ("StatefulSet", "demo-teacher", "s")), True),
+    ("a pod of a further node", made("Pod", "p", ("StatefulSet", "demo-teacher-0", "s")), True),
+    ("a pod of a StatefulSet made by hand", made("Pod", "p", ("StatefulSet", "demo-data", "s")), False),
+    ("a pod of an unknown ReplicaSet", made("Pod", "p", ("ReplicaSet", "demo-web-5d4f", "rs")), False),
+    ("a pod of another kind of controller", made("Pod", "p", ("DaemonSet", "demo-student", "d")), False),
     ("a pod of its Deployment", made("Pod", "p", ("ReplicaSet", "demo-student-5d4f", "rs")), True),
     ("a pod whose Deployment is gone", made("Pod", "p", ("ReplicaSet", "demo-teacher-5d4f", "rs")), True),
     ("a pod made by hand", made("Pod", "p", None), False),

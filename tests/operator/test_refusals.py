@@ -1,5 +1,7 @@
 """What the API server refuses, and what a stranger left in the way: the run says so and waits."""
 
+import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -29,6 +31,32 @@ async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, operato
     assert "exceeded quota: none" in progressing["message"]
     assert "have the quota raised, or ask for less: spec.rollouts.pod.resources" in progressing["message"]
     await lab.client.delete("v1", "ResourceQuota", lab.namespace, "none", preconditions={})
+    await lab.until_phase("Succeeded")
+
+
+async def test_an_admission_webhook_that_is_down_is_named_and_waited_for(lab: Any, operator: Any, control_plane: Any) -> None:
+    name = f"down.{lab.namespace}.example.org"
+    webhook = {
+        "name": name,
+        "clientConfig": {"url": "https://127.0.0.1:1/"},
+        "rules": [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": lab.namespace}},
+        "failurePolicy": "Fail",
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+        "timeoutSeconds": 1,
+    }
+    kind = "ValidatingWebhookConfiguration"
+    document = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": kind, "metadata": {"name": name}, "webhooks": [webhook]}
+    control_plane.kubectl("create", "-f", "-", input=json.dumps(document))
+    try:
+        await asyncio.sleep(2)  # the API server hears of it a moment later
+        await lab.create_short()
+        run = await lab.until_reason("InternalError")
+        (progressing,) = (one for one in run["status"]["conditions"] if one["type"] == "Progressing")
+        assert f'failed calling webhook "{name}"' in progressing["message"]
+    finally:
+        control_plane.kubectl("delete", kind, name)
     await lab.until_phase("Succeeded")
 
 

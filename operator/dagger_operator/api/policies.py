@@ -6,17 +6,18 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
-from dagger_operator.api.pods import EnvVar, PodSettings
+from dagger_operator.api.pods import EnvVar, ObjectName, PodSettings
 
 Name = Annotated[str, Field(min_length=1, max_length=253)]
+SecretKey = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
 
 
 class SecretKeyRef(ApiModel):
     """A key of a Secret in the run's namespace."""
 
-    name: Name
+    name: ObjectName
     """Name of the Secret."""
-    key: Name = "token"
+    key: SecretKey = "token"
     """Key within the Secret."""
 
 

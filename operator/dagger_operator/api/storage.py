@@ -5,13 +5,14 @@ from typing import Annotated
 from pydantic import Field
 
 from dagger_operator.api.model import ApiModel
-from dagger_operator.api.policies import Name
+from dagger_operator.api.pods import ObjectName
 
 
 class SecretRef(ApiModel):
     """A Secret whose keys become the storage client's environment, such as AWS_ACCESS_KEY_ID."""
 
-    name: Name
+    name: ObjectName
+    """Name of the Secret, in the run's namespace."""
 
 
 class Storage(ApiModel):

@@ -13,7 +13,8 @@ from dagger_operator.cluster.cache import Cache, identity, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller, is_own
 from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
-from dagger_operator.kube.errors import Missing, Refused
+from dagger_operator.control.remedies import shortened
+from dagger_operator.kube.errors import ApiError, Missing, Refused, Unavailable
 
 Manifest = Mapping[str, Any]
 
@@ -31,7 +32,7 @@ class Applier:
     async def apply(self, run: DAggerRun, manifest: Manifest) -> Trouble | None:
         """Why the API server did not take it; None where the object is as it should be.
 
-        `Conflict` and `Unavailable` pass: then it is to be looked at again.
+        `Conflict` passes, and `Unavailable` where no object would fare better: then it is to be looked at again.
         """
         one = identity(manifest)
         live: Manifest | None = self._cache.get(one)
@@ -46,21 +47,27 @@ class Applier:
                 if self._is_settled(manifest, live):
                     return None
             fresh = await self._client.apply(_stamped(manifest, live))
-        except (Refused, Missing) as error:
-            log.info("refused", kind=one.kind, name=one.name, reason=error.reason, message=error.message)
-            return Trouble(error.reason or "Refused", f"{one.kind} {one.name}: {error.message}", datetime.now(UTC))
+        except (Refused, Missing, Unavailable) as error:
+            return _refusal(one.kind, one.name, error)
         self._settled[fresh["metadata"]["uid"]] = _version(fresh)
         self._cache.put(fresh)
         log.info("created" if live is None else "changed", kind=one.kind, namespace=one.namespace, name=one.name)
         return None
 
-    async def remove(self, run: DAggerRun, ref: Ref) -> None:
-        """In the foreground: it stays until its pods are gone. Another object of the same name is left alone (`Conflict`)."""
+    async def remove(self, run: DAggerRun, ref: Ref) -> Trouble | None:
+        """In the foreground: it stays until its pods are gone. Another object of the same name is left alone (`Conflict`).
+
+        Why the API server does not remove it, as `apply` says it.
+        """
         preconditions = {"uid": ref.uid} if ref.uid else {}
-        answer = await self._client.delete(ref.api_version, ref.kind, run.metadata.namespace, ref.name, preconditions=preconditions)
+        try:
+            answer = await self._client.delete(ref.api_version, ref.kind, run.metadata.namespace, ref.name, preconditions=preconditions)
+        except (Refused, Missing, Unavailable) as error:
+            return _refusal(ref.kind, f"{ref.name} cannot be removed", error)
         log.info("removing", kind=ref.kind, namespace=run.metadata.namespace, name=ref.name)
         if answer is not None:
             self._cache.put(answer)
+        return None
 
     def forget(self, uid: str) -> None:
         """An object is gone."""
@@ -125,6 +132,13 @@ def _may_touch(run: DAggerRun, manifest: Manifest, live: Manifest) -> bool:
     if controller(manifest) is not None:
         return is_own(run, live)
     return (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER and run_key(live) == run_key(manifest)
+
+
+def _refusal(kind: str, name: str, error: ApiError) -> Trouble:
+    if not error.about_one:
+        raise error
+    log.info("refused", kind=kind, name=name, reason=error.reason, message=error.message)
+    return Trouble(error.reason or "Refused", f"{kind} {name}: {shortened(error.message)}", datetime.now(UTC))
 
 
 def _taken(live: Manifest) -> Trouble:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from dagger_operator.kube.api import Api, Manifest
+from dagger_operator.kube.api import Api, Manifest, segment
 from dagger_operator.kube.connection import configuration, session
 from dagger_operator.kube.errors import Missing
 
@@ -104,7 +104,8 @@ class Client:
         if plural is None:
             raise Missing(f"looking for {kind}", 404, "KindNotInstalled", f"this cluster has no {kind} in {api_version}: install it")
         group = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
-        return group + (f"/namespaces/{namespace}" if namespace else "") + f"/{plural}" + (f"/{name}" if name else "")
+        place = f"/namespaces/{segment(namespace)}" if namespace else ""
+        return f"{group}{place}/{segment(plural)}" + (f"/{segment(name)}" if name else "")
 
     async def _ask(
         self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"

@@ -1,13 +1,16 @@
 """What is a run's own, and what only wears its label. Pure.
 
 A label may be written by anyone; an owner reference with the run's uid is ours. Pods are owned by what a controller made for them:
-a Job, or a ReplicaSet of a Deployment.
+a Job, a ReplicaSet of a Deployment, or the StatefulSets of a LeaderWorkerSet.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dagger_operator.api import DAggerRun
+from dagger_operator.control import ATTEMPT, COMPONENT, Role
+from dagger_operator.control.names import job_name, round_of, server_name
 
 Manifest = Mapping[str, Any]
 
@@ -35,13 +38,29 @@ def own(run: DAggerRun, labelled: Iterable[Manifest]) -> tuple[list[Manifest], l
 
 
 def _is_own_pod(run: DAggerRun, pod: Manifest, objects: Iterable[Manifest], strangers: Iterable[Manifest]) -> bool:
-    """A pod whose object is unknown counts as ours where it may be: what might hold GPUs is waited for."""
+    """A pod whose object is unknown counts as ours where only we would name that so: what might hold GPUs is waited for."""
     maker = controller(pod)
-    if maker is None or not maker["name"].startswith(f"{run.metadata.name}-"):
+    if maker is None:
         return False
-    if maker["kind"] == "ReplicaSet":
-        name = maker["name"].rpartition("-")[0]
-        known = {one["metadata"]["name"] for one in objects if one["kind"] == "Deployment"}
-        foreign = {one["metadata"]["name"] for one in strangers if one["kind"] == "Deployment"}
-        return name in known or name not in foreign
-    return maker["uid"] not in {one["metadata"].get("uid") for one in strangers}
+    kind, name = maker["kind"], maker["name"]
+    if kind == "Job":
+        if maker["uid"] in {one["metadata"].get("uid") for one in objects}:
+            return True
+        return name == _job_of(run, pod) and maker["uid"] not in {one["metadata"].get("uid") for one in strangers}
+    if kind not in _MADE_FOR:
+        return False
+    server, suffix = _MADE_FOR[kind]
+    name = re.sub(suffix, "", name)
+    known = {one["metadata"]["name"] for one in objects if one["kind"] == server}
+    foreign = {one["metadata"]["name"] for one in strangers if one["kind"] == server}
+    return name in {server_name(run, role) for role in Role} and (name in known or name not in foreign)
+
+
+_MADE_FOR = {"ReplicaSet": ("Deployment", r"-[^-]*$"), "StatefulSet": ("LeaderWorkerSet", r"-[0-9]+$")}
+"""What makes the pods of a server: of which kind that is, and what follows its name."""
+
+
+def _job_of(run: DAggerRun, pod: Manifest) -> str:
+    """The name of the Job that a pod's labels tell of."""
+    labels = pod["metadata"].get("labels") or {}
+    return job_name(run, labels.get(COMPONENT, ""), round_of(labels), labels.get(ATTEMPT, ""))

@@ -44,13 +44,27 @@ class Reaper:
                 log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error))
 
     async def reap(self) -> int:
-        """How many objects were removed."""
-        bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
+        """How many objects were removed; Leases go first, since their pods cost something."""
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
-        gone = self._witness.dead(leases, grace=GRACE)
+        removed = [await self._cleared(one) for one in self._witness.dead(leases, grace=GRACE)]
+        bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
         self._notice(bindings)
-        gone += [one for one in bindings if (key := run_key(one)) is not None and await self._is_gone(key)]
-        return sum([await self._removed(one) for one in gone])
+        removed += [await self._cleared(one, key) for one in bindings if (key := run_key(one)) is not None]
+        return sum(removed)
+
+    async def _cleared(self, one: Manifest, run: RunKey | None = None) -> bool:
+        """Whether it was removed; where it is a run's, not before that is gone. What the API server refuses is kept and named."""
+        try:
+            return (run is None or await self._is_gone(run)) and await self._removed(one)
+        except ApiError as error:
+            if not error.about_one:
+                raise
+            whose = f"let the operator get DAggerRuns in namespace {run.namespace} and" if run else "let the operator"
+            remedy = f"{whose} delete {one['kind']}s in {self._namespace}, or delete it by hand"
+            log.warning(
+                "not cleared", kind=one["kind"], namespace=self._namespace, name=one["metadata"]["name"], error=str(error), remedy=remedy
+            )
+            return False
 
     def _labelled(self, api_version: str, kind: str) -> Any:
         return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGER}")

@@ -20,8 +20,9 @@ from dagger_operator.cluster.events import Teller
 from dagger_operator.cluster.observe import Observer
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.control import Event, Plan, Trouble, plan, refused
+from dagger_operator.control import Event, Observed, Plan, Trouble, plan, refused
 from dagger_operator.control.plan import LOOK_AGAIN
+from dagger_operator.control.refusals import dated, failed_by
 
 log = structlog.get_logger()
 
@@ -64,9 +65,9 @@ class Reconciler:
             self._forget(key)
             return None
 
-        observed = await self._observer.observe(run, self._refused.get(key))
+        observed = await self._observer.observe(run, self._refused.get(key) or failed_by(run.status))
         planned = plan(run, observed)
-        refusal = await self._carry_out(key, run, planned)
+        refusal = await self._carry_out(key, run, planned, observed)
         if refusal != observed.refused:
             planned = plan(run, replace(observed, refused=refusal))
         await self._say(stored, run, planned.status, planned.events)
@@ -86,19 +87,16 @@ class Reconciler:
             read = self._read[key] = version, completed(_loaded(stored), self._settings)
         return read[1]
 
-    async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan) -> Trouble | None:
+    async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan, observed: Observed) -> Trouble | None:
         """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
         refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
-        for ref in planned.remove:
-            await self.applier.remove(run, ref)
-        if not refusals:
+        refusals += [trouble for ref in planned.remove if (trouble := await self.applier.remove(run, ref)) is not None]
+        if refusals:
+            self._refused[key] = dated(refusals[0], self._refused.get(key), run.status)
+            return self._refused[key]
+        if observed.storage_problem is None:  # else nothing was asked for, and nothing taken
             self._refused.pop(key, None)
-            return None
-        now, before = refusals[0], self._refused.get(key)
-        if before is not None and before.reason == now.reason:
-            now = replace(now, since=before.since)
-        self._refused[key] = now
-        return now
+        return None
 
     async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> None:
         """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it."""

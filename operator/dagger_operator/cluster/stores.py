@@ -109,7 +109,7 @@ class Stores:
             raise StoreUnavailable(f"{where} does not exist: create it with the storage's credentials, such as AWS_ACCESS_KEY_ID") from None
         except ApiError as error:
             raise StoreUnavailable(f"{where} cannot be read: {error.reason or error.code}: {error.message}") from None
-        values = {name: b64decode(value).decode(errors="replace") for name, value in (secret.get("data") or {}).items()}
+        values = {name: _decoded(value, f"{where}, key {name}") for name, value in (secret.get("data") or {}).items()}
         environ = {name: value for name, value in values.items() if not _OF_THIS_PROCESS.search(name.upper())}
         return secret["metadata"]["resourceVersion"], environ
 
@@ -120,6 +120,13 @@ class Stores:
         if server not in self._threads:
             self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
         return self._threads[server]
+
+
+def _decoded(value: str, what: str) -> str:
+    try:
+        return b64decode(value, validate=True).decode(errors="replace")
+    except ValueError as error:
+        raise StoreUnavailable(f"{what} is not base64 ({error}): make the Secret anew with `kubectl create secret`") from None
 
 
 async def _read(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:

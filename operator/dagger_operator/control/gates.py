@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from dagger_operator.api import DAggerRun, GpuSharing
+from dagger_operator.api import DAggerRun, GpuSharing, RunStatus
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
 from dagger_operator.control.failures import given_up, server_given_up
 from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.names import RETRY, Role
 from dagger_operator.control.observe import Observed
+from dagger_operator.control.refusals import since
 from dagger_operator.control.rounds import StageName, Step, Work
 
 RESULT_GRACE = timedelta(seconds=60)
@@ -70,10 +71,8 @@ def _of_server(run: DAggerRun, server: Child) -> Trouble | None:
 
 def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
     """Deadlines of the run, and of what waits to run."""
-    started, limit = run.status.start_time if run.status else None, run.spec.active_deadline_seconds
-    if started is not None and limit is not None and observed.now - started > timedelta(seconds=limit):
-        message = f"not done {limit} s after {started:%Y-%m-%d %H:%M:%S} UTC: raise activeDeadlineSeconds to go on"
-        return Failure(work.step, Trouble(Reason.ACTIVE_DEADLINE_EXCEEDED, message))
+    if (late := overdue(run, observed.now)) is not None:
+        return Failure(work.step, late)
     waiting = [(step, job) for step, job in jobs.items()] + [(work.step, server) for server in servers.values()]
     for step, one in waiting:
         if one is not None and not one.deleting and _waited_too_long(run, one.waiting_since, observed.now):
@@ -81,8 +80,24 @@ def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, server
             return Failure(step, Trouble(known.reason, f"{known.message}; {_patience(run)}"), one)
     refused = observed.refused
     if refused is not None and _waited_too_long(run, refused.since, observed.now):
-        return Failure(work.step, Trouble(refused.reason, f"{refused.message}; {_patience(run)}"), refused=True)
+        return Failure(work.step, Trouble(refused.reason, f"{since(refused)}; {_patience(run)}"), refused=True)
     return None
+
+
+def active_deadline(run: DAggerRun, status: RunStatus | None) -> datetime | None:
+    """When the run has to be done."""
+    started, limit = status.start_time if status else None, run.spec.active_deadline_seconds
+    return None if started is None or limit is None else started + timedelta(seconds=limit)
+
+
+def overdue(run: DAggerRun, now: datetime) -> Trouble | None:
+    """That the run took longer than it may, whatever it did meanwhile."""
+    deadline = active_deadline(run, run.status)
+    if deadline is None or now < deadline:
+        return None
+    limit = run.spec.active_deadline_seconds
+    message = f"not done by {deadline:%Y-%m-%d %H:%M:%S} UTC, {limit} s after it began: raise activeDeadlineSeconds to go on"
+    return Trouble(Reason.ACTIVE_DEADLINE_EXCEEDED, message)
 
 
 def _waited_too_long(run: DAggerRun, since: datetime | None, now: datetime) -> bool:

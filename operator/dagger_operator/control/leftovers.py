@@ -38,8 +38,11 @@ def leftovers(
 
 
 def _may_stay(run: DAggerRun, observed: Observed, work: Work | None, job: Child) -> bool:
-    """Whether the Job of a stage that is done is left alone: while it winds up, and then for its logs until two rounds on."""
-    if not observed.results.has(job.round, job.component):
+    """Whether the Job of a stage that is done is left alone: while it winds up, and then for its logs until two rounds on.
+
+    Once all rounds are done, results are not asked for what has ended: they may be gone.
+    """
+    if (work is not None or job.holds) and not observed.results.has(job.round, job.component):
         return False
     if not job.holds:
         return job.round >= (work.step.round if work else run.spec.rounds) - 1

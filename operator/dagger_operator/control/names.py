@@ -56,6 +56,12 @@ def labels(run: DAggerRun, component: str, round_number: int, attempt: str) -> d
     }
 
 
+def round_of(labels: Mapping[str, str]) -> int:
+    """The round that labels tell of; 0 where they tell of none, since anybody may write them."""
+    said = labels.get(ROUND, "")
+    return int(said) if said.isascii() and said.isdigit() else 0
+
+
 def server_name(run: DAggerRun, role: Role) -> str:
     """Name of a policy's Deployment and of its headless Service."""
     return f"{run.metadata.name}-{role}"

@@ -12,7 +12,7 @@ from typing import Any
 from dagger_operator.api import DAggerRun, Phase, RunStatus
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Event, Reason, events
-from dagger_operator.control.gates import ASKS_SERVERS, Failure, Jobs, Servers, failure, gpus_released, obstacle
+from dagger_operator.control.gates import ASKS_SERVERS, Failure, Jobs, Servers, active_deadline, failure, gpus_released, obstacle, overdue
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.leftovers import leftovers
 from dagger_operator.control.names import Ref
@@ -22,7 +22,7 @@ from dagger_operator.control.rounds import Step, Work, next_steps
 from dagger_operator.control.servers import build_server
 from dagger_operator.control.situation import Situation, at_work, place
 from dagger_operator.control.standing import at_a_standstill, without_results
-from dagger_operator.control.status import blind, report
+from dagger_operator.control.status import blind, report, succeeded
 from dagger_operator.control.wanted import build_support, needed, observed_jobs, observed_servers
 
 LOOK_AGAIN = 10.0
@@ -53,15 +53,22 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
     """Decides from nothing but its arguments."""
     if run.metadata.deletion_timestamp is not None:
         return Plan((), tuple(child.ref for child in observed.children if not child.deleting), run.status or RunStatus(), None)
+    if run.status is not None and run.status.phase is Phase.SUCCEEDED and run.status.round >= run.spec.rounds:
+        # Final: whoever clears storage after the end, or loses it, does not want the run to begin anew.
+        status = succeeded(run, _done(run.status.round), observed.now)
+        return _ended(run, observed, (), leftovers(run, observed, None, []), status)
     if observed.storage_problem is not None:
-        objects, remove = without_results(run, observed)
-        status = blind(run, observed.storage_problem, observed.now)
+        late = overdue(run, observed.now)
+        objects, remove = without_results(run, observed, late=late is not None)
+        status = blind(run, observed.storage_problem, observed.now, late)
+        if status.phase is Phase.FAILED:
+            ended = _ended(run, observed, objects, remove, status)
+            return replace(ended, requeue_after=LOOK_AGAIN if ended.requeue_after is None else min(LOOK_AGAIN, ended.requeue_after))
         return Plan(objects, remove, status, LOOK_AGAIN, _news(run, status))
 
     work = next_steps(run.spec, observed.results)
     if work is None:
-        done = Situation(Phase.SUCCEEDED, run.spec.rounds, Reason.ROUNDS_DONE, f"all {run.spec.rounds} rounds are done")
-        return _close(run, observed, None, [], leftovers(run, observed, None, []), done, {})
+        return _close(run, observed, None, [], leftovers(run, observed, None, []), _done(run.spec.rounds), {})
 
     if observed.refused is not None:
         observed = replace(observed, refused=within_quota(observed.refused, work.step.stage))
@@ -75,6 +82,10 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
         situation = Situation(Phase.SUSPENDED, work.step.round, Reason.SUSPENDED, message)
         return _stand_still(run, observed, work, jobs, servers, situation, None)
     return _go_on(run, observed, work, jobs, servers)
+
+
+def _done(rounds: int) -> Situation:
+    return Situation(Phase.SUCCEEDED, rounds, Reason.ROUNDS_DONE, f"all {rounds} rounds are done")
 
 
 def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Plan:
@@ -121,15 +132,23 @@ def _close(
     servers: Servers,
 ) -> Plan:
     status = report(run, observed, work, situation, servers)
+    if situation.ended:
+        return _ended(run, observed, objects, remove, status)
     requeue: float | None = LOOK_AGAIN
-    expired = False
-    if situation.ended and run.spec.ttl_seconds_after_finished is not None and status.completion_time is not None:
-        left = status.completion_time + timedelta(seconds=run.spec.ttl_seconds_after_finished) - observed.now
-        requeue, expired = max(0.0, left.total_seconds()), left <= timedelta(0)
-    elif situation.ended or situation.phase is Phase.SUSPENDED:
-        requeue = None
+    if situation.phase is Phase.SUSPENDED:
+        deadline = active_deadline(run, status)  # suspended time counts
+        requeue = None if deadline is None else (deadline - observed.now).total_seconds()
     elif any(child.state is ChildState.SUCCEEDED for child in observed.children if work and _is_at_work(work, child)):
         requeue = LOOK_AGAIN_SOON  # its result is about to be seen
+    return Plan(tuple(objects), remove, status, requeue, _news(run, status))
+
+
+def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remove: tuple[Ref, ...], status: RunStatus) -> Plan:
+    """Nothing is left to wait for but the end of its time to live."""
+    requeue, expired = None, False
+    if run.spec.ttl_seconds_after_finished is not None and status.completion_time is not None:
+        left = status.completion_time + timedelta(seconds=run.spec.ttl_seconds_after_finished) - observed.now
+        requeue, expired = max(0.0, left.total_seconds()), left <= timedelta(0)
     return Plan(tuple(objects), remove, status, requeue, _news(run, status), expired)
 
 

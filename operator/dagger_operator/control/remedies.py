@@ -9,14 +9,14 @@ from dagger_operator.control.names import COMPONENT, Role
 from dagger_operator.control.rounds import StageName
 
 SAID_LIMIT = 600
-"""Characters of what a kubelet says that are passed on: room is left for the remedy in a condition's message."""
+"""Characters of what others say that are passed on: room is left for the rest of a condition's message, the remedy and since when."""
 
 _IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"})
 
 
 def explained(pod: Mapping[str, Any], reason: str, said: str, container: str = "") -> str:
     """What was said about a pod, with the field to look at before it and what to write after it where that is known."""
-    said = f"pod {pod['metadata']['name']}: {said if len(said) <= SAID_LIMIT else said[:SAID_LIMIT] + '...'}"
+    said = f"pod {pod['metadata']['name']}: {shortened(said)}"
     component = (pod["metadata"].get("labels") or {}).get(COMPONENT, "")
     settings = _settings(component)
     if reason in _IMAGE:
@@ -27,6 +27,10 @@ def explained(pod: Mapping[str, Any], reason: str, said: str, container: str = "
     if reason == "CreateContainerConfigError":
         return f"{said}: {_secrets(component, container)}"
     return said
+
+
+def shortened(said: str) -> str:
+    return said if len(said) <= SAID_LIMIT else said[:SAID_LIMIT] + "..."
 
 
 def within_quota(trouble: Trouble, component: str) -> Trouble:

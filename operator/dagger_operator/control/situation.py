@@ -8,6 +8,7 @@ from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason, running
 from dagger_operator.control.gates import Jobs
 from dagger_operator.control.observe import Observed
+from dagger_operator.control.refusals import since
 from dagger_operator.control.rounds import StageName, Step, Work
 
 _PHASES = {
@@ -35,11 +36,6 @@ class Situation:
 
 def place(run: DAggerRun, step: Step) -> str:
     return f"round {step.round} of {run.spec.rounds}, {step.stage}" if step.round else str(step.stage)
-
-
-def since(trouble: Trouble) -> str:
-    """A message that says since when, as far as that was observed."""
-    return f"{trouble.message} (since {trouble.since:%Y-%m-%d %H:%M:%S} UTC)" if trouble.since else trouble.message
 
 
 def at_work(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, blocked: Mapping[Step, Trouble]) -> Situation:

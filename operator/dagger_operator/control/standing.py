@@ -66,12 +66,13 @@ def _servers(run: DAggerRun, observed: Observed, work: Work, servers: Servers, f
     return objects
 
 
-def without_results(run: DAggerRun, observed: Observed) -> tuple[tuple[Manifest, ...], tuple[Ref, ...]]:
-    """Nothing is known about progress: what exists stays, nothing is started; suspension needs no results and is honoured."""
-    if not run.spec.suspend:
+def without_results(run: DAggerRun, observed: Observed, *, late: bool) -> tuple[tuple[Manifest, ...], tuple[Ref, ...]]:
+    """Nothing is known about progress: what exists stays, nothing is started; suspension and deadline need none and are honoured."""
+    if not run.spec.suspend and not late:
         return (), ()
     objects = []
-    for role in Role:
+    stay_up = not run.spec.suspend and run.spec.failure_policy.keep is Keep.EVERYTHING
+    for role in () if stay_up else Role:
         serving = served(run, role)
         if serving is not None and find(observed, server_kind(serving), server_name(run, role)) is not None:
             objects.append(build_server(run, role, serving, replicas=0))

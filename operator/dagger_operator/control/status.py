@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from dagger_operator.api import Condition, DAggerRun, Phase, Problem, RoundStatus, RunStatus
+from dagger_operator.control.child import Trouble
 from dagger_operator.control.conditions import ConditionType, Reason, condition, settle
 from dagger_operator.control.gates import Servers, servers_trouble
 from dagger_operator.control.names import Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.progress import gpu_hours, run_end, shown
+from dagger_operator.control.refusals import since
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import Work
 from dagger_operator.control.servers import served
-from dagger_operator.control.situation import Situation, since
+from dagger_operator.control.situation import Situation
 from dagger_operator.store.results import EvaluationResult, RolloutResult, TrainingResult
 
 ROUNDS_SHOWN = 100
@@ -48,14 +50,36 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
     )
 
 
+def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
+    """The status of a run whose success was reported: what stands there stays, whatever storage holds by now."""
+    previous = run.status or RunStatus()
+    update = {
+        "observed_generation": run.metadata.generation,
+        "reason": situation.reason,
+        "conditions": settle(_conditions(run, situation, {}), previous.conditions, run.metadata.generation, now),
+        "completion_time": previous.completion_time or now,
+    }
+    return previous.model_copy(update=update)
+
+
 def refused(run: DAggerRun, problems: Sequence[Problem], now: datetime) -> RunStatus:
     """The status of a resource that cannot be run, or was edited as it must not be; nothing else about it changes."""
     message = "\n".join(map(str, problems))
     return _overlaid(run, now, Reason.INVALID_SPEC, [condition(ConditionType.ACCEPTED, False, Reason.INVALID_SPEC, message)])
 
 
-def blind(run: DAggerRun, problem: str, now: datetime) -> RunStatus:
-    """The status where results cannot be read: what was known before, and why no more is."""
+def blind(run: DAggerRun, problem: str, now: datetime, late: Trouble | None) -> RunStatus:
+    """The status where results cannot be read: what was known before, and why no more is. A run that is late fails all the same."""
+    previous = run.status or RunStatus()
+    if late is not None and (previous.phase is not Phase.FAILED or previous.reason == late.reason):
+        ended = {"phase": Phase.FAILED, "reason": late.reason, "completion_time": previous.completion_time or now}
+        failed = [
+            condition(ConditionType.ACCEPTED, True, Reason.VALID),
+            condition(ConditionType.PROGRESSING, False, late.reason, late.message),
+            condition(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED),
+            condition(ConditionType.FAILED, True, late.reason, late.message),
+        ]
+        return _overlaid(run, now, Reason.STORAGE_UNAVAILABLE, failed).model_copy(update=ended)
     fresh = [
         condition(ConditionType.ACCEPTED, True, Reason.VALID),
         condition(ConditionType.PROGRESSING, False, Reason.STORAGE_UNAVAILABLE, problem),

@@ -5,12 +5,13 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from kubernetes.aio.client import Configuration
 
 from dagger_operator.kube.connection import authorization
-from dagger_operator.kube.errors import Unavailable, error_of
+from dagger_operator.kube.errors import Refused, Unavailable, error_of
 
 Manifest = dict[str, Any]
 
@@ -68,6 +69,13 @@ class Api:
                 self._settings.host + path, params=query, headers=headers, protocols=protocols, max_msg_size=0, heartbeat=_HEARTBEAT_SECONDS
             ) as socket:
                 yield socket
+
+
+def segment(name: str) -> str:
+    """A name as one part of a path, and never as a way to another object. Raises `Refused` for what would be resolved all the same."""
+    if name in (".", ".."):
+        raise Refused(f"naming {name!r}", 0, "InvalidName", f"{name!r} names no object: write the object's own name")
+    return quote(name, safe="")
 
 
 @contextmanager

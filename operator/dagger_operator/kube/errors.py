@@ -18,9 +18,16 @@ class ApiError(Exception):
         self.code, self.reason, self.message = code, reason, message
         super().__init__(f"{doing}: {reason}: {message}")
 
+    @property
+    def about_one(self) -> bool:
+        """Whether other objects may fare better: this one was refused, or the way to it is broken, such as an admission webhook."""
+        return True
+
 
 class Unavailable(ApiError):
-    pass
+    @property
+    def about_one(self) -> bool:
+        return self.code >= 500
 
 
 class Conflict(ApiError):

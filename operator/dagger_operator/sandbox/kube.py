@@ -7,7 +7,7 @@ from typing import Self
 
 import aiohttp
 
-from dagger_operator.kube.api import Api, Manifest
+from dagger_operator.kube.api import Api, Manifest, segment
 from dagger_operator.kube.connection import NoCluster, configuration, session
 from dagger_operator.kube.errors import Conflict, Missing, Refused
 
@@ -77,4 +77,4 @@ class Kube:
         return self._api.websocket(f"{self._path(Kind.PODS, pod)}/exec", query, "v5.channel.k8s.io", "v4.channel.k8s.io")
 
     def _path(self, kind: Kind, name: str = "") -> str:
-        return kind.format(self.namespace) + (f"/{name}" if name else "")
+        return kind.format(segment(self.namespace)) + (f"/{segment(name)}" if name else "")

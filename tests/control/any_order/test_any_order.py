@@ -6,6 +6,7 @@ The controller may be late, forgetful and interrupted; pods, nodes, objects and 
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -100,6 +101,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert one.observed_generation == self.run.metadata.generation
         if old is None:
             return
+        if old.phase is Phase.SUCCEEDED and old.round >= self.run.spec.rounds:
+            assert new.phase is Phase.SUCCEEDED, "what has succeeded has succeeded"
         assert new.round >= old.round
         assert new.start_time == old.start_time
         assert [one.round for one in new.rounds][: len(old.rounds)] == [one.round for one in old.rounds]
@@ -121,7 +124,20 @@ class AnyOrder(RuleBasedStateMachine):
         observed = self.observe(storage=False)
         planned = plan(self.run, observed)
         assert not [one for one in planned.objects if one["kind"] == "Job"]
-        assert planned.status.reason == "StorageUnavailable"
+        assert planned.status.reason == ("RoundsDone" if self.is_over() else "StorageUnavailable")
+        self.carry_out(planned, observed)
+
+    def is_over(self) -> bool:
+        status = self.run.status
+        return status is not None and status.phase is Phase.SUCCEEDED and status.round >= self.run.spec.rounds
+
+    @precondition(is_over)
+    @rule(late=st.booleans())
+    def reconcile_once_storage_was_cleared_after_the_end(self, late: bool) -> None:
+        observed = replace(self.observe(late=late), results=Results())
+        planned = plan(self.run, observed)
+        assert planned.objects == ()
+        assert planned.requeue_after is None
         self.carry_out(planned, observed)
 
     @rule(seconds=st.integers(1, 90))

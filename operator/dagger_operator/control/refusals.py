@@ -1,0 +1,44 @@
+"""Since when the API server does not take an object. It keeps what it stores alone, so the status is what remembers."""
+
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from dagger_operator.api import Phase, RunStatus
+from dagger_operator.control.child import Trouble
+from dagger_operator.control.conditions import ConditionType
+
+_FORM = "%Y-%m-%d %H:%M:%S"
+_SINCE = re.compile(r"\(since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC\)")
+
+
+def since(trouble: Trouble) -> str:
+    """A message that says since when, as far as that was observed."""
+    return f"{trouble.message} (since {trouble.since:{_FORM}} UTC)" if trouble.since else trouble.message
+
+
+def failed_by(status: RunStatus | None) -> Trouble | None:
+    """The refusal that a run failed by: it holds until the object is taken, whoever looks."""
+    return _told(status, ConditionType.FAILED) if status is not None and status.phase is Phase.FAILED else None
+
+
+def dated(refusal: Trouble, known: Trouble | None, status: RunStatus | None) -> Trouble:
+    """The same, since it was met first: as a controller knows it, or one before it wrote it down."""
+    if (failed := failed_by(status)) is not None:
+        return replace(refusal, since=failed.since)
+    for before in (known, _told(status, ConditionType.PROGRESSING)):
+        if before is not None and before.reason == refusal.reason:
+            return replace(refusal, since=before.since)
+    return refusal
+
+
+def _told(status: RunStatus | None, kind: ConditionType) -> Trouble | None:
+    """What a condition tells with its date. Not by its `lastTransitionTime`: the run may have waited for other things before."""
+    told = next((one for one in (status.conditions if status else ()) if one.type == kind), None)
+    if told is None or (written := _SINCE.search(told.message)) is None:
+        return None
+    try:
+        at = datetime.strptime(written[1], _FORM).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    return Trouble(told.reason, told.message, at)

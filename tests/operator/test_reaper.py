@@ -1,0 +1,94 @@
+"""Clearing the sandbox namespace: what cannot be decided or removed is kept, named, and in nobody's way."""
+
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from dagger_operator.cluster.cache import Cache
+from dagger_operator.cluster.reaper import GRACE, Reaper
+from dagger_operator.kube.errors import ApiError, error_of
+from fixtures.objects import Objects, Place
+
+Json = dict[str, Any]
+DAY = 86400.0
+
+
+def made(kind: str, name: str, run_namespace: str = "lab") -> Json:
+    labels = {"dagger-operator.dev/run": "gone", "dagger-operator.dev/run-namespace": run_namespace}
+    api_version = {"Lease": "coordination.k8s.io/v1", "RoleBinding": "rbac.authorization.k8s.io/v1"}[kind]
+    return {"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": "sandboxes", "labels": labels}}
+
+
+@pytest.fixture
+def objects() -> Objects:
+    """Two bindings of runs that are gone, and two Leases that nobody renews."""
+    held = Objects()
+    for one in (made("RoleBinding", "a", "theirs"), made("RoleBinding", "b"), made("Lease", "a"), made("Lease", "b")):
+        held.put(one)
+    return held
+
+
+def reaper(objects: Any) -> Reaper:
+    looks = iter([0.0, 61.0, 61.0 + GRACE])
+    return Reaper("sandboxes", Cache(), objects, lambda key: None, looks.__next__)
+
+
+def left(objects: Objects) -> set[tuple[str, str]]:
+    return {(kind, name) for kind, _, name in objects.there}
+
+
+FORBIDDEN = (403, {"reason": "Forbidden", "message": "the operator cannot get daggerruns in theirs"})
+NO_WEBHOOK = (500, {"reason": "InternalError", "message": "failed calling webhook"})
+
+
+@pytest.mark.parametrize("said", [FORBIDDEN, NO_WEBHOOK], ids=["it may not", "a webhook is down"])
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        ("get", ("DAggerRun", "theirs", "gone")),
+        ("delete", ("RoleBinding", "sandboxes", "a")),
+        ("delete", ("Lease", "sandboxes", "a")),
+    ],
+)
+async def test_what_it_may_not_decide_or_remove_is_kept_and_named_and_stops_nothing(
+    objects: Objects, said: tuple[int, Json], verb: str, place: Place
+) -> None:
+    def fault(asked: str, of: Place) -> None:
+        if (asked, of) == (verb, place):
+            raise error_of(asked, *said)
+
+    objects.fault = fault
+    one = reaper(objects)
+    with capture_logs() as logs:
+        for _ in range(3):
+            await one.reap()
+    kept = ("Lease" if place[0] == "Lease" else "RoleBinding", "a")
+    assert left(objects) == {kept}
+    told = [log for log in logs if log["event"] == "not cleared"]
+    assert told
+    assert {(log["kind"], log["namespace"], log["name"]) for log in told} == {(kept[0], "sandboxes", "a")}
+    assert all(said[1]["message"] in log["error"] and "delete" in log["remedy"] for log in told)
+
+
+async def test_leases_go_first_since_their_pods_cost_something(objects: Objects) -> None:
+    order: list[str] = []
+    objects.fault = lambda verb, place: order.append(place[0]) if verb == "delete" else None
+    one = reaper(objects)
+    objects.there = {place: one for place, one in objects.there.items() if place[0] == "Lease"}
+    await one.reap()
+    await one.reap()
+    objects.put(made("RoleBinding", "b"))
+    await one.reap()
+    assert order == ["Lease", "Lease", "RoleBinding"]
+
+
+async def test_an_api_server_that_is_away_ends_the_look(objects: Objects) -> None:
+    def away(verb: str, place: Place) -> None:
+        if verb == "get":
+            raise error_of(verb, 429, {})
+
+    objects.fault = away
+    with pytest.raises(ApiError):
+        await reaper(objects).reap()
+    assert left(objects) == {("RoleBinding", "a"), ("RoleBinding", "b"), ("Lease", "a"), ("Lease", "b")}

@@ -1,0 +1,179 @@
+"""One look at a run: what stands in its way is in its status, and no object is in another's way."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagger_operator.api import DAggerRun
+from dagger_operator.cluster.cache import Cache, RunKey
+from dagger_operator.cluster.reconcile import Reconciler
+from dagger_operator.cluster.settings import Settings
+from dagger_operator.kube.errors import Unavailable, error_of
+from fixtures.objects import Objects, Place
+
+Json = dict[str, Any]
+DEMO = RunKey("lab", "demo")
+
+
+class Looks:
+    """A run, and an operator that looks at it, which may begin anew at any time."""
+
+    def __init__(self, run: DAggerRun) -> None:
+        self.objects = Objects()
+        metadata = {"name": "demo", "namespace": "lab", "uid": "demo", "generation": 1}
+        self.objects.put({"apiVersion": run.api_version, "kind": run.kind, "metadata": metadata, "spec": run.spec.wire()})
+        self.restart()
+
+    def restart(self) -> None:
+        self.cache = Cache()
+        for one in self.objects.there.values():
+            self.cache.put(one)
+        self.reconciler = Reconciler(Settings(), self.cache, self.objects)  # type: ignore[arg-type]
+
+    @property
+    def stored(self) -> Json:
+        return self.objects.there["DAggerRun", *DEMO]
+
+    def kinds(self) -> set[str]:
+        return {kind for kind, _, _ in self.objects.there} - {"DAggerRun", "Event"}
+
+    async def look(self) -> Json:
+        """The status after it."""
+        self.after = await self.reconciler.reconcile(DEMO)
+        status: Json = self.stored["status"]
+        return status
+
+
+def condition(status: Json, kind: str = "Progressing") -> Json:
+    (found,) = (one for one in status["conditions"] if one["type"] == kind)
+    return dict(found)
+
+
+def answers(code: int, *places: tuple[str, str], **status: str) -> Callable[[str, Place], None]:
+    """A fault: this answer to these verbs about these kinds."""
+
+    def fault(verb: str, place: Place) -> None:
+        if (verb, place[0]) in places:
+            raise error_of(verb, code, status)
+
+    return fault
+
+
+class Clock:
+    """Says what time it is where the operator asks."""
+
+    def __init__(self) -> None:
+        self.at = datetime.now(UTC)
+
+    def now(self, zone: Any) -> datetime:
+        return self.at
+
+    def later(self, **delta: float) -> None:
+        self.at += timedelta(**delta)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("apply", "observe", "reconcile"):
+        monkeypatch.setattr(f"dagger_operator.cluster.{module}.datetime", clock)
+    return clock
+
+
+@pytest.fixture
+def looks(make_run: Callable[..., DAggerRun]) -> Looks:
+    return Looks(make_run())
+
+
+DOWN = {"reason": "InternalError", "message": 'failed calling webhook "policy.example.org": connection refused'}
+
+
+async def test_an_admission_webhook_that_is_down_is_in_the_status_and_waited_for(looks: Looks) -> None:
+    looks.objects.fault = answers(500, ("apply", "Job"), **DOWN)
+    status = await looks.look()
+    assert (status["phase"], status["reason"], condition(status)["status"]) == ("Preparing", "InternalError", "False")
+    assert "policy.example.org" in condition(status)["message"]
+    assert looks.after is not None and 5 < looks.after <= 10
+    looks.objects.fault = answers(500)
+    assert (await looks.look())["reason"] == "StageStarting"
+    assert looks.kinds() == {"Job"}
+
+
+async def test_what_is_not_taken_or_removed_keeps_nothing_else_from_being_done(looks: Looks) -> None:
+    await looks.look()
+    labels = looks.objects.there["Job", "lab", next(name for kind, _, name in looks.objects.there if kind == "Job")]["metadata"]["labels"]
+    owner = {"apiVersion": "v1", "kind": "DAggerRun", "name": "demo", "uid": "demo", "controller": True}
+    for name in ("demo-r000-prepare-old1", "demo-r000-prepare-old2"):
+        metadata = {"name": name, "namespace": "lab", "labels": labels, "ownerReferences": [owner]}
+        looks.cache.put(looks.objects.put({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": {}}))
+
+    def fault(verb: str, place: Place) -> None:
+        if (verb, place[2]) == ("delete", "demo-r000-prepare-old1"):
+            raise error_of(verb, 403, {"reason": "Forbidden", "message": "not allowed"})
+
+    looks.objects.fault = fault
+    status = await looks.look()
+    assert status["reason"] == "Forbidden"
+    assert "demo-r000-prepare-old1 cannot be removed: not allowed" in condition(status)["message"]
+    assert ("Job", "lab", "demo-r000-prepare-old2") not in looks.objects.there
+
+
+@pytest.mark.parametrize("code", [401, 429])
+async def test_an_api_server_that_does_not_answer_is_asked_again_later_for_everything(looks: Looks, code: int) -> None:
+    looks.objects.fault = answers(code, ("apply", "Job"))
+    with pytest.raises(Unavailable):
+        await looks.look()
+    assert "status" not in looks.stored
+
+
+QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none"}
+
+
+async def test_a_deadline_goes_on_through_the_lives_of_an_operator(looks: Looks, clock: Clock) -> None:
+    looks.stored["spec"]["preRunningDeadlineSeconds"] = 600
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    looks.restart()
+    for minutes in (0, 4, 5):
+        clock.later(minutes=minutes)
+        looks.restart()
+        assert (await looks.look())["phase"] == "Preparing"
+    clock.later(minutes=2)
+    looks.restart()
+    failed = await looks.look()
+    assert (failed["phase"], failed["reason"]) == ("Failed", "QuotaExceeded")
+    clock.later(minutes=1)
+    looks.restart()
+    assert await looks.look() == failed, "an operator that begins anew knows as much"
+    looks.objects.fault = answers(500, ("apply", "Job"), **DOWN)
+    looks.restart()
+    status = await looks.look()
+    assert (status["phase"], status["reason"]) == ("Failed", "InternalError"), "it is not taken yet, whatever the reason"
+    looks.objects.fault = answers(403)
+    looks.restart()
+    assert (await looks.look())["phase"] == "Preparing"
+
+
+async def test_a_deadline_goes_on_while_storage_is_away(looks: Looks, clock: Clock, tmp_path: Path) -> None:
+    looks.stored["spec"]["preRunningDeadlineSeconds"] = 600
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    looks.restart()
+    await looks.look()
+    folder, away = tmp_path / "demo", tmp_path / "away"
+    folder.rename(away)
+    folder.write_text("no folder")
+    clock.later(minutes=9)
+    assert (await looks.look())["reason"] == "StorageUnavailable"
+    folder.unlink()
+    away.rename(folder)
+    clock.later(minutes=2)
+    assert (await looks.look())["phase"] == "Failed"
+
+
+async def test_what_the_api_server_says_at_length_leaves_room_for_since_when(looks: Looks, clock: Clock) -> None:
+    looks.objects.fault = answers(403, ("apply", "Job"), reason="Forbidden", message="exceeded quota: " + "x" * 5000)
+    said = condition(await looks.look())["message"]
+    assert "have the quota raised" in said
+    assert said.endswith(f"(since {clock.at:%Y-%m-%d %H:%M:%S} UTC)")
