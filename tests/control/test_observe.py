@@ -1,15 +1,30 @@
 """Children mirror what their pods say, so that a condition can say why a run waits."""
 
 import json
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, Trouble, child, children
+from dagger_operator import control
+from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, Child, ChildState, Trouble
 
 Json = dict[str, Any]
+NOW = datetime(2026, 1, 1, 2, tzinfo=UTC)
 LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
+
+
+def child(manifest: Json, pods: Sequence[Json] = (), now: datetime = NOW) -> Child:
+    return control.child(manifest, pods, now)
+
+
+def children(objects: Sequence[Json], pods: Sequence[Json], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:
+    return control.children(objects, pods, NOW, warnings)
+
+
+def ago(**passed: float) -> str:
+    return (NOW - timedelta(**passed)).isoformat()
 
 
 def job(*, spec: Json | None = None, **status: Any) -> Json:
@@ -192,11 +207,43 @@ def test_a_server_is_given_up_when_a_retry_would_not_mend_it_or_many_did_not() -
     assert child(deployment(), [of_another_attempt]).state is ChildState.RUNNING
 
 
+LATE = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}
+
+
+def late_server(*pods: Json, now: datetime = NOW) -> Child:
+    """A server with 30 minutes to start, which its Deployment says are over."""
+    manifest = deployment(wanted=len(pods), conditions=[LATE])
+    manifest["spec"]["progressDeadlineSeconds"] = 1800
+    return child(manifest, pods, now)
+
+
+def placed(since: str, *, unready: str | None = None, ready: bool = False) -> Json:
+    conditions = [
+        {"type": "PodScheduled", "status": "True", "lastTransitionTime": since},
+        {"type": "Ready", "status": str(ready), "lastTransitionTime": unready or since},
+    ]
+    return pod("s", labels=LABELS | {COMPONENT: "student"}, conditions=conditions)
+
+
 def test_a_server_past_its_deadline_failed_unless_it_waits_for_room() -> None:
-    late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}]}
-    assert child(deployment(**late), [server_pod(state={"running": {}})]).state is ChildState.FAILED
+    assert late_server(placed(ago(minutes=31))).state is ChildState.FAILED
+    untimed = pod("s", conditions=[{"type": "Ready", "status": "False"}])
+    del untimed["metadata"]["creationTimestamp"]
+    assert late_server(untimed).state is ChildState.FAILED, "as one machine says it, where nothing waits for room"
     no_room = pod("s", "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU"}])
-    assert child(deployment(**late), [no_room]).state is ChildState.WAITING
+    assert late_server(no_room).state is ChildState.WAITING
+    assert late_server().state is not ChildState.FAILED, "a quota refuses its pods: nothing of it has begun"
+
+
+def test_a_server_that_waited_for_its_turn_has_all_its_time_from_then_on() -> None:
+    begun = placed(ago(seconds=5))
+    assert late_server(begun).state is ChildState.RUNNING
+    assert late_server(begun, now=NOW + timedelta(minutes=29)).state is ChildState.RUNNING
+    assert late_server(begun, now=NOW + timedelta(minutes=31)).state is ChildState.FAILED
+    serves = placed(ago(hours=1), ready=True)
+    assert late_server(serves, begun).state is ChildState.RUNNING, "the first replica had room, the second one waited"
+    changes_weights = placed(ago(hours=1), unready=ago(seconds=5))
+    assert late_server(changes_weights, begun).state is ChildState.RUNNING
 
 
 def test_a_given_up_server_is_known_by_its_annotation_alone() -> None:

@@ -6,7 +6,7 @@ mirrors its pods' own reasons, so that a condition can say why a run waits witho
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control import names
@@ -16,7 +16,6 @@ from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName
 from dagger_operator.control.said import (
-    IN_A_QUEUE,
     broken_server,
     failures,
     last_words,
@@ -26,6 +25,7 @@ from dagger_operator.control.said import (
     status,
     time,
     true,
+    unready_for,
     waiting,
     waiting_since,
 )
@@ -49,7 +49,9 @@ class Observed:
     """How far the steps at work are; shown, never decided by."""
 
 
-def children(objects: Iterable[Manifest], pods: Iterable[Manifest], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:
+def children(
+    objects: Iterable[Manifest], pods: Iterable[Manifest], now: datetime, warnings: Mapping[tuple[str, str], Trouble] = {}
+) -> tuple[Child, ...]:
     """The children that a run's objects and pods are. Pods without an object (its deletion was quicker) are children of kind Pod.
 
     `warnings` say by kind and name why an object has no pods: where nothing better is known, that is why it waits.
@@ -59,9 +61,9 @@ def children(objects: Iterable[Manifest], pods: Iterable[Manifest], warnings: Ma
     for manifest in objects:
         own = [pod for pod in unclaimed if _owns(manifest, pod)]
         unclaimed = [pod for pod in unclaimed if pod not in own]
-        one = child(manifest, own)
+        one = child(manifest, own, now)
         found.append(_warned(one, warnings.get((one.kind, one.name))))
-    found += [child(pod, [pod]) for pod in unclaimed if lives(pod)]
+    found += [child(pod, [pod], now) for pod in unclaimed if lives(pod)]
     return tuple(sorted(found, key=lambda one: (one.kind, one.name)))
 
 
@@ -72,7 +74,7 @@ def _warned(one: Child, warning: Trouble | None) -> Child:
     return replace(one, state=ChildState.WAITING, trouble=trouble, waiting_since=one.waiting_since or warning.since)
 
 
-def child(manifest: Manifest, pods: Sequence[Manifest] = ()) -> Child:
+def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
     """One object with its own pods."""
     metadata, kind = manifest["metadata"], manifest["kind"]
     labels = metadata.get("labels") or {}
@@ -94,7 +96,7 @@ def child(manifest: Manifest, pods: Sequence[Manifest] = ()) -> Child:
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        return replace(_server(one, manifest, current), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
+        return replace(_server(one, manifest, current, now), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
 
@@ -134,7 +136,7 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
     return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
 
 
-def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
+def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
     if (noted := _given_up(manifest)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=noted)
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
@@ -144,8 +146,9 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
     if (broken := broken_server(pods)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=broken)
     late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
-    # A pod that no node has room for has not failed: it waits for its turn.
-    if late and late.get("reason") == "ProgressDeadlineExceeded" and not (held and held.reason in _NOT_ITS_FAULT):
+    # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
+    patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
+    if late and late.get("reason") == "ProgressDeadlineExceeded" and any(unready_for(pod, now) >= patience for pod in pods):
         said = last_words(pods) or held or Trouble("ProgressDeadlineExceeded", late.get("message") or "")
         return replace(one, state=ChildState.FAILED, trouble=said)
     generation = manifest["metadata"].get("generation", 0)
@@ -153,6 +156,3 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
     return replace(one, state=ChildState.WAITING if held else ChildState.RUNNING, trouble=held, waiting_since=waiting_since(pods))
-
-
-_NOT_ITS_FAULT = frozenset({"Unschedulable", IN_A_QUEUE})

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
@@ -50,6 +50,20 @@ def _idle(pod: Manifest) -> bool:
     queued = any(one.get("reason") == IN_A_QUEUE for one in status(pod).get("conditions") or ())
     # A pod whose init container runs is still called pending.
     return phase(pod) == "Pending" and not queued and not any("running" in (one.get("state") or {}) for one in _containers(pod))
+
+
+def unready_for(pod: Manifest, now: datetime) -> timedelta:
+    """For how long a pod has had its node without being ready: nothing where it is ready, has no node yet, or is to go.
+
+    A runtime without a scheduler tells no times: then it is for ever.
+    """
+    told = {one["type"]: one for one in status(pod).get("conditions") or ()}
+    ready, placed = told.get("Ready", {}), told.get("PodScheduled", {})
+    if not lives(pod) or pod["metadata"].get("deletionTimestamp") or ready.get("status") == "True" or placed.get("status") == "False":
+        return timedelta(0)
+    times = (pod["metadata"].get("creationTimestamp"), placed.get("lastTransitionTime"), ready.get("lastTransitionTime"))
+    known = [at for text in times if (at := time(text)) is not None]
+    return now - max(known) if known else timedelta.max
 
 
 def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
