@@ -301,6 +301,43 @@ def test_workers_do_not_wait_for_each_other_and_ranks_do() -> None:
     assert child(training, pods).waiting_since == datetime(2026, 1, 1, tzinfo=UTC)
 
 
+def of(component: str, *objects: Json) -> list[Json]:
+    """The same objects as another component's."""
+    return [{**one, "metadata": {**one["metadata"], "labels": LABELS | {COMPONENT: component}}} for one in objects]
+
+
+def going(name: str, due: str, phase: str = "Running") -> Json:
+    one = pod(name, phase)
+    return {**one, "metadata": {**one["metadata"], "deletionTimestamp": due}, "spec": {"nodeName": "gpu-7"}}
+
+
+def test_a_pod_whose_node_does_not_say_that_it_ended_is_waited_for_and_named() -> None:
+    overdue, due = going("a", ago(minutes=5)), NOW - timedelta(minutes=5)
+    seen = child(job(active=0, terminating=1), [overdue])
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since, seen.pods) == (ChildState.WAITING, "NodeLost", due, 1)
+    assert all(part in seen.trouble.message for part in ("pod a ", "node gpu-7 ", "delete node", "out-of-service", "--force"))
+    training, *ranks = of("training", job(), overdue, pod("b"))
+    gang = child(training, ranks)
+    assert (gang.state, gang.waiting_since) == (ChildState.WAITING, due), "its peers wait for it"
+    workers = child(job(), [overdue, pod("b")])
+    assert (workers.state, workers.waiting_since) == (ChildState.RUNNING, None), "the others work"
+
+
+def test_a_pod_that_ends_in_its_time_or_has_ended_is_no_lost_one() -> None:
+    for one in (going("a", ago(seconds=5)), going("a", ago(seconds=-120)), going("a", ago(hours=1), "Failed")):
+        trouble = child(job(), [one, pod("b")]).trouble
+        assert trouble is None
+
+
+def test_a_server_waits_for_a_lost_node_where_nothing_takes_its_place() -> None:
+    manifest, overdue = of("student", deployment(), going("s", ago(minutes=5)))
+    assert child(manifest, [overdue]).trouble is None, "its Deployment makes another pod at once"
+    group = child(manifest | {"kind": "LeaderWorkerSet"}, [overdue])
+    assert group.trouble is not None
+    assert (group.state, group.trouble.reason) == (ChildState.WAITING, "NodeLost")
+
+
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}

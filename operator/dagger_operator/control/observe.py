@@ -20,6 +20,7 @@ from dagger_operator.control.said import (
     failures,
     last_words,
     lives,
+    lost,
     phase,
     stated,
     status,
@@ -94,7 +95,7 @@ def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
     )
     if kind == "Job":
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
-        return replace(_job(one, manifest, current), pods=max(one.pods, counted), failures=failures(current))
+        return replace(_job(one, manifest, current, now), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
         return replace(_server(one, manifest, current, now), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
@@ -116,7 +117,7 @@ def _given_up(manifest: Manifest) -> Trouble | None:
     return None if note is None else stated(note) or Trouble("Failed", note)
 
 
-def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
+def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
     complete, failed = true(manifest, "Complete", "SuccessCriteriaMet"), true(manifest, "Failed", "FailureTarget")
     if complete:
         return replace(one, state=ChildState.SUCCEEDED, finished=time(complete.get("lastTransitionTime")))
@@ -127,13 +128,19 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
         return replace(one, state=ChildState.FAILED, trouble=said, finished=time(failed.get("lastTransitionTime")))
     if manifest["spec"].get("suspend"):
         return replace(one, state=ChildState.SUSPENDED)
-    held, since = waiting(pods), waiting_since(pods)
-    if any(phase(pod) == "Running" for pod in pods):
-        # The ranks of a training wait for each other; workers do not.
-        gang = one.component == StageName.TRAINING
+    away = lost(pods, now)
+    held = away or waiting(pods)
+    since = _earliest(waiting_since(pods), away)
+    # The ranks of a training wait for each other; workers do not.
+    gang = one.component == StageName.TRAINING
+    if any(phase(pod) == "Running" and not lost([pod], now) for pod in pods) and not (gang and held):
         return replace(one, state=ChildState.RUNNING, trouble=held, waiting_since=since if gang else None)
     # Between two tries, why the last one failed is why it waits. How long it has had no pods nobody knows but who warns of it.
     return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
+
+
+def _earliest(since: datetime | None, trouble: Trouble | None) -> datetime | None:
+    return min((at for at in (since, trouble and trouble.since) if at is not None), default=None)
 
 
 def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
@@ -142,7 +149,9 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datet
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
-    held = waiting(pods)
+    # A Deployment makes another pod at once, a group's keep their names and are waited for.
+    away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
+    held = away or waiting(pods)
     if (broken := broken_server(pods)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=broken)
     late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
@@ -155,4 +164,5 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datet
     seen = found.get("observedGeneration", generation) >= generation
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
-    return replace(one, state=ChildState.WAITING if held else ChildState.RUNNING, trouble=held, waiting_since=waiting_since(pods))
+    since = _earliest(waiting_since(pods), away)
+    return replace(one, state=ChildState.WAITING if held else ChildState.RUNNING, trouble=held, waiting_since=since)

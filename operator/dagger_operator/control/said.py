@@ -15,6 +15,8 @@ SERVER_RESTARTS = 5
 """A server that is in back-off after this many restarts is given up."""
 IN_A_QUEUE = "SchedulingGated"
 """Reason of a pod that somebody, such as Kueue, has yet to admit."""
+_OVERDUE = timedelta(seconds=60)
+"""A pod should be gone at its deletionTimestamp, which has its grace in it; a kubelet that lives says so within this."""
 
 
 def waiting(pods: Iterable[Manifest]) -> Trouble | None:
@@ -38,6 +40,25 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
                 said = f"{said}; it ended with: {_explained(container, ended).message}"
             return Trouble(reason, said, since)
     return None
+
+
+def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
+    """The pod that should have gone first and is still there, because its node tells nobody that it ended; none is made in its place."""
+    due = [
+        (at, str(pod["metadata"]["name"]), str((pod.get("spec") or {}).get("nodeName") or "unknown"))
+        for pod in pods
+        if lives(pod) and (at := time(pod["metadata"].get("deletionTimestamp"))) is not None and now - at > _OVERDUE
+    ]
+    if not due:
+        return None
+    at, name, node = min(due)
+    return Trouble(
+        "NodeLost",
+        f"pod {name} was to end, and its node {node} does not say that it did; no other takes its place before that: where the node does "
+        f"not come back, delete it (`kubectl delete node {node}`), taint it node.kubernetes.io/out-of-service, or, once nothing runs on "
+        f"it, `kubectl delete pod {name} --force --grace-period=0`",
+        at,
+    )
 
 
 def waiting_since(pods: Iterable[Manifest]) -> datetime | None:
