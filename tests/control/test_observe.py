@@ -280,6 +280,25 @@ def test_what_the_api_server_says_about_a_child_without_pods_is_why_it_waits() -
     assert (ended.state, ended.trouble) == (ChildState.SUCCEEDED, None)
 
 
+def test_one_pod_that_is_refused_holds_up_a_training_and_not_the_other_workers() -> None:
+    quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, 1, tzinfo=UTC))
+    warnings = {("Job", "demo-r002-rollout-abcd1234"): quota}
+    manifest, rank = of("training", job(), pod())
+    (training,) = children([manifest], [rank], warnings)
+    assert training.trouble is not None
+    assert (training.state, training.trouble.reason, training.waiting_since) == (ChildState.WAITING, "QuotaExceeded", quota.since)
+    (workers,) = children([job()], [pod()], warnings)
+    assert (workers.state, workers.waiting_since) == (ChildState.RUNNING, None)
+
+
+def test_why_a_replacement_is_refused_is_said_before_how_the_last_pod_ended() -> None:
+    quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, 1, tzinfo=UTC))
+    evicted = pod("a", "Failed", containers=[ended(137, "evicted")])
+    (seen,) = children([job()], [evicted], {("Job", "demo-r002-rollout-abcd1234"): quota})
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since) == (ChildState.WAITING, "QuotaExceeded", quota.since)
+
+
 def test_what_waits_to_run_says_since_when_unless_it_is_in_a_queue() -> None:
     made = datetime(2026, 1, 1, tzinfo=UTC)
     assert child(job(), [pod(phase="Pending")]).waiting_since == made

@@ -1,4 +1,4 @@
-"""What the API server keeps about objects that should have pods and have none: a quota, an admission policy, a missing ServiceAccount."""
+"""What the API server keeps about objects that lack pods: a quota, an admission policy, a missing ServiceAccount."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -13,21 +13,25 @@ Manifest = Mapping[str, Any]
 
 PATIENCE = timedelta(seconds=5)
 """An object this young may just not have been given its pods yet."""
+_ENDS = frozenset({"Complete", "SuccessCriteriaMet", "Failed", "FailureTarget"})
 
 
 async def warnings_about(
     client: Client, objects: Iterable[Manifest], pods: Sequence[Manifest], now: datetime
 ) -> dict[tuple[str, str], Trouble]:
-    """Why objects have no pods, by kind and name."""
+    """Why objects lack pods, by kind and name. Events are listed for those alone that lack some."""
     found: dict[tuple[str, str], Trouble] = {}
-    made_for = {owner["uid"] for pod in pods if (owner := controller(pod)) is not None}
     for one in objects:
         kind, name = one["kind"], one["metadata"]["name"]
         trouble = None
         if kind == "Deployment":
             trouble = replica_failure(one)
-        elif kind == "Job" and _wants_pods(one, now) and one["metadata"]["uid"] not in made_for:
-            trouble = await _newest_warning(client, one)
+        elif kind == "Job":
+            own = [pod for pod in pods if (owner := controller(pod)) is not None and owner["uid"] == one["metadata"]["uid"]]
+            newest = max(_begun(each) for each in (one, *own))
+            # The newest pod may not have been seen by the Job's controller, nor counted by it.
+            if _lacks_pods(one, own) and now - newest > PATIENCE:
+                trouble = await _newest_warning(client, one, newest)
         if trouble is not None:
             found[kind, name] = trouble
     return found
@@ -42,14 +46,19 @@ def replica_failure(deployment: Manifest) -> Trouble | None:
     return None
 
 
-def _wants_pods(job: Manifest, now: datetime) -> bool:
+def _lacks_pods(job: Manifest, pods: Iterable[Manifest]) -> bool:
+    """Whether it has fewer than it is to have. Those that are ending count: none is made in their place yet."""
     status = job.get("status") or {}
-    ended = any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in status.get("conditions") or ())
-    made = _time(job["metadata"].get("creationTimestamp"))
-    return not ended and not job["spec"].get("suspend") and not status.get("active") and made is not None and now - made > PATIENCE
+    if job["spec"].get("suspend") or any(one["type"] in _ENDS and one["status"] == "True" for one in status.get("conditions") or ()):
+        return False
+    living = sum((pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed") for pod in pods)
+    counted = int(status.get("active") or 0) + int(status.get("terminating") or 0)
+    return max(living, counted) + int(status.get("succeeded") or 0) < int(job["spec"].get("parallelism", 1))
 
 
-async def _newest_warning(client: Client, job: Manifest) -> Trouble | None:
+async def _newest_warning(client: Client, job: Manifest, newest_pod: datetime) -> Trouble | None:
+    """The last one, unless a pod was made after it: then it is about one that was refused before. An event tells of many refusals,
+    so this one began when the newest pod was made, or later."""
     metadata = job["metadata"]
     about = f"involvedObject.uid={metadata['uid']},type=Warning"
     try:
@@ -57,15 +66,22 @@ async def _newest_warning(client: Client, job: Manifest) -> Trouble | None:
     except (Refused, Unavailable):
         return None  # an explanation less; the run is none the worse
     newest = max(warnings, key=_last_seen, default=None)
-    if newest is None:
+    if newest is None or (seen := _time(_last_seen(newest))) is None or seen < newest_pod:
         return None
     message = newest.get("message") or ""
-    return Trouble(_reason(message, newest.get("reason") or "Warning"), message, _time(newest.get("firstTimestamp")))
+    began = _time(newest.get("firstTimestamp") or newest.get("eventTime"))
+    return Trouble(_reason(message, newest.get("reason") or "Warning"), message, max(began, newest_pod) if began else newest_pod)
 
 
 def _last_seen(event: Manifest) -> str:
     series = event.get("series") or {}
     return str(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or "")
+
+
+def _begun(manifest: Manifest) -> datetime:
+    """When an object was made, or a Job let go on."""
+    times = (manifest["metadata"]["creationTimestamp"], (manifest.get("status") or {}).get("startTime"))
+    return max(at for text in times if (at := _time(text)) is not None)
 
 
 def _reason(message: str, otherwise: str) -> str:

@@ -55,28 +55,21 @@ def children(
 ) -> tuple[Child, ...]:
     """The children that a run's objects and pods are. Pods without an object (its deletion was quicker) are children of kind Pod.
 
-    `warnings` say by kind and name why an object has no pods: where nothing better is known, that is why it waits.
+    `warnings` say by kind and name why an object lacks pods: where those that it has say nothing, that is why it waits.
     """
     unclaimed = list(pods)
     found = []
     for manifest in objects:
         own = [pod for pod in unclaimed if _owns(manifest, pod)]
         unclaimed = [pod for pod in unclaimed if pod not in own]
-        one = child(manifest, own, now)
-        found.append(_warned(one, warnings.get((one.kind, one.name))))
+        warning = warnings.get((manifest["kind"], manifest["metadata"]["name"]))
+        found.append(child(manifest, own, now, warning))
     found += [child(pod, [pod], now) for pod in unclaimed if lives(pod)]
     return tuple(sorted(found, key=lambda one: (one.kind, one.name)))
 
 
-def _warned(one: Child, warning: Trouble | None) -> Child:
-    if warning is None or one.trouble is not None or one.state not in (ChildState.WAITING, ChildState.RUNNING):
-        return one
-    trouble = within_quota(warning, one.component)
-    return replace(one, state=ChildState.WAITING, trouble=trouble, waiting_since=one.waiting_since or warning.since)
-
-
-def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
-    """One object with its own pods."""
+def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None = None) -> Child:
+    """One object with its own pods, and why it lacks some."""
     metadata, kind = manifest["metadata"], manifest["kind"]
     labels = metadata.get("labels") or {}
     attempt = labels.get(names.ATTEMPT, "")
@@ -93,11 +86,12 @@ def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
         uid=metadata.get("uid", ""),
         deleting=metadata.get("deletionTimestamp") is not None,
     )
+    warning = within_quota(warning, one.component) if warning else None
     if kind == "Job":
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
-        return replace(_job(one, manifest, current, now), pods=max(one.pods, counted), failures=failures(current))
+        return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        return replace(_server(one, manifest, current, now), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
+        return replace(_server(one, manifest, current, now, warning), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
 
@@ -117,7 +111,7 @@ def _given_up(manifest: Manifest) -> Trouble | None:
     return None if note is None else stated(note) or Trouble("Failed", note)
 
 
-def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
+def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None) -> Child:
     complete, failed = true(manifest, "Complete", "SuccessCriteriaMet"), true(manifest, "Failed", "FailureTarget")
     if complete:
         return replace(one, state=ChildState.SUCCEEDED, finished=time(complete.get("lastTransitionTime")))
@@ -129,8 +123,8 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime
     if manifest["spec"].get("suspend"):
         return replace(one, state=ChildState.SUSPENDED)
     away = lost(pods, now)
-    held = away or waiting(pods)
-    since = _earliest(waiting_since(pods), away)
+    held = away or waiting(pods) or warning
+    since = _earliest(waiting_since(pods), away, warning)
     # The ranks of a training wait for each other; workers do not.
     gang = one.component == StageName.TRAINING
     if any(phase(pod) == "Running" and not lost([pod], now) for pod in pods) and not (gang and held):
@@ -139,11 +133,11 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime
     return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
 
 
-def _earliest(since: datetime | None, trouble: Trouble | None) -> datetime | None:
-    return min((at for at in (since, trouble and trouble.since) if at is not None), default=None)
+def _earliest(since: datetime | None, *troubles: Trouble | None) -> datetime | None:
+    return min((at for at in (since, *(one.since for one in troubles if one)) if at is not None), default=None)
 
 
-def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime) -> Child:
+def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None) -> Child:
     if (noted := _given_up(manifest)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=noted)
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
@@ -151,7 +145,7 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datet
         return replace(one, state=ChildState.SUSPENDED)
     # A Deployment makes another pod at once, a group's keep their names and are waited for.
     away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
-    held = away or waiting(pods)
+    held = away or waiting(pods) or warning
     if (broken := broken_server(pods)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=broken)
     late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
@@ -164,5 +158,5 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datet
     seen = found.get("observedGeneration", generation) >= generation
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
-    since = _earliest(waiting_since(pods), away)
+    since = _earliest(waiting_since(pods), away, warning)
     return replace(one, state=ChildState.WAITING if held else ChildState.RUNNING, trouble=held, waiting_since=since)
