@@ -23,14 +23,20 @@ def job(*, spec: Json | None = None, **status: Any) -> Json:
     return {"kind": "Job", "metadata": metadata, "spec": {"parallelism": 2, **(spec or {})}, "status": status}
 
 
-def pod(made: float, phase: str = "Running") -> Json:
-    owner = {"kind": "Job", "name": "work", "uid": "j", "controller": True}
+def group(replicas: int) -> Json:
+    metadata = {"name": "teacher", "namespace": "lab", "uid": "g", "creationTimestamp": ago(60)}
+    return {"kind": "LeaderWorkerSet", "metadata": metadata, "spec": {"replicas": replicas, "leaderWorkerTemplate": {"size": 2}}}
+
+
+def pod(made: float, phase: str = "Running", *, maker: tuple[str, str] = ("Job", "work")) -> Json:
+    owner = {"kind": maker[0], "name": maker[1], "uid": "o", "controller": True}
     return {"kind": "Pod", "metadata": {"creationTimestamp": ago(made), "ownerReferences": [owner]}, "status": {"phase": phase}}
 
 
-def refusal(last: float, first: float | None = None) -> Json:
+def refusal(last: float, first: float | None = None, *, maker: tuple[str, str] = ("Job", "work")) -> Json:
     message = 'Error creating: pods "work-1" is forbidden: exceeded quota: gpus'
     return {
+        "involvedObject": {"kind": maker[0], "name": maker[1]},
         "reason": "FailedCreate",
         "message": message,
         "firstTimestamp": ago(last if first is None else first),
@@ -87,4 +93,17 @@ async def test_a_refusal_that_is_over_is_not_told_of() -> None:
 async def test_nothing_is_asked_about_a_job_that_lacks_no_pods(one: Json, pods: tuple[Json, ...]) -> None:
     server = Server(refusal(1))
     assert await server.about(one, *pods) is None
+    assert server.asked == 0
+
+
+async def test_a_group_lacks_nodes_by_what_is_said_of_the_stateful_sets_that_make_them() -> None:
+    first, others = ("StatefulSet", "teacher"), ("StatefulSet", "teacher-0")
+    refused, stranger = refusal(1, 20, maker=others), refusal(1, maker=("StatefulSet", "teacher-of-others"))
+    trouble = await Server(refused, stranger).about(group(1), pod(30, maker=first))
+    assert trouble is not None
+    assert (trouble.reason, trouble.since) == ("QuotaExceeded", NOW - timedelta(minutes=20))
+    assert await Server(stranger).about(group(1), pod(30, maker=first)) is None
+    server = Server(refused)
+    assert await server.about(group(1), pod(30, maker=first), pod(29, maker=others)) is None
+    assert await server.about(group(0)) is None
     assert server.asked == 0

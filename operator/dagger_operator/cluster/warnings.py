@@ -1,6 +1,6 @@
 """What the API server keeps about objects that lack pods: a quota, an admission policy, a missing ServiceAccount."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,15 +26,29 @@ async def warnings_about(
         trouble = None
         if kind == "Deployment":
             trouble = replica_failure(one)
-        elif kind == "Job":
-            own = [pod for pod in pods if (owner := controller(pod)) is not None and owner["uid"] == one["metadata"]["uid"]]
+        elif kind in _MAKERS:
+            makers = _MAKERS[kind](one)
+            own = [pod for pod in pods if (owner := controller(pod)) is not None and (owner["kind"], owner["name"]) in makers]
             newest = max(_begun(each) for each in (one, *own))
-            # The newest pod may not have been seen by the Job's controller, nor counted by it.
+            # The newest pod may not have been seen by its controller, nor counted by it.
             if _lacks_pods(one, own) and now - newest > PATIENCE:
-                trouble = await _newest_warning(client, one, newest)
+                trouble = await _newest_warning(client, one["metadata"]["namespace"], makers, newest)
         if trouble is not None:
             found[kind, name] = trouble
     return found
+
+
+def _of_group(group: Manifest) -> set[tuple[str, str]]:
+    """A group's first nodes are one StatefulSet, the others of each replica another."""
+    name = group["metadata"]["name"]
+    return {("StatefulSet", name), *(("StatefulSet", f"{name}-{index}") for index in range(int(group["spec"].get("replicas", 1))))}
+
+
+_MAKERS: Mapping[str, Callable[[Manifest], set[tuple[str, str]]]] = {
+    "Job": lambda job: {("Job", job["metadata"]["name"])},
+    "LeaderWorkerSet": _of_group,
+}
+"""Kind and name of whom an object's pods are made by, and Events are about."""
 
 
 def replica_failure(deployment: Manifest) -> Trouble | None:
@@ -46,25 +60,28 @@ def replica_failure(deployment: Manifest) -> Trouble | None:
     return None
 
 
-def _lacks_pods(job: Manifest, pods: Iterable[Manifest]) -> bool:
+def _lacks_pods(one: Manifest, pods: Iterable[Manifest]) -> bool:
     """Whether it has fewer than it is to have. Those that are ending count: none is made in their place yet."""
-    status = job.get("status") or {}
-    if job["spec"].get("suspend") or any(one["type"] in _ENDS and one["status"] == "True" for one in status.get("conditions") or ()):
-        return False
+    spec, status = one["spec"], one.get("status") or {}
     living = sum((pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed") for pod in pods)
+    if one["kind"] == "LeaderWorkerSet":
+        return living < int(spec.get("replicas", 1)) * int(spec["leaderWorkerTemplate"].get("size", 1))
+    if spec.get("suspend") or any(told["type"] in _ENDS and told["status"] == "True" for told in status.get("conditions") or ()):
+        return False
     counted = int(status.get("active") or 0) + int(status.get("terminating") or 0)
-    return max(living, counted) + int(status.get("succeeded") or 0) < int(job["spec"].get("parallelism", 1))
+    return max(living, counted) + int(status.get("succeeded") or 0) < int(spec.get("parallelism", 1))
 
 
-async def _newest_warning(client: Client, job: Manifest, newest_pod: datetime) -> Trouble | None:
+async def _newest_warning(client: Client, namespace: str, makers: Collection[tuple[str, str]], newest_pod: datetime) -> Trouble | None:
     """The last one, unless a pod was made after it: then it is about one that was refused before. An event tells of many refusals,
     so this one began when the newest pod was made, or later."""
-    metadata = job["metadata"]
-    about = f"involvedObject.uid={metadata['uid']},type=Warning"
+    ((kind, name), *others) = sorted(makers)
+    about = f"involvedObject.kind={kind},type=Warning" + ("" if others else f",involvedObject.name={name}")
     try:
-        warnings = [one async for one in client.list("v1", "Event", metadata["namespace"], fieldSelector=about)]
+        every = [one async for one in client.list("v1", "Event", namespace, fieldSelector=about)]
     except (Refused, Unavailable):
         return None  # an explanation less; the run is none the worse
+    warnings = [one for one in every if (one["involvedObject"]["kind"], one["involvedObject"]["name"]) in makers]
     newest = max(warnings, key=_last_seen, default=None)
     if newest is None or (seen := _time(_last_seen(newest))) is None or seen < newest_pod:
         return None
