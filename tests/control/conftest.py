@@ -63,7 +63,7 @@ class Story:
     def carry_out(self, planned: Plan) -> None:
         """All that was asked for exists, new things with pods; all that was to go is gone."""
         for manifest in planned.objects:
-            fresh = child(manifest)
+            fresh = child(manifest, (), self.now)
             known = self.children.get((fresh.kind, fresh.name))
             if fresh.state is not ChildState.SUSPENDED and known is not None and known.attempt == fresh.attempt:
                 continue

@@ -40,7 +40,7 @@ def test_what_infrastructure_ends_has_a_budget_of_its_own_and_then_fails_the_run
     given_up = wanted(failed)["Job", "rollout"]
     assert (given_up["spec"]["suspend"], given_up["spec"]["activeDeadlineSeconds"]) == (True, 1)
     # Its pods are collected, and a controller that knows nothing else comes to the same end.
-    tale.children["Job", given_up["metadata"]["name"]] = child(given_up)
+    tale.children["Job", given_up["metadata"]["name"]] = child(given_up, (), tale.now)
     tale.run = tale.run.model_copy(update={"status": None})
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "StorageUnavailable")
 
@@ -189,7 +189,7 @@ def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story:
     kind = "Job" if who == "rollout" else "Deployment"
     noted = wanted(failed)[kind, who]
     assert "manifest unknown" in noted["metadata"]["annotations"][FAILED]
-    tale.children[kind, noted["metadata"]["name"]] = child(noted)
+    tale.children[kind, noted["metadata"]["name"]] = child(noted, (), tale.now)
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "ImagePullBackOff"), "it waits no more, and did fail"
 
 

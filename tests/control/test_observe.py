@@ -1,16 +1,31 @@
 """Children mirror what their pods say, so that a condition can say why a run waits."""
 
 import json
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState, Trouble, child, children
+from dagger_operator import control
+from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, Child, ChildState, Trouble
 from dagger_operator.control.names import COMPLETION_INDEX
 
 Json = dict[str, Any]
+NOW = datetime(2026, 1, 1, 2, tzinfo=UTC)
 LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
+
+
+def child(manifest: Json, pods: Sequence[Json] = (), now: datetime = NOW) -> Child:
+    return control.child(manifest, pods, now)
+
+
+def children(objects: Sequence[Json], pods: Sequence[Json], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:
+    return control.children(objects, pods, NOW, warnings)
+
+
+def ago(**passed: float) -> str:
+    return (NOW - timedelta(**passed)).isoformat()
 
 
 def job(*, spec: Json | None = None, **status: Any) -> Json:
@@ -208,19 +223,51 @@ def test_a_server_that_lacks_a_service_is_waited_for_and_its_ends_are_counted() 
     seen = child(deployment(), [starting])
     assert seen.state is ChildState.WAITING and seen.trouble is not None and "the hub is away" in seen.trouble.message
     assert [failure.reason for failure in seen.failures] == ["ModelUnreachable"] * 10
-    late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}]}
-    given_up = child(deployment(**late), [starting])
+    starting["status"]["conditions"] = placed(ago(hours=1))["status"]["conditions"]
+    given_up = late_server(starting)
     assert given_up.state is ChildState.FAILED and given_up.trouble is not None, "its startup deadline holds all the same"
     assert given_up.trouble.reason == "ModelUnreachable"
     running = {**weights, "state": {"running": {}}}
     assert not child(deployment(), [server_pod(**running)]).failures, "it may have come through"
 
 
+LATE = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}
+
+
+def late_server(*pods: Json, now: datetime = NOW) -> Child:
+    """A server with 30 minutes to start, which its Deployment says are over."""
+    manifest = deployment(wanted=len(pods), conditions=[LATE])
+    manifest["spec"]["progressDeadlineSeconds"] = 1800
+    return child(manifest, pods, now)
+
+
+def placed(since: str, *, unready: str | None = None, ready: bool = False) -> Json:
+    conditions = [
+        {"type": "PodScheduled", "status": "True", "lastTransitionTime": since},
+        {"type": "Ready", "status": str(ready), "lastTransitionTime": unready or since},
+    ]
+    return pod("s", labels=LABELS | {COMPONENT: "student"}, conditions=conditions)
+
+
 def test_a_server_past_its_deadline_failed_unless_it_waits_for_room() -> None:
-    late = {"conditions": [{"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}]}
-    assert child(deployment(**late), [server_pod(state={"running": {}})]).state is ChildState.FAILED
+    assert late_server(placed(ago(minutes=31))).state is ChildState.FAILED
+    untimed = pod("s", conditions=[{"type": "Ready", "status": "False"}])
+    del untimed["metadata"]["creationTimestamp"]
+    assert late_server(untimed).state is ChildState.FAILED, "as one machine says it, where nothing waits for room"
     no_room = pod("s", "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU"}])
-    assert child(deployment(**late), [no_room]).state is ChildState.WAITING
+    assert late_server(no_room).state is ChildState.WAITING
+    assert late_server().state is not ChildState.FAILED, "a quota refuses its pods: nothing of it has begun"
+
+
+def test_a_server_that_waited_for_its_turn_has_all_its_time_from_then_on() -> None:
+    begun = placed(ago(seconds=5))
+    assert late_server(begun).state is ChildState.RUNNING
+    assert late_server(begun, now=NOW + timedelta(minutes=29)).state is ChildState.RUNNING
+    assert late_server(begun, now=NOW + timedelta(minutes=31)).state is ChildState.FAILED
+    serves = placed(ago(hours=1), ready=True)
+    assert late_server(serves, begun).state is ChildState.RUNNING, "the first replica had room, the second one waited"
+    changes_weights = placed(ago(hours=1), unready=ago(seconds=5))
+    assert late_server(changes_weights, begun).state is ChildState.RUNNING
 
 
 def test_a_given_up_server_is_known_by_its_annotation_alone() -> None:
@@ -257,6 +304,25 @@ def test_what_the_api_server_says_about_a_child_without_pods_is_why_it_waits() -
     assert (ended.state, ended.trouble) == (ChildState.SUCCEEDED, None)
 
 
+def test_one_pod_that_is_refused_holds_up_a_training_and_not_the_other_workers() -> None:
+    quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, 1, tzinfo=UTC))
+    warnings = {("Job", "demo-r002-rollout-abcd1234"): quota}
+    manifest, rank = of("training", job(), pod())
+    (training,) = children([manifest], [rank], warnings)
+    assert training.trouble is not None
+    assert (training.state, training.trouble.reason, training.waiting_since) == (ChildState.WAITING, "QuotaExceeded", quota.since)
+    (workers,) = children([job()], [pod()], warnings)
+    assert (workers.state, workers.waiting_since) == (ChildState.RUNNING, None)
+
+
+def test_why_a_replacement_is_refused_is_said_before_how_the_last_pod_ended() -> None:
+    quota = Trouble("QuotaExceeded", "exceeded quota: gpus", datetime(2026, 1, 1, 1, tzinfo=UTC))
+    evicted = pod("a", "Failed", containers=[ended(137, "evicted")])
+    (seen,) = children([job()], [evicted], {("Job", "demo-r002-rollout-abcd1234"): quota})
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since) == (ChildState.WAITING, "QuotaExceeded", quota.since)
+
+
 def test_what_waits_to_run_says_since_when_unless_it_is_in_a_queue() -> None:
     made = datetime(2026, 1, 1, tzinfo=UTC)
     assert child(job(), [pod(phase="Pending")]).waiting_since == made
@@ -276,6 +342,43 @@ def test_workers_do_not_wait_for_each_other_and_ranks_do() -> None:
     for one in pods:
         one["metadata"]["labels"] = LABELS | {COMPONENT: "training"}
     assert child(training, pods).waiting_since == datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def of(component: str, *objects: Json) -> list[Json]:
+    """The same objects as another component's."""
+    return [{**one, "metadata": {**one["metadata"], "labels": LABELS | {COMPONENT: component}}} for one in objects]
+
+
+def going(name: str, due: str, phase: str = "Running") -> Json:
+    one = pod(name, phase)
+    return {**one, "metadata": {**one["metadata"], "deletionTimestamp": due}, "spec": {"nodeName": "gpu-7"}}
+
+
+def test_a_pod_whose_node_does_not_say_that_it_ended_is_waited_for_and_named() -> None:
+    overdue, due = going("a", ago(minutes=5)), NOW - timedelta(minutes=5)
+    seen = child(job(active=0, terminating=1), [overdue])
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since, seen.pods) == (ChildState.WAITING, "NodeLost", due, 1)
+    assert all(part in seen.trouble.message for part in ("pod a ", "node gpu-7 ", "delete node", "out-of-service", "--force"))
+    training, *ranks = of("training", job(), overdue, pod("b"))
+    gang = child(training, ranks)
+    assert (gang.state, gang.waiting_since) == (ChildState.WAITING, due), "its peers wait for it"
+    workers = child(job(), [overdue, pod("b")])
+    assert (workers.state, workers.waiting_since) == (ChildState.RUNNING, None), "the others work"
+
+
+def test_a_pod_that_ends_in_its_time_or_has_ended_is_no_lost_one() -> None:
+    for one in (going("a", ago(seconds=5)), going("a", ago(seconds=-120)), going("a", ago(hours=1), "Failed")):
+        trouble = child(job(), [one, pod("b")]).trouble
+        assert trouble is None
+
+
+def test_a_server_waits_for_a_lost_node_where_nothing_takes_its_place() -> None:
+    manifest, overdue = of("student", deployment(), going("s", ago(minutes=5)))
+    assert child(manifest, [overdue]).trouble is None, "its Deployment makes another pod at once"
+    group = child(manifest | {"kind": "LeaderWorkerSet"}, [overdue])
+    assert group.trouble is not None
+    assert (group.state, group.trouble.reason) == (ChildState.WAITING, "NodeLost")
 
 
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:

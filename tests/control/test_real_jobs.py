@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ SAYS_SO = """echo '{"reason": "StorageUnavailable", "message": "connection refus
 
 def seen(cluster: Any, namespace: str) -> Child:
     found = json.loads(cluster.kubectl("get", "jobs,pods", f"--namespace={namespace}", "-o", "json"))["items"]
-    (job,) = children((one for one in found if one["kind"] == "Job"), [one for one in found if one["kind"] == "Pod"])
+    (job,) = children((one for one in found if one["kind"] == "Job"), [one for one in found if one["kind"] == "Pod"], datetime.now(UTC))
     return job
 
 

@@ -126,7 +126,7 @@ def test_a_server_that_is_given_up_fails_the_run_and_is_remembered_on_its_deploy
     given_up = wanted(failed)["Deployment", "student"]
     assert given_up["spec"]["replicas"] == 0
     # Its pods are gone; a controller that knows nothing else comes to the same end.
-    tale.children["Deployment", "demo-student"] = child(given_up)
+    tale.children["Deployment", "demo-student"] = child(given_up, (), tale.now)
     tale.run = tale.run.model_copy(update={"status": None})
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "DamagedObject")
     # An edit that the server can see is another attempt.

@@ -1,6 +1,7 @@
 """A Job on one machine does what it does on a cluster."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ async def test_pods_that_failed_are_shown_until_their_job_goes_and_what_is_ignor
     assert lab.end("work") == ("Complete", "CompletionsReached")
     ((_, pods),) = lab.machine.observed()
     assert [one["status"]["phase"] for one in pods] == ["Failed", "Failed", "Succeeded"]
-    assert len(child({"kind": "Job", "metadata": {"name": "work"}, "spec": {}}, pods).failures) == 2
+    assert len(child({"kind": "Job", "metadata": {"name": "work"}, "spec": {}}, pods, datetime.now(UTC)).failures) == 2
 
 
 async def test_a_job_whose_budget_is_spent_fails_and_keeps_the_last_words(lab: Any) -> None:

@@ -162,7 +162,8 @@ class RunSpec(ApiModel):
     """Image of every stage but training, and of what runs beside vLLM; default the operator's setting, an image of its own release. Not
     used on one machine without containers."""
     kueue: Kueue | None = None
-    """Have Kueue admit what the run asks for: a Job or server starts once its queue has room for all of its pods."""
+    """Have Kueue admit what the run asks for. A Job, or a group of several nodes, starts once its queue has room for all of its pods;
+    other servers are admitted replica by replica, so give the queue room for all replicas of a run."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Which failures are tried again, and what is kept of a run that failed."""
     managed_by: Annotated[str, Field(min_length=1, max_length=253)] = MANAGER

@@ -10,6 +10,7 @@ import structlog
 from dagger_operator.cluster.app import NoCrd, operate
 from dagger_operator.cluster.leader import LeadershipLost
 from dagger_operator.cluster.settings import InvalidSettings, Settings
+from dagger_operator.cluster.watches import NewKind
 from dagger_operator.kube.connection import NoCluster
 from dagger_operator.kube.errors import ApiError
 from dagger_operator.store.stage import configure_logging
@@ -27,7 +28,7 @@ def main() -> int:
         return 2
     try:
         asyncio.run(operate(settings))
-    except (ApiError, NoCluster, NoCrd, LeadershipLost) as error:
+    except (ApiError, NoCluster, NoCrd, NewKind, LeadershipLost) as error:
         log.error("ends", reason=type(error).__name__, problem=str(error))
         return 1
     return 0

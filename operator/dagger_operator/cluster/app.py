@@ -38,7 +38,7 @@ class NoCrd(Exception):
 async def operate(settings: Settings) -> None:
     """Until the process is told to stop, then returns.
 
-    Raises `NoCluster`, `NoCrd`, `LeadershipLost`, or what makes it unable to go on; a new life may.
+    Raises `NoCluster`, `NoCrd`, `NewKind`, `LeadershipLost`, or what makes it unable to go on; a new life may.
     """
     metrics = Metrics()
     async with Client.connect([metrics.trace()]) as client, contextlib.AsyncExitStack() as stack:
@@ -67,6 +67,7 @@ async def operate(settings: Settings) -> None:
             *([leader.keep()] if leader else []),
             *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
             watches.run([metrics.trace()]),
+            watches.outgrow(),
         ]
         try:
             await _first(tasks)

@@ -20,7 +20,7 @@ class Observer:
         """Children before results: a Job that is seen to be done has its result in storage by then."""
         objects, pods = own(run, self._cache.children(RunKey(run.metadata.namespace, run.metadata.name)))
         now = datetime.now(UTC)
-        seen = children(objects, pods, await warnings_about(self._client, objects, pods, now))
+        seen = children(objects, pods, now, await warnings_about(self._client, objects, pods, now))
         try:
             results, progress = await self._stores.read(run)
         except (StoreUnavailable, DamagedObject) as error:

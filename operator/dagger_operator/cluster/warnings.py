@@ -1,6 +1,6 @@
-"""What the API server keeps about objects that should have pods and have none: a quota, an admission policy, a missing ServiceAccount."""
+"""What the API server keeps about objects that lack pods: a quota, an admission policy, a missing ServiceAccount."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,24 +13,42 @@ Manifest = Mapping[str, Any]
 
 PATIENCE = timedelta(seconds=5)
 """An object this young may just not have been given its pods yet."""
+_ENDS = frozenset({"Complete", "SuccessCriteriaMet", "Failed", "FailureTarget"})
 
 
 async def warnings_about(
     client: Client, objects: Iterable[Manifest], pods: Sequence[Manifest], now: datetime
 ) -> dict[tuple[str, str], Trouble]:
-    """Why objects have no pods, by kind and name."""
+    """Why objects lack pods, by kind and name. Events are listed for those alone that lack some."""
     found: dict[tuple[str, str], Trouble] = {}
-    made_for = {owner["uid"] for pod in pods if (owner := controller(pod)) is not None}
     for one in objects:
         kind, name = one["kind"], one["metadata"]["name"]
         trouble = None
         if kind == "Deployment":
             trouble = replica_failure(one)
-        elif kind == "Job" and _wants_pods(one, now) and one["metadata"]["uid"] not in made_for:
-            trouble = await _newest_warning(client, one)
+        elif kind in _MAKERS:
+            makers = _MAKERS[kind](one)
+            own = [pod for pod in pods if (owner := controller(pod)) is not None and (owner["kind"], owner["name"]) in makers]
+            newest = max(_begun(each) for each in (one, *own))
+            # The newest pod may not have been seen by its controller, nor counted by it.
+            if _lacks_pods(one, own) and now - newest > PATIENCE:
+                trouble = await _newest_warning(client, one["metadata"]["namespace"], makers, newest)
         if trouble is not None:
             found[kind, name] = trouble
     return found
+
+
+def _of_group(group: Manifest) -> set[tuple[str, str]]:
+    """A group's first nodes are one StatefulSet, the others of each replica another."""
+    name = group["metadata"]["name"]
+    return {("StatefulSet", name), *(("StatefulSet", f"{name}-{index}") for index in range(int(group["spec"].get("replicas", 1))))}
+
+
+_MAKERS: Mapping[str, Callable[[Manifest], set[tuple[str, str]]]] = {
+    "Job": lambda job: {("Job", job["metadata"]["name"])},
+    "LeaderWorkerSet": _of_group,
+}
+"""Kind and name of whom an object's pods are made by, and Events are about."""
 
 
 def replica_failure(deployment: Manifest) -> Trouble | None:
@@ -42,30 +60,45 @@ def replica_failure(deployment: Manifest) -> Trouble | None:
     return None
 
 
-def _wants_pods(job: Manifest, now: datetime) -> bool:
-    status = job.get("status") or {}
-    ended = any(one["type"] in ("Complete", "Failed") and one["status"] == "True" for one in status.get("conditions") or ())
-    made = _time(job["metadata"].get("creationTimestamp"))
-    return not ended and not job["spec"].get("suspend") and not status.get("active") and made is not None and now - made > PATIENCE
+def _lacks_pods(one: Manifest, pods: Iterable[Manifest]) -> bool:
+    """Whether it has fewer than it is to have. Those that are ending count: none is made in their place yet."""
+    spec, status = one["spec"], one.get("status") or {}
+    living = sum((pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed") for pod in pods)
+    if one["kind"] == "LeaderWorkerSet":
+        return living < int(spec.get("replicas", 1)) * int(spec["leaderWorkerTemplate"].get("size", 1))
+    if spec.get("suspend") or any(told["type"] in _ENDS and told["status"] == "True" for told in status.get("conditions") or ()):
+        return False
+    counted = int(status.get("active") or 0) + int(status.get("terminating") or 0)
+    return max(living, counted) + int(status.get("succeeded") or 0) < int(spec.get("parallelism", 1))
 
 
-async def _newest_warning(client: Client, job: Manifest) -> Trouble | None:
-    metadata = job["metadata"]
-    about = f"involvedObject.uid={metadata['uid']},type=Warning"
+async def _newest_warning(client: Client, namespace: str, makers: Collection[tuple[str, str]], newest_pod: datetime) -> Trouble | None:
+    """The last one, unless a pod was made after it: then it is about one that was refused before. An event tells of many refusals,
+    so this one began when the newest pod was made, or later."""
+    ((kind, name), *others) = sorted(makers)
+    about = f"involvedObject.kind={kind},type=Warning" + ("" if others else f",involvedObject.name={name}")
     try:
-        warnings = [one async for one in client.list("v1", "Event", metadata["namespace"], fieldSelector=about)]
+        every = [one async for one in client.list("v1", "Event", namespace, fieldSelector=about)]
     except (Refused, Unavailable):
         return None  # an explanation less; the run is none the worse
+    warnings = [one for one in every if (one["involvedObject"]["kind"], one["involvedObject"]["name"]) in makers]
     newest = max(warnings, key=_last_seen, default=None)
-    if newest is None:
+    if newest is None or (seen := _time(_last_seen(newest))) is None or seen < newest_pod:
         return None
     message = newest.get("message") or ""
-    return Trouble(_reason(message, newest.get("reason") or "Warning"), message, _time(newest.get("firstTimestamp")))
+    began = _time(newest.get("firstTimestamp") or newest.get("eventTime"))
+    return Trouble(_reason(message, newest.get("reason") or "Warning"), message, max(began, newest_pod) if began else newest_pod)
 
 
 def _last_seen(event: Manifest) -> str:
     series = event.get("series") or {}
     return str(series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or "")
+
+
+def _begun(manifest: Manifest) -> datetime:
+    """When an object was made, or a Job let go on."""
+    times = (manifest["metadata"]["creationTimestamp"], (manifest.get("status") or {}).get("startTime"))
+    return max(at for text in times if (at := _time(text)) is not None)
 
 
 def _reason(message: str, otherwise: str) -> str:

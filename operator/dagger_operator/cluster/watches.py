@@ -1,6 +1,7 @@
 """kopf as the transport: lists and watches go into the cache, and the keys of runs into the queue; nothing is decided here."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -28,12 +29,16 @@ CHILDREN = (
     ("", "v1", "pods", "Pod"),
 )
 OPTIONAL = (("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet"),)
-"""Watched where the cluster has it when the operator starts."""
+"""Watched where the cluster has it; where it is given one later, a new life of the operator watches it."""
 
 _IDLE_SECONDS = 0.05
 """kopf keeps what it heard of an object last for so long: at a start this is everything, in full."""
 _RECONNECT_SECONDS = 240
 """A watch is opened anew this often, so that each gives a sign of life even where nothing happens."""
+
+
+class NewKind(Exception):
+    """The cluster has a kind that is not watched, since it was not there when the watches were opened."""
 
 
 class Watches:
@@ -52,10 +57,12 @@ class Watches:
         self._wake, self._gone, self._heard = wake, gone, heard
         self.streams = Streams(self._listed)
         self._sweeps: set[asyncio.Task[None]] = set()
+        self._watched: frozenset[str] = frozenset()
 
     async def run(self, traces: Collection[Any] = ()) -> None:
         """Watches until the process is told to stop (SIGTERM, SIGINT), then returns. What cannot be watched is an exception."""
         kinds = await self._kinds()
+        self._watched = frozenset(kind for *_, kind in kinds)
         self.streams.expect({plural for _, _, plural, _ in kinds}, self._settings.namespaces)
 
         registry = kopf.OperatorRegistry()
@@ -86,6 +93,15 @@ class Watches:
                     self._cache.put(manifest)
         for run in list(self._cache.of_kind(KIND)):
             self._wake(RunKey(run["metadata"]["namespace"], run["metadata"]["name"]))
+
+    async def outgrow(self, every: float = 30.0) -> None:
+        """Watches for ever whether there is something new to watch. Raises `NewKind`: kopf opens watches at a start only."""
+        while True:
+            await asyncio.sleep(every)
+            with contextlib.suppress(ApiError):
+                new = {kind for *_, kind in await self._kinds()} - self._watched
+                if self._watched and new:
+                    raise NewKind(f"{', '.join(sorted(new))} came to the cluster and is watched from the next start on")
 
     async def _kinds(self) -> list[tuple[str, str, str, str]]:
         there = [one for one in OPTIONAL if one[3] in await self._client.served(_api_version(*one[:2]))]

@@ -6,7 +6,7 @@ mirrors its pods' own reasons, so that a condition can say why a run waits witho
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control import names
@@ -17,17 +17,18 @@ from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName
 from dagger_operator.control.said import (
-    IN_A_QUEUE,
     broken_server,
     failures,
     last_words,
     lives,
+    lost,
     phase,
     stated,
     status,
     time,
     true,
     unavailable,
+    unready_for,
     waiting,
     waiting_since,
 )
@@ -53,31 +54,26 @@ class Observed:
     """Who may scrape servers here."""
 
 
-def children(objects: Iterable[Manifest], pods: Iterable[Manifest], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:
+def children(
+    objects: Iterable[Manifest], pods: Iterable[Manifest], now: datetime, warnings: Mapping[tuple[str, str], Trouble] = {}
+) -> tuple[Child, ...]:
     """The children that a run's objects and pods are. Pods without an object (its deletion was quicker) are children of kind Pod.
 
-    `warnings` say by kind and name why an object has no pods: where nothing better is known, that is why it waits.
+    `warnings` say by kind and name why an object lacks pods: where those that it has say nothing, that is why it waits.
     """
     unclaimed = list(pods)
     found = []
     for manifest in objects:
         own = [pod for pod in unclaimed if _owns(manifest, pod)]
         unclaimed = [pod for pod in unclaimed if pod not in own]
-        one = child(manifest, own)
-        found.append(_warned(one, warnings.get((one.kind, one.name))))
-    found += [child(pod, [pod]) for pod in unclaimed if lives(pod)]
+        warning = warnings.get((manifest["kind"], manifest["metadata"]["name"]))
+        found.append(child(manifest, own, now, warning))
+    found += [child(pod, [pod], now) for pod in unclaimed if lives(pod)]
     return tuple(sorted(found, key=lambda one: (one.kind, one.name)))
 
 
-def _warned(one: Child, warning: Trouble | None) -> Child:
-    if warning is None or one.trouble is not None or one.state not in (ChildState.WAITING, ChildState.RUNNING):
-        return one
-    trouble = within_quota(warning, one.component)
-    return replace(one, state=ChildState.WAITING, trouble=trouble, waiting_since=one.waiting_since or warning.since)
-
-
-def child(manifest: Manifest, pods: Sequence[Manifest] = ()) -> Child:
-    """One object with its own pods."""
+def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None = None) -> Child:
+    """One object with its own pods, and why it lacks some."""
     metadata, kind = manifest["metadata"], manifest["kind"]
     labels = metadata.get("labels") or {}
     attempt = labels.get(names.ATTEMPT, "")
@@ -94,11 +90,12 @@ def child(manifest: Manifest, pods: Sequence[Manifest] = ()) -> Child:
         uid=metadata.get("uid", ""),
         deleting=metadata.get("deletionTimestamp") is not None,
     )
+    warning = within_quota(warning, one.component) if warning else None
     if kind == "Job":
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
-        return replace(_job(one, manifest, current), pods=max(one.pods, counted), failures=failures(current))
+        return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        return replace(_server(one, manifest, current), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
+        return replace(_server(one, manifest, current, now, warning), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
 
@@ -118,7 +115,7 @@ def _given_up(manifest: Manifest) -> Trouble | None:
     return None if note is None else stated(note) or Trouble("Failed", note)
 
 
-def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
+def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None) -> Child:
     complete, failed = true(manifest, "Complete", "SuccessCriteriaMet"), true(manifest, "Failed", "FailureTarget")
     if complete:
         return replace(one, state=ChildState.SUCCEEDED, finished=time(complete.get("lastTransitionTime")))
@@ -129,35 +126,42 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
         return replace(one, state=ChildState.FAILED, trouble=said, finished=time(failed.get("lastTransitionTime")))
     if manifest["spec"].get("suspend"):
         return replace(one, state=ChildState.SUSPENDED)
-    held, since = waiting(pods), waiting_since(pods)
-    if any(phase(pod) == "Running" for pod in pods):
-        # The ranks of a training wait for each other; workers do not.
-        gang = one.component == StageName.TRAINING
+    away = lost(pods, now)
+    held = away or waiting(pods) or warning
+    since = _earliest(waiting_since(pods), away, warning)
+    # The ranks of a training wait for each other; workers do not.
+    gang = one.component == StageName.TRAINING
+    if any(phase(pod) == "Running" and not lost([pod], now) for pod in pods) and not (gang and held):
         return replace(one, state=ChildState.RUNNING, trouble=held, waiting_since=since if gang else None)
     # Between two tries, why the last one failed is why it waits. How long it has had no pods nobody knows but who warns of it.
     return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
 
 
-def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest]) -> Child:
+def _earliest(since: datetime | None, *troubles: Trouble | None) -> datetime | None:
+    return min((at for at in (since, *(one.since for one in troubles if one)) if at is not None), default=None)
+
+
+def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None) -> Child:
     if (noted := _given_up(manifest)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=noted)
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
-    held = waiting(pods)
+    # A Deployment makes another pod at once, a group's keep their names and are waited for.
+    away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
+    held = away or waiting(pods) or warning
     if (broken := broken_server(pods)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=broken)
     late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
-    # A pod that no node has room for has not failed: it waits for its turn.
-    if late and late.get("reason") == "ProgressDeadlineExceeded" and not (held and held.reason in _NOT_ITS_FAULT):
+    # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
+    patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
+    if late and late.get("reason") == "ProgressDeadlineExceeded" and any(unready_for(pod, now) >= patience for pod in pods):
         said = last_words(pods) or held or Trouble("ProgressDeadlineExceeded", late.get("message") or "")
         return replace(one, state=ChildState.FAILED, trouble=said)
     generation = manifest["metadata"].get("generation", 0)
     seen = found.get("observedGeneration", generation) >= generation
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
+    since = _earliest(waiting_since(pods), away, warning)
     state = ChildState.WAITING if held else ChildState.RUNNING
-    return replace(one, state=state, trouble=held, waiting_since=waiting_since(pods), failures=unavailable(pods))
-
-
-_NOT_ITS_FAULT = frozenset({"Unschedulable", IN_A_QUEUE})
+    return replace(one, state=state, trouble=held, waiting_since=since, failures=unavailable(pods))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
@@ -16,6 +16,8 @@ SERVER_RESTARTS = 5
 """A server that is in back-off after this many restarts is given up, but for those that infrastructure asked for."""
 IN_A_QUEUE = "SchedulingGated"
 """Reason of a pod that somebody, such as Kueue, has yet to admit."""
+_OVERDUE = timedelta(seconds=60)
+"""A pod should be gone at its deletionTimestamp, which has its grace in it; a kubelet that lives says so within this."""
 
 
 def waiting(pods: Iterable[Manifest]) -> Trouble | None:
@@ -41,6 +43,25 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
     return None
 
 
+def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
+    """The pod that should have gone first and is still there, because its node tells nobody that it ended; none is made in its place."""
+    due = [
+        (at, str(pod["metadata"]["name"]), str((pod.get("spec") or {}).get("nodeName") or "unknown"))
+        for pod in pods
+        if lives(pod) and (at := time(pod["metadata"].get("deletionTimestamp"))) is not None and now - at > _OVERDUE
+    ]
+    if not due:
+        return None
+    at, name, node = min(due)
+    return Trouble(
+        "NodeLost",
+        f"pod {name} was to end, and its node {node} does not say that it did; no other takes its place before that: where the node does "
+        f"not come back, delete it (`kubectl delete node {node}`), taint it node.kubernetes.io/out-of-service, or, once nothing runs on "
+        f"it, `kubectl delete pod {name} --force --grace-period=0`",
+        at,
+    )
+
+
 def waiting_since(pods: Iterable[Manifest]) -> datetime | None:
     """When the oldest pod was made of which nothing runs; those in a queue do not count."""
     made = [time(pod["metadata"].get("creationTimestamp")) for pod in pods if _idle(pod)]
@@ -51,6 +72,20 @@ def _idle(pod: Manifest) -> bool:
     queued = any(one.get("reason") == IN_A_QUEUE for one in status(pod).get("conditions") or ())
     # A pod whose init container runs is still called pending.
     return phase(pod) == "Pending" and not queued and not any("running" in (one.get("state") or {}) for one in _containers(pod))
+
+
+def unready_for(pod: Manifest, now: datetime) -> timedelta:
+    """For how long a pod has had its node without being ready: nothing where it is ready, has no node yet, or is to go.
+
+    A runtime without a scheduler tells no times: then it is for ever.
+    """
+    told = {one["type"]: one for one in status(pod).get("conditions") or ()}
+    ready, placed = told.get("Ready", {}), told.get("PodScheduled", {})
+    if not lives(pod) or pod["metadata"].get("deletionTimestamp") or ready.get("status") == "True" or placed.get("status") == "False":
+        return timedelta(0)
+    times = (pod["metadata"].get("creationTimestamp"), placed.get("lastTransitionTime"), ready.get("lastTransitionTime"))
+    known = [at for text in times if (at := time(text)) is not None]
+    return now - max(known) if known else timedelta.max
 
 
 def broken_server(pods: Iterable[Manifest]) -> Trouble | None:

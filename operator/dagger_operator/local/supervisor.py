@@ -68,7 +68,7 @@ class Supervisor:
     async def _observe(self, run: DAggerRun, machine: Machine, store: Store) -> Observed:
         # Children before results: a Job that is seen to be done has its result in storage by then.
         shown = machine.observed()
-        seen = children((manifest for manifest, _ in shown), (pod for _, pods in shown for pod in pods))
+        seen = children((manifest for manifest, _ in shown), (pod for _, pods in shown for pod in pods), datetime.now(UTC))
         problem = None
         try:
             self._results = await read_results(store, run, self._results)

@@ -70,7 +70,7 @@ class AnyOrder(RuleBasedStateMachine):
     # The controller
 
     def look(self) -> tuple[Child, ...]:
-        return children(self.cluster.objects.values(), self.cluster.pods.values())
+        return children(self.cluster.objects.values(), self.cluster.pods.values(), self.cluster.clock)
 
     def observe(self, *, late: bool = False, storage: bool = True) -> Observed:
         seen = self.previous if late else self.look()
