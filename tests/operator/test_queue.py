@@ -92,6 +92,21 @@ TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def test_two_starts_of_a_key_are_apart_also_where_it_was_asked_for_at_a_time_that_counts_no_more() -> None:
+    now = 0.0
+    queue: WorkQueue[str] = WorkQueue(lambda: now, spacing=SPACING)
+    queue.add("a", 0.5)
+    queue.add("a")
+    assert queue.take() == "a"
+    queue.done("a")
+    now = 0.6
+    assert queue.take() is None
+    queue.add("a")
+    assert queue.take() is None
+    now = SPACING
+    assert queue.take() == "a"
+
+
 def test_failures_in_a_row_wait_twice_as_long_each_and_a_success_forgets_them() -> None:
     now = 0.0
     queue: WorkQueue[str] = WorkQueue(lambda: now, Backoff(first=1.0, longest=8.0, jitter=0.0))

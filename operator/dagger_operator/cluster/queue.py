@@ -82,7 +82,8 @@ class WorkQueue(Generic[K]):
             if entry is None or entry.working:
                 continue
             if entry.due is None:
-                del self._entries[key]  # nobody asked for it since it was done
+                if entry.last + self.spacing <= now:  # else it was popped for a time that counts no more
+                    del self._entries[key]  # nobody asked for it since it was done
             elif entry.due == due:  # else it was asked for at another time too
                 entry.due, entry.working, entry.last = None, True, now
                 self.on_take(now - due)
