@@ -31,7 +31,7 @@ class Looks:
         self.cache = Cache()
         for one in self.objects.there.values():
             self.cache.put(one)
-        self.reconciler = Reconciler(Settings(), self.cache, self.objects)  # type: ignore[arg-type]
+        self.reconciler = Reconciler(Settings(), self.cache, self.objects)  # type: ignore[arg-type]  # in a Client's place
 
     @property
     def stored(self) -> Json:

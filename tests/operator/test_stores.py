@@ -63,7 +63,7 @@ async def test_a_secret_that_cannot_be_decoded_is_named_with_its_key(make_run: C
             return {"metadata": {"resourceVersion": "1"}, "data": {"AWS_REGION": "%"}}
 
     with pytest.raises(StoreUnavailable, match=r"Secret keys in namespace lab .*, key AWS_REGION is not base64 .*: make the Secret anew"):
-        await Stores(Broken()).read(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]
+        await Stores(Broken()).read(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]  # as Secrets
 
 
 async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_taken_for_a_fresh_one(

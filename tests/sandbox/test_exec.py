@@ -6,14 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
-from kubernetes.aio.client import Configuration
 
 from dagger_operator.kube import api
 from dagger_operator.sandbox.helper_line import Exec, HelperLine, Routes, Severed
-from dagger_operator.sandbox.kube import Kube
+from fixtures.api_server import client_of
 
 Program = Callable[[web.WebSocketResponse], Awaitable[object]]
 
@@ -31,17 +29,10 @@ async def programs(*started: Program) -> AsyncIterator[Exec]:
 
     app = web.Application()
     app.router.add_get("/api/v1/namespaces/sandboxes/pods/pod/exec", answer)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with aiohttp.ClientSession() as http:
-            url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-            way = Exec(Kube(api.Api(Configuration(host=url), http), "sandboxes"), "pod", "token")
-            yield way
-            await way.close()
-    finally:
-        await runner.cleanup()
+    async with client_of(app) as kube:
+        way = Exec(kube, "pod", "token")
+        yield way
+        await way.close()
 
 
 async def helper(socket: web.WebSocketResponse) -> None:

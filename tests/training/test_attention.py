@@ -195,7 +195,7 @@ def test_flex_attention_is_compiled_for_more_lengths_than_torch_would_by_itself(
 
     from dagger_operator.training import flex
 
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch gives it no types
     kernel, cpu = flex.compiled("eager"), torch.device("cpu")
     with torch.no_grad():
         for tokens in range(128, 128 * 13, 128):
