@@ -25,21 +25,30 @@ async def breaking_proxy(target: int, chance: random.Random) -> AsyncIterator[in
             await writer.drain()
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, TimeoutError):
-            there, back = await asyncio.open_connection("127.0.0.1", target)
-            try:
-                ways = [asyncio.create_task(copy(reader, back)), asyncio.create_task(copy(there, writer))]
+        ends = [writer]
+        ways: list[asyncio.Task[None]] = []
+        try:
+            with suppress(OSError):
+                there, back = await asyncio.open_connection("127.0.0.1", target)
+                ends.append(back)
+                ways += [asyncio.create_task(copy(reader, back)), asyncio.create_task(copy(there, writer))]
                 await asyncio.wait(ways, timeout=chance.uniform(0.05, 1.0), return_when=asyncio.FIRST_COMPLETED)
-                for way in ways:
-                    way.cancel()
-                await asyncio.gather(*ways, return_exceptions=True)
-            finally:
-                back.transport.abort()
-        writer.transport.abort()
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for end in ends:
+                end.transport.abort()
 
-    server = await asyncio.start_server(carry, "127.0.0.1", 0)
-    async with server:
+    carried: set[asyncio.Task[None]] = set()
+    server = await asyncio.start_server(lambda reader, writer: carried.add(asyncio.create_task(carry(reader, writer))), "127.0.0.1", 0)
+    try:
         yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for connection in carried:
+            connection.cancel()
+        await asyncio.gather(*carried, return_exceptions=True)
 
 
 async def test_every_command_runs_exactly_once(helper: Any) -> None:
