@@ -17,6 +17,7 @@ from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Store
 from dagger_operator.store.progress import Tell, silent
 from dagger_operator.store.records import Record
+from dagger_operator.store.side_by_side import each
 from dagger_operator.store.stage import StageFailure
 
 ADAPTER = "adapter"
@@ -76,7 +77,7 @@ async def save_policy(
 ) -> PolicyManifest:
     """Stores a folder as a policy version. The same folder, round, parent and data give the same version, which is written once.
     `tell` hears of the bytes."""
-    files = await asyncio.to_thread(_digest_files, folder)
+    files = await _digest_files(folder)
     if not files:
         raise StageFailure("NoCheckpoint", f"{folder} holds no files: a policy is a Hugging Face folder with config and safetensors")
     digest = _digest(files, round, parent, data_digest)
@@ -98,13 +99,17 @@ async def save_policy(
     prefix = layout.policy(version)
     there = {info.key: info.size for info in await store.list(prefix)}
     stored, total = 0, sum(file.size for file in files.values())
-    for name, file in files.items():
-        await tell(stored, total)
+
+    async def save(name: str) -> None:
+        nonlocal stored
         # The version is made of the files' digests and objects appear whole: one of this size is this file.
-        if there.get(prefix + name) != file.size:
+        if there.get(prefix + name) != files[name].size:
             await store.upload(prefix + name, folder / name)
-        stored += file.size
-    await tell(total, total)
+        stored += files[name].size
+        await tell(stored, total)
+
+    await tell(0, total)
+    await each(files, save)
     if not await store.create(layout.policy_manifest(version), manifest.model_dump_json(indent=1).encode()):
         return await policy_manifest(store, version)
     return manifest
@@ -129,8 +134,11 @@ async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifes
     if await asyncio.to_thread(_is_complete, folder, manifest):
         return manifest
     partial = folder.with_name(folder.name + ".partial")
-    for name, file in manifest.files.items():
-        await _load_file(store, layout.policy(version) + name, file, partial / name)
+
+    async def load(name: str) -> None:
+        await _load_file(store, layout.policy(version) + name, manifest.files[name], partial / name)
+
+    await each(manifest.files, load)
     await asyncio.to_thread(_finish, partial, folder, manifest)
     return manifest
 
@@ -205,10 +213,21 @@ def _digest(files: Mapping[str, PolicyFile], round: int, parent: str | None, dat
     return hashlib.sha256("\n".join([f"{round}", parent or "", data_digest or "", *lines]).encode()).hexdigest()
 
 
-def _digest_files(folder: Path) -> dict[str, PolicyFile]:
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+async def _digest_files(folder: Path) -> dict[str, PolicyFile]:
+    paths = await asyncio.to_thread(_paths, folder)
+    files: dict[str, PolicyFile] = {}
+
+    async def digest(name: str) -> None:
+        files[name] = PolicyFile(size=paths[name].stat().st_size, sha256=await asyncio.to_thread(file_digest, paths[name]))
+
+    await each(paths, digest)
+    return dict(sorted(files.items()))
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     paths.pop(_MANIFEST, None)
-    return {name: PolicyFile(size=path.stat().st_size, sha256=file_digest(path)) for name, path in sorted(paths.items())}
+    return paths
 
 
 def file_digest(path: Path) -> str:

@@ -20,6 +20,7 @@ from dagger_operator.store import layout
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import file_digest
 from dagger_operator.store.records import Record
+from dagger_operator.store.side_by_side import each
 from dagger_operator.training.engine import Engine
 from dagger_operator.training.metrics import Step
 from dagger_operator.training.resharding import put_together, reading_whole
@@ -114,13 +115,7 @@ class Checkpoints:
         started = time.monotonic()
         tag = f"step-{tally.steps:08d}"
         engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-        mine: dict[str, StoredFile] = {}
-        if self._carries:
-            for path in sorted((self._folder / tag).rglob("*")):
-                name = path.relative_to(self._folder / tag).as_posix()
-                mine[name] = StoredFile(sha256=await asyncio.to_thread(file_digest, path), node=self._node)
-                await self._store.upload(f"{self._prefix}{tag}/{name}", path)
-        files = {name: file for part in _gathered(mine) for name, file in part.items()}
+        files = {name: file for part in _gathered(await self._store_files(tag)) for name, file in part.items()}
         if self._rank == 0:
             manifest = Checkpoint(course=self._course, cut=self._cut, nodes=self._nodes, tally=tally, files=files)
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
@@ -134,6 +129,19 @@ class Checkpoints:
         if self._rank == 0:
             self._log.info("checkpoint stored", step=tally.steps, seconds=round(self._cost, 3))
         return self._cost
+
+    async def _store_files(self, tag: str) -> dict[str, StoredFile]:
+        """What this pod's ranks wrote, by name; nothing from a rank that carries none."""
+        stored: dict[str, StoredFile] = {}
+
+        async def store(path: Path) -> None:
+            name = path.relative_to(self._folder / tag).as_posix()
+            stored[name] = StoredFile(sha256=await asyncio.to_thread(file_digest, path), node=self._node)
+            await self._store.upload(f"{self._prefix}{tag}/{name}", path)
+
+        if self._carries:
+            await each(sorted((self._folder / tag).rglob("*")), store)
+        return stored
 
     async def resume(self, engine: Engine) -> Tally:
         """Puts the newest whole checkpoint of this training into the engine; an empty tally where there is none."""
@@ -198,16 +206,17 @@ class Checkpoints:
         """Whether every file that this pod needs is here and is what the manifest says."""
         if not self._carries:
             return True
-        for name, file in checkpoint.files.items():
-            if file.node not in (0, self._node) and checkpoint.nodes == self._nodes:
-                continue
+        needed = [name for name, file in checkpoint.files.items() if file.node in (0, self._node) or checkpoint.nodes != self._nodes]
+        whole: list[str] = []
+
+        async def fetch(name: str) -> None:
             path = self._folder / tag / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not await self._store.download(f"{self._prefix}{tag}/{name}", path):
-                return False
-            if await asyncio.to_thread(file_digest, path) != file.sha256:
-                return False
-        return True
+            there = await self._store.download(f"{self._prefix}{tag}/{name}", path)
+            if there and await asyncio.to_thread(file_digest, path) == checkpoint.files[name].sha256:
+                whole.append(name)
+
+        await each(needed, fetch)
+        return len(whole) == len(needed)
 
     async def _forget(self, tag: str) -> None:
         keys = [info.key for info in await self._store.list(f"{self._prefix}{tag}/")]

@@ -1,0 +1,32 @@
+"""Files are digested and moved a few at a time: one by itself fills neither the network nor the processors."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+AT_ONCE = 4
+"""Each may hold four parts of 16 MiB in memory, and the smallest container that moves weights asks for 512 MiB."""
+
+
+async def each(items: Iterable[T], work: Callable[[T], Awaitable[object]]) -> None:
+    """Does the work for every item, at most `AT_ONCE` at a time.
+
+    After a failure no other item is begun. It is raised, as it is, when what is under way has ended: whoever tries again must not
+    meet a thread that still writes the same file.
+    """
+    waiting = deque(items)
+
+    async def one_after_the_other() -> None:
+        while waiting:
+            try:
+                await work(waiting.popleft())
+            except Exception:
+                waiting.clear()
+                raise
+
+    for outcome in await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
