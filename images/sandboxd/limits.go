@@ -4,10 +4,10 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
-	"unsafe"
 )
 
 // limits of one command with everything that it starts. What no limit of the kernel's holds is looked at ten times a second.
@@ -36,15 +36,22 @@ func (l limits) inherit() error {
 	return nil
 }
 
-// hold sets what holds for a command and not for this process. Its priority: both share the container's processor time, and without an
-// advantage this process would not get to look while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with
-// cgroup v2 the kubelet lets the kernel kill a whole container that is out of memory, this process included.
-func (l limits) hold(pid int) {
-	_ = syscall.Setpriority(syscall.PRIO_PROCESS, pid, 19)
-	if l.memoryMiB > 0 {
-		data := syscall.Rlimit{Cur: uint64(l.memoryMiB) << 20, Max: uint64(l.memoryMiB) << 20}
-		syscall.RawSyscall6(syscall.SYS_PRLIMIT64, uintptr(pid), syscall.RLIMIT_DATA, uintptr(unsafe.Pointer(&data)), 0, 0, 0)
+// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel shall
+// take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not get to look
+// while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the kubelet lets the kernel
+// kill a whole container that is out of memory. All that a command starts inherits it.
+func becomeHeld(memoryMiB, path string, argv []string) error {
+	size, err := strconv.ParseUint(memoryMiB, 10, 32)
+	if err != nil {
+		return err
 	}
+	runtime.LockOSThread() // which alone gets the priority
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
+	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
+	if size > 0 {
+		_ = syscall.Setrlimit(syscall.RLIMIT_DATA, &syscall.Rlimit{Cur: size << 20, Max: size << 20})
+	}
+	return syscall.Exec(path, argv, os.Environ())
 }
 
 // exceeded says which limit the running command exceeds; empty is none.

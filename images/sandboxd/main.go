@@ -4,6 +4,7 @@
 //	sandboxd install DIR   copies itself to DIR (in an init container)
 //	sandboxd serve         answers on port 7070 and on a Unix socket, as process 1
 //	sandboxd call          passes requests from standard input to that socket (through `exec`, where the network is closed)
+//	sandboxd held ...      sets a command's limits on itself and becomes the command (`serve` starts it)
 package main
 
 import (
@@ -33,6 +34,8 @@ func main() {
 		err = serve(os.Args[2:])
 	case len(os.Args) >= 2 && os.Args[1] == "call":
 		err = call(os.Args[2:], os.Stdin, os.Stdout)
+	case len(os.Args) >= 5 && os.Args[1] == "held":
+		err = becomeHeld(os.Args[2], os.Args[3], os.Args[4:])
 	default:
 		err = errors.New("usage: sandboxd install DIR | serve [flags] | call [flags]")
 	}

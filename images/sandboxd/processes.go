@@ -50,13 +50,12 @@ func (c *children) reap() {
 func (c *children) start(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
 	c.mu.Lock() // so that it cannot be reaped before it is waited for
 	defer c.mu.Unlock()
-	pid, err := syscall.ForkExec(path, argv, attributes)
+	// Held by itself before it is the program, since a program could be quicker than a parent. This file is one that no command can replace.
+	held := append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...)
+	pid, err := syscall.ForkExec("/proc/self/exe", held, attributes)
 	if err != nil {
 		return nil, err
 	}
-	// Where memory runs out the kernel shall take a command, not this process. What it starts inherits it.
-	_ = os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("1000"), 0)
-	c.limits.hold(pid)
 	waiter := make(chan syscall.WaitStatus, 1)
 	c.waiting[pid] = waiter
 	return waiter, nil
