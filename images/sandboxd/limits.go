@@ -39,8 +39,15 @@ func (l limits) inherit() error {
 // becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel shall
 // take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not get to look
 // while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the kubelet lets the kernel
-// kill a whole container that is out of memory. All that a command starts inherits it.
+// kill a whole container that is out of memory. All that a command starts inherits it. Why it cannot is written to descriptor 3.
 func becomeHeld(memoryMiB, path string, argv []string) error {
+	err := hold(memoryMiB, path, argv)
+	_, _ = os.NewFile(3, "status").WriteString(err.Error())
+	return err
+}
+
+func hold(memoryMiB, path string, argv []string) error {
+	syscall.CloseOnExec(3)
 	size, err := strconv.ParseUint(memoryMiB, 10, 32)
 	if err != nil {
 		return err

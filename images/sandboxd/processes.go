@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io"
 	"os"
 	"os/signal"
 	"strconv"
@@ -46,13 +47,34 @@ func (c *children) reap() {
 	}
 }
 
-// start starts a program in a session of its own; how it ended comes through the channel.
+// start starts a program in a session of its own; how it ended comes through the channel. What cannot be started is an error, and never
+// looks like a program that ended.
 func (c *children) start(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer reader.Close()
+	attributes.Files = append(attributes.Files, writer.Fd())
+	waiter, err := c.held(path, argv, attributes)
+	writer.Close()
+	if err != nil {
+		return nil, err
+	}
+	// It is closed when the program is there.
+	if why, _ := io.ReadAll(reader); len(why) > 0 {
+		<-waiter
+		return nil, errors.New(string(why))
+	}
+	return waiter, nil
+}
+
+// held starts a program that holds itself before it is the program, since a program could be quicker than a parent.
+func (c *children) held(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
 	c.mu.Lock() // so that it cannot be reaped before it is waited for
 	defer c.mu.Unlock()
-	// Held by itself before it is the program, since a program could be quicker than a parent. This file is one that no command can replace.
-	held := append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...)
-	pid, err := syscall.ForkExec("/proc/self/exe", held, attributes)
+	// This program's file, which no command can replace.
+	pid, err := syscall.ForkExec("/proc/self/exe", append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...), attributes)
 	if err != nil {
 		return nil, err
 	}
