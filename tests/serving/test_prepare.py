@@ -97,6 +97,30 @@ async def test_a_teacher_served_here_is_known_by_its_contents(
         await put_weights(stage(**environ))
 
 
+async def test_a_node_of_several_waits_itself_for_what_is_away_since_all_are_begun_anew_when_it_ends(
+    stage: Make, document: dict[str, Any], model: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PAUSE_SECONDS", 0.01)
+    document["spec"]["teacher"] = {"model": str(model), "serving": {"gpus": 1, "nodes": 2, "maxModelLen": 2048}}
+    environ = {"DAGGER_ROLE": "teacher", "DAGGER_SHARED": str(socket_folder)}
+    waiting = asyncio.create_task(weights.weights(stage(**environ)))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await prepare(stage())
+    await asyncio.wait_for(waiting, 10)
+    result = await read_result(stage().store, 0, "prepare", PrepareResult)
+    assert result is not None and Shared(socket_folder).current == result.teacher
+    (model / "tokenizer.json").write_text('{"changed": true}')
+    shutil.rmtree(socket_folder / "versions")
+    with pytest.raises(StageFailure, match="is not what it was when the run was prepared"):
+        await asyncio.wait_for(weights.weights(stage(**environ)), 10)  # no waiting mends this
+
+
+async def test_of_one_node_the_kubelet_waits(stage: Make, socket_folder: Path) -> None:
+    with pytest.raises(StageFailure, match="the prepare stage comes first"):
+        await asyncio.wait_for(weights.weights(stage(DAGGER_ROLE="student", DAGGER_SHARED=str(socket_folder))), 10)
+
+
 async def test_a_teacher_in_the_storage_is_served_from_there_and_is_known_by_its_contents(
     stage: Make, document: dict[str, Any], model: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.groups import begun_anew
 from dagger_operator.cluster.ownership import own
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.cluster.warnings import warnings_about
@@ -20,7 +21,8 @@ class Observer:
         """Children before results: a Job that is seen to be done has its result in storage by then."""
         objects, pods = own(run, self._cache.children(RunKey(run.metadata.namespace, run.metadata.name)))
         now = datetime.now(UTC)
-        seen = children(objects, pods, now, await warnings_about(self._client, objects, pods, now))
+        warnings = await warnings_about(self._client, objects, pods, now)
+        seen = children(objects, pods, now, warnings, await begun_anew(self._client, objects))
         try:
             results, progress = await self._stores.read(run)
         except (StoreUnavailable, DamagedObject) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.control import ATTEMPT, COMPONENT, Role
-from dagger_operator.control.names import job_name, round_of, server_name
+from dagger_operator.control.names import group_name, job_name, round_of, server_name
 
 Manifest = Mapping[str, Any]
 
@@ -49,15 +49,15 @@ def _is_own_pod(run: DAggerRun, pod: Manifest, objects: Iterable[Manifest], stra
         return name == _job_of(run, pod) and maker["uid"] not in {one["metadata"].get("uid") for one in strangers}
     if kind not in _MADE_FOR:
         return False
-    server, suffix = _MADE_FOR[kind]
+    server, suffix, named = _MADE_FOR[kind]
     name = re.sub(suffix, "", name)
     known = {one["metadata"]["name"] for one in objects if one["kind"] == server}
     foreign = {one["metadata"]["name"] for one in strangers if one["kind"] == server}
-    return name in {server_name(run, role) for role in Role} and (name in known or name not in foreign)
+    return name in {named(run, role) for role in Role} and (name in known or name not in foreign)
 
 
-_MADE_FOR = {"ReplicaSet": ("Deployment", r"-[^-]*$"), "StatefulSet": ("LeaderWorkerSet", r"-[0-9]+$")}
-"""What makes the pods of a server: of which kind that is, and what follows its name."""
+_MADE_FOR = {"ReplicaSet": ("Deployment", r"-[^-]*$", server_name), "StatefulSet": ("LeaderWorkerSet", r"-[0-9]+$", group_name)}
+"""What makes the pods of a server: of which kind that is, what follows its name, and how we name it."""
 
 
 def _job_of(run: DAggerRun, pod: Manifest) -> str:

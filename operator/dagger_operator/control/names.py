@@ -63,8 +63,14 @@ def round_of(labels: Mapping[str, str]) -> int:
 
 
 def server_name(run: DAggerRun, role: Role) -> str:
-    """Name of a policy's Deployment and of its headless Service."""
+    """Name of a policy's headless Service, and of its Deployment."""
     return f"{run.metadata.name}-{role}"
+
+
+def group_name(run: DAggerRun, role: Role) -> str:
+    """Name of a policy's LeaderWorkerSet, and of the headless Service that its controller makes for it, by which the nodes of a replica
+    find each other before any of them is ready: hence not the name of our own."""
+    return f"{server_name(run, role)}-group"
 
 
 def job_name(run: DAggerRun, stage: str, round_number: int, attempt: str) -> str:

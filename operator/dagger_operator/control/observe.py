@@ -10,19 +10,21 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control import names
-from dagger_operator.control.child import SERVERS, Child, ChildState, Trouble
+from dagger_operator.control.child import SERVERS, Child, ChildState, PodFailure, Trouble
 from dagger_operator.control.network import PROMETHEUS, Peer
 from dagger_operator.control.progress import Progress
 from dagger_operator.control.remedies import within_quota
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName
 from dagger_operator.control.said import (
+    SERVER_RESTARTS,
     broken_server,
     failures,
     last_words,
     lives,
     lost,
     phase,
+    restarting,
     stated,
     status,
     time,
@@ -55,11 +57,16 @@ class Observed:
 
 
 def children(
-    objects: Iterable[Manifest], pods: Iterable[Manifest], now: datetime, warnings: Mapping[tuple[str, str], Trouble] = {}
+    objects: Iterable[Manifest],
+    pods: Iterable[Manifest],
+    now: datetime,
+    warnings: Mapping[tuple[str, str], Trouble] = {},
+    begun_anew: Mapping[str, Sequence[PodFailure]] = {},
 ) -> tuple[Child, ...]:
     """The children that a run's objects and pods are. Pods without an object (its deletion was quicker) are children of kind Pod.
 
-    `warnings` say by kind and name why an object lacks pods: where those that it has say nothing, that is why it waits.
+    `warnings` say by kind and name why an object lacks pods: where those that it has say nothing, that is why it waits. `begun_anew`
+    says by name how often all pods of a LeaderWorkerSet's replica were replaced since it was last available.
     """
     unclaimed = list(pods)
     found = []
@@ -67,13 +74,20 @@ def children(
         own = [pod for pod in unclaimed if _owns(manifest, pod)]
         unclaimed = [pod for pod in unclaimed if pod not in own]
         warning = warnings.get((manifest["kind"], manifest["metadata"]["name"]))
-        found.append(child(manifest, own, now, warning))
+        anew = begun_anew.get(manifest["metadata"]["name"], ()) if manifest["kind"] == "LeaderWorkerSet" else ()
+        found.append(child(manifest, own, now, warning, anew))
     found += [child(pod, [pod], now) for pod in unclaimed if lives(pod)]
     return tuple(sorted(found, key=lambda one: (one.kind, one.name)))
 
 
-def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None = None) -> Child:
-    """One object with its own pods, and why it lacks some."""
+def child(
+    manifest: Manifest,
+    pods: Sequence[Manifest],
+    now: datetime,
+    warning: Trouble | None = None,
+    begun_anew: Sequence[PodFailure] = (),
+) -> Child:
+    """One object with its own pods, why it lacks some, and how often all were replaced."""
     metadata, kind = manifest["metadata"], manifest["kind"]
     labels = metadata.get("labels") or {}
     attempt = labels.get(names.ATTEMPT, "")
@@ -95,7 +109,8 @@ def child(manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: 
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        return replace(_server(one, manifest, current, now, warning), pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
+        server = _server(one, manifest, current, now, warning, begun_anew)
+        return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
 
@@ -141,7 +156,14 @@ def _earliest(since: datetime | None, *troubles: Trouble | None) -> datetime | N
     return min((at for at in (since, *(one.since for one in troubles if one)) if at is not None), default=None)
 
 
-def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime, warning: Trouble | None) -> Child:
+def _server(
+    one: Child,
+    manifest: Manifest,
+    pods: Sequence[Manifest],
+    now: datetime,
+    warning: Trouble | None,
+    begun_anew: Sequence[PodFailure],
+) -> Child:
     if (noted := _given_up(manifest)) is not None:
         return replace(one, state=ChildState.FAILED, trouble=noted)
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
@@ -149,9 +171,10 @@ def _server(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datet
         return replace(one, state=ChildState.SUSPENDED)
     # A Deployment makes another pod at once, a group's keep their names and are waited for.
     away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
-    held = away or waiting(pods) or warning
-    if (broken := broken_server(pods)) is not None:
-        return replace(one, state=ChildState.FAILED, trouble=broken)
+    again = restarting(begun_anew, pods)
+    held = away or waiting(pods) or warning or again
+    if (broken := broken_server(pods)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
+        return replace(one, state=ChildState.FAILED, trouble=broken or again)
     late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
     # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
     patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))

@@ -13,7 +13,8 @@ from dagger_operator.store.stage import ExitCode
 Manifest = Mapping[str, Any]
 
 SERVER_RESTARTS = 5
-"""A server that is in back-off after this many restarts is given up, but for those that infrastructure asked for."""
+"""A server that is in back-off after this many restarts, or whose nodes were begun anew more often, is given up, but for those that
+infrastructure asked for."""
 IN_A_QUEUE = "SchedulingGated"
 """Reason of a pod that somebody, such as Kueue, has yet to admit."""
 _OVERDUE = timedelta(seconds=60)
@@ -99,6 +100,16 @@ def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
             if ended.get("exitCode") == ExitCode.PERMANENT or (_backs_off(container) and not given_time):
                 return _explained(container, ended)
     return None
+
+
+def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Trouble | None:
+    """That all nodes of a server begin again and again, in the words of the last one that ended as far as it is still there."""
+    if not begun_anew:
+        return None
+    often = f"all its nodes were begun anew {len(begun_anew)} times since they last were ready; the last time: {begun_anew[-1].message}"
+    last = last_words(pods)
+    hint = f"; {last.message}" if last else "; what the pods logged goes with them: follow it (`kubectl logs --follow`) or collect it"
+    return Trouble(begun_anew[-1].reason, often + hint)
 
 
 def unavailable(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:

@@ -4,7 +4,7 @@ Service."""
 from typing import Any
 
 from dagger_operator.api import DAggerRun, Serving
-from dagger_operator.control.names import COMPONENT, MANAGED_BY, RUN, Role, attempt_of, labels, server_name
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, RUN, Role, attempt_of, group_name, labels, server_name
 from dagger_operator.control.pods import (
     AGENT_PORT,
     SCRATCH,
@@ -29,8 +29,9 @@ def served(run: DAggerRun, role: Role) -> Serving | None:
     return run.spec.student.served if role is Role.STUDENT else run.spec.teacher.serving
 
 
-def server_kind(serving: Serving) -> str:
-    return "LeaderWorkerSet" if serving.nodes > 1 else "Deployment"
+def server_of(run: DAggerRun, role: Role, serving: Serving) -> tuple[str, str]:
+    """Kind and name of what runs a policy's servers."""
+    return ("LeaderWorkerSet", group_name(run, role)) if serving.nodes > 1 else ("Deployment", server_name(run, role))
 
 
 def build_server(
@@ -40,6 +41,7 @@ def build_server(
     template = pod_template({}, _pod(run, role, serving), serving.pod, main="vllm")
     follower = pod_template({}, _follower(run, role, serving), serving.pod, main="vllm") if serving.nodes > 1 else None
     queue = queue_labels(run.spec.kueue)
+    kind, name = server_of(run, role, serving)
     attempt = attempt_of(run, {"leader": template, "follower": follower, "queue": queue})
     own = labels(run, role, 0, attempt)
     for one in (template, follower):
@@ -48,7 +50,7 @@ def build_server(
     head = own | queue, annotations
     if follower is not None:
         return {
-            **owned(run, "leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", server_name(run, role), *head),
+            **owned(run, "leaderworkerset.x-k8s.io/v1", kind, name, *head),
             "spec": {
                 "replicas": replicas,
                 "leaderWorkerTemplate": {
@@ -61,7 +63,7 @@ def build_server(
             },
         }
     return {
-        **owned(run, "apps/v1", "Deployment", server_name(run, role), *head),
+        **owned(run, "apps/v1", kind, name, *head),
         "spec": {
             "replicas": replicas,
             "revisionHistoryLimit": 1,

@@ -7,10 +7,10 @@ from dagger_operator.api import DAggerRun, Keep
 from dagger_operator.control.child import SERVERS, Child, ChildState
 from dagger_operator.control.gates import Failure, Jobs, Servers
 from dagger_operator.control.jobs import build_job
-from dagger_operator.control.names import FAILED, Ref, Role, server_name
+from dagger_operator.control.names import FAILED, Ref, Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import Work
-from dagger_operator.control.servers import build_server, served, server_kind
+from dagger_operator.control.servers import build_server, served, server_of
 from dagger_operator.control.wanted import build_support, find, needed
 
 Manifest = dict[str, Any]
@@ -51,7 +51,7 @@ def at_a_standstill(
 def _servers(run: DAggerRun, observed: Observed, work: Work, servers: Servers, failed: Failure | None, keep: Keep) -> list[Manifest]:
     objects = []
     for role, serving in needed(run, work).items():
-        server = find(observed, server_kind(serving), server_name(run, role))
+        server = find(observed, *server_of(run, role, serving))
         stays_up = keep is Keep.EVERYTHING and server is not None and server.state is not ChildState.SUSPENDED
         replicas = serving.replicas if stays_up else 0
         current = servers.get(role)
@@ -74,7 +74,7 @@ def without_results(run: DAggerRun, observed: Observed, *, late: bool) -> tuple[
     stay_up = not run.spec.suspend and run.spec.failure_policy.keep is Keep.EVERYTHING
     for role in () if stay_up else Role:
         serving = served(run, role)
-        if serving is not None and find(observed, server_kind(serving), server_name(run, role)) is not None:
+        if serving is not None and find(observed, *server_of(run, role, serving)) is not None:
             objects.append(build_server(run, role, serving, replicas=0))
     # Nothing is lost with a Job: its stage does what is left when it is made again.
     remove = [child.ref for child in observed.children if child.kind == "Job" and child.holds and not child.deleting]

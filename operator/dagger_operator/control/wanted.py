@@ -7,11 +7,11 @@ from dagger_operator.control.child import Child
 from dagger_operator.control.gates import Jobs, Servers
 from dagger_operator.control.identity import build_identity, sandbox_namespace
 from dagger_operator.control.jobs import build_job, build_training_service
-from dagger_operator.control.names import ATTEMPT, Role, server_name
+from dagger_operator.control.names import ATTEMPT, Role
 from dagger_operator.control.network import build_network_policy
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import StageName, Work, rollouts_remain
-from dagger_operator.control.servers import build_server, build_service, served, server_kind
+from dagger_operator.control.servers import build_server, build_service, served, server_of
 
 Manifest = dict[str, Any]
 
@@ -51,6 +51,6 @@ def observed_servers(run: DAggerRun, observed: Observed, work: Work) -> Servers:
     servers: dict[Role, Child | None] = {}
     for role, serving in needed(run, work).items():
         attempt = build_server(run, role, serving, replicas=0)["metadata"]["labels"][ATTEMPT]
-        found = find(observed, server_kind(serving), server_name(run, role))
+        found = find(observed, *server_of(run, role, serving))
         servers[role] = found if found is not None and found.attempt == attempt else None
     return servers

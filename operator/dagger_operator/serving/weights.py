@@ -6,20 +6,41 @@ Idempotent: what is there and whole is used, and a killed try is gone on with.
 import asyncio
 import hashlib
 import sys
+import time
 
 import structlog
 
 from dagger_operator.serving.models import Folder, Hub, Source, Stored, check_model, commit, digest_folder, digest_stored, fetch, source
 from dagger_operator.serving.shared import Shared
+from dagger_operator.store.objects import StoreUnavailable
 from dagger_operator.store.policies import load_policy, pointed
 from dagger_operator.store.results import PrepareResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure, main
 
 log = structlog.get_logger()
 
+PATIENCE_SECONDS = 600.0
+PAUSE_SECONDS = 10.0
+
+
+async def weights(stage: Stage) -> None:
+    """The stage. All nodes of a server of several are begun anew when a container of one ends, so there it waits itself for storage or
+    the hub, for `PATIENCE_SECONDS`; of a server of one node the kubelet starts it again."""
+    spec = stage.run.spec
+    serving = spec.student.served if role(stage) == "student" else spec.teacher.serving
+    until = time.monotonic() + (PATIENCE_SECONDS if serving is not None and serving.nodes > 1 else 0)
+    while True:
+        try:
+            return await put_weights(stage)
+        except (StoreUnavailable, StageFailure) as error:
+            if (isinstance(error, StageFailure) and error.permanent) or time.monotonic() >= until:
+                raise
+            log.warning("weights are waited for", problem=str(error))
+        await asyncio.sleep(PAUSE_SECONDS)
+
 
 async def put_weights(stage: Stage) -> None:
-    """The stage: afterwards `current` names a whole version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
+    """Afterwards `current` names a whole version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     shared = Shared.of(stage)
     shared.folder("x").parent.mkdir(parents=True, exist_ok=True)
     version = await (_student(stage, shared) if role(stage) == "student" else _teacher(stage, shared))
@@ -87,4 +108,4 @@ async def _teacher(stage: Stage, shared: Shared) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main("weights", put_weights))
+    sys.exit(main("weights", weights))
