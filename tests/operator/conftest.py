@@ -147,8 +147,12 @@ class Lab:
         """Every Job that ever was: name by uid."""
         self.paused: set[str] = set()
         """Components whose pods do nothing."""
+        self.working: set[str] = set()
+        """Stages whose pods run and do not end."""
         self.failing: set[str] = set()
-        """Stages whose pods end with an exit code that no retry mends."""
+        """Stages whose pods end with `exit_code`."""
+        self.exit_code = 3
+        """By default one that no retry mends."""
 
     def store(self, name: str) -> Store:
         return Store.open(load(self.document(name)).spec.storage, {})
@@ -241,7 +245,13 @@ class Lab:
     async def _work(self, pod: Json) -> None:
         labels = pod["metadata"]["labels"]
         component = labels["dagger-operator.dev/component"]
-        if (pod.get("status") or {}).get("phase") != "Pending" or component in self.paused:
+        phase = (pod.get("status") or {}).get("phase")
+        at_work = phase == "Running" and component not in ("student", "teacher")
+        if not (phase == "Pending" or at_work) or pod["spec"].get("schedulingGates") or component in self.paused:
+            return
+        if component in self.working:
+            if not at_work:
+                await self._set(pod, {"phase": "Running"})
             return
         if component in ("student", "teacher"):
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -249,7 +259,7 @@ class Lab:
             status: Json = {"phase": "Running", "conditions": ready}
         elif component in self.failing:
             said = json.dumps({"reason": "TaskSourceMissing", "message": "there are no tasks"})
-            ended = {"exitCode": 3, "reason": "Error", "message": said, "finishedAt": "2026-01-01T00:00:00Z"}
+            ended = {"exitCode": self.exit_code, "reason": "Error", "message": said, "finishedAt": "2026-01-01T00:00:00Z"}
             stage = {"name": "stage", "image": "i", "imageID": "", "restartCount": 0, "ready": False, "state": {"terminated": ended}}
             status = {"phase": "Failed", "containerStatuses": [stage]}
         else:

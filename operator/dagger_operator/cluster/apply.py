@@ -14,6 +14,7 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller, is_own
 from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
 from dagger_operator.control.remedies import shortened
+from dagger_operator.control.scheduling import QUEUE
 from dagger_operator.kube.errors import ApiError, Missing, Refused, Unavailable
 
 Manifest = Mapping[str, Any]
@@ -46,7 +47,11 @@ class Applier:
                     return None  # once it is gone there is an event, and a new one is made
                 if self._is_settled(manifest, live):
                     return None
-            fresh = await self._client.apply(_stamped(manifest, live))
+            stamped = _stamped(manifest, live)
+            if live is not None and _in_a_queue(live):
+                fresh = await self._client.patch(_without_template(stamped))
+            else:
+                fresh = await self._client.apply(stamped)
         except (Refused, Missing, Unavailable) as error:
             return _refusal(one.kind, one.name, error)
         self._settled[fresh["metadata"]["uid"]] = _version(fresh)
@@ -91,14 +96,24 @@ class Applier:
 
         What this process saw after it applied says so. After a restart a generation of 1 does, or, of kinds that do not count
         generations, a comparison. What was changed is applied once more then, and the API server writes nothing where that
-        changes nothing.
+        changes nothing. A Job in a queue is changed by Kueue, and rightly.
         """
         metadata, stated = live["metadata"], manifest["metadata"]
         if (metadata.get("annotations") or {}).get(APPLIED) != digest(manifest) or not _holds(metadata.get("labels"), stated["labels"]):
             return False
-        if self._settled.get(metadata["uid"]) == _version(live):
+        if self._settled.get(metadata["uid"]) == _version(live) or _in_a_queue(live):
             return True
         return metadata["generation"] == 1 if "generation" in metadata else _holds(live, manifest)
+
+
+def _in_a_queue(live: Manifest) -> bool:
+    """Whether Kueue decides where a Job runs and when: it puts nodes and tolerations into its template beside ours, in fields that have one
+    owner for all of their entries, and of a Job at work the API server takes no other ones."""
+    return live["kind"] == "Job" and QUEUE in (live["metadata"].get("labels") or {})
+
+
+def _without_template(manifest: Manifest) -> Manifest:
+    return {**manifest, "spec": {name: part for name, part in manifest["spec"].items() if name != "template"}}
 
 
 def digest(manifest: Manifest) -> str:
