@@ -3,6 +3,7 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 STREAMS := -n 2 --dist loadscope --no-loadscope-reorder
+CACHE := $(or $(DAGGER_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dagger-operator)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ test: setup check fast heavy ## All tests, the quickstart's end-to-end test incl
 check: setup ## Lint, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --cache-dir "$(CACHE)/mypy"
 	$(BIN)/lint-imports
 
 fast: setup ## Tests that need no torch, no vLLM and no built tool

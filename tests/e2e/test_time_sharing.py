@@ -32,7 +32,8 @@ def test_time_shared_servers_are_gone_while_training_runs_and_come_back_with_the
         gpuSharing="TimeShared",
         student={"model": "./student"},
         tasks={"firstRound": 6, "perRound": 6},
-        training={"steps": {"type": "Constant", "value": 5}},
+        scaffold={"maxTurns": 3},
+        training={"steps": {"type": "Constant", "value": 5}, "processesPerNode": 1},
     )
     process = runs.start("run", str(file))
     trained = False

@@ -91,7 +91,9 @@ def example(quickstart: Path, tmp_path: Path) -> Iterator[Quickstart]:
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_killed_twice_it_still_ends_with_a_clearly_better_student_and_the_data_of_its_seed(example: Quickstart) -> None:
-    rng = random.Random()
+    seed = random.randrange(2**32)
+    print(f"moments of seed {seed}")
+    rng = random.Random(seed)
     example.start()
     for storm in STORMS:
         example.until(*storm)

@@ -1,6 +1,7 @@
 """What every kind of sandbox promises: processes, the helper of pods, and pods."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
@@ -150,6 +151,10 @@ async def test_limits_stop_a_command_and_leave_the_sandbox_well(any_sandbox: San
 
 async def _begun(alive: Alive, mark: str) -> None:
     """A pod's processes are seen from here on our own cluster only; elsewhere some time has to do."""
-    deadline = time.monotonic() + 3
-    while not alive(mark) and time.monotonic() < deadline:
+    if "DAGGER_TEST_KUBECONFIG" in os.environ:
+        await asyncio.sleep(3)
+        return
+    deadline = time.monotonic() + 60
+    while not alive(mark):
+        assert time.monotonic() < deadline, f"{mark} never began"
         await asyncio.sleep(0.02)

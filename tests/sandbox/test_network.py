@@ -32,8 +32,8 @@ WORKER = {MANAGED_BY: MANAGER, RUN: "one", COMPONENT: "rollout"}
 
 def reaching(places: Places) -> str:
     """A command that prints which of these places take a connection, for any shell with busybox."""
-    tries = [f"nc -w 2 {host} {port} -e true 2>/dev/null && echo {shlex.quote(place)}" for place, (host, port) in places.items()]
-    return "; ".join([*tries, "true"])
+    tries = [f"(nc -w 2 {host} {port} -e true 2>/dev/null && echo {shlex.quote(place)}) &" for place, (host, port) in places.items()]
+    return " ".join([*tries, "wait"])
 
 
 def kubectl(cluster: Any, namespace: str, *arguments: str, input: str | None = None) -> str:

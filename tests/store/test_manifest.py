@@ -30,6 +30,12 @@ async def closed(store: Store, round: int = 1, ids: list[str] = IDS, **more: int
     return manifest
 
 
+async def cleared(store: Store) -> None:
+    """Round 1 as if it had not been."""
+    for info in await store.list(layout.round_prefix(1)):
+        await store.delete(info.key)
+
+
 async def test_a_round_closes_when_its_last_rollout_is_there(store: Store, rollout: Make) -> None:
     await fill(store, rollout, ids=IDS[:-1])
     assert await close_round(store, "a-run", 1, IDS) is None and await read_manifest(store, 1) is None
@@ -43,17 +49,18 @@ async def test_a_round_closes_when_its_last_rollout_is_there(store: Store, rollo
 async def test_the_same_data_gives_the_same_digests_whoever_gathered_it(store: Store, rollout: Make) -> None:
     await fill(store, rollout, ids=IDS)
     first = await closed(store)
-    for info in await store.list(layout.round_prefix(1)):
-        await store.delete(info.key)
+    await cleared(store)
     await fill(store, rollout, ids=random.sample(IDS, len(IDS)))
     assert await closed(store) == first
 
 
 async def test_other_data_gives_another_digest(store: Store, rollout: Make) -> None:
-    await fill(store, rollout, round=1)
-    await fill(store, rollout, round=2, ids=IDS[:-1])
-    await fill(store, rollout, round=2, ids=IDS[-1:], patch="another")
-    assert (await closed(store, 1)).data_digest != (await closed(store, 2)).data_digest
+    await fill(store, rollout)
+    first = await closed(store)
+    await cleared(store)
+    await fill(store, rollout, ids=IDS[:-1])
+    await fill(store, rollout, ids=IDS[-1:], patch="another")
+    assert (await closed(store)).data_digest != first.data_digest
 
 
 async def test_many_closers_end_with_one_manifest(store: Store, rollout: Make) -> None:
@@ -82,9 +89,12 @@ async def test_flawed_labels_do_not_count(store: Store, rollout: Make) -> None:
 
 @pytest.mark.parametrize("bounds", [{"shard_rows": 3}, {"shard_bytes": 10_000}, {"shard_bytes": 1}])
 async def test_shards_are_bounded_and_the_data_digest_does_not_depend_on_them(store: Store, rollout: Make, bounds: dict[str, int]) -> None:
-    await fill(store, rollout, round=1, size=1000)
-    await fill(store, rollout, round=2, size=1000, ids=IDS)
-    bounded = await closed(store, 1, **bounds)
+    await fill(store, rollout, size=1000)
+    whole = await closed(store)
+    await cleared(store)
+    await fill(store, rollout, size=1000)
+    bounded = await closed(store, **bounds)
+    assert (len(whole.shards), bounded.data_digest) == (1, whole.data_digest)
     assert len(bounded.shards) > 1 and sum(shard.rows for shard in bounded.shards) == 10
     read = [t async for t in (await training_set(store, 1, Aggregation.CURRENT_ROUND_ONLY)).trajectories()]
     assert [t.rollout_id for t in read] == IDS

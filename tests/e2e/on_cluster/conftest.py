@@ -141,7 +141,8 @@ def installation(cluster: Any, images: None) -> Iterator[Installation]:
             # Runs first, while somebody is there for what they have in the namespace of the sandboxes.
             cluster.kubectl("--namespace", namespace, "delete", "daggerruns", "--all", "--timeout=120s")
             _run([*command, "uninstall", RELEASE, "--wait"])
-            cluster.kubectl("delete", "namespace", SYSTEM)  # the claim of the S3 server outlives the release
+            # The claim of the S3 server outlives the release. Our own cluster goes as a whole.
+            cluster.kubectl("delete", "namespace", SYSTEM, f"--wait={str('DAGGER_TEST_KUBECONFIG' in os.environ).lower()}")
 
 
 @pytest.fixture
