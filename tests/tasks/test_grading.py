@@ -76,6 +76,12 @@ async def test_the_check_enters_only_after_the_agent_has_ended(provider: Process
     assert result.output == "keep.txt\nlib\n"
 
 
+async def test_the_agents_environment_is_not_that_of_its_patch_and_its_grade(provider: ProcessSandboxes) -> None:
+    task = TASK.model_copy(update={"env": {"BASH_ENV": "/testbed/.bashrc"}, "files": {**TASK.files, ".bashrc": "echo noise; exit 3\n"}})
+    patch = await after(provider, SOLVE, task)
+    assert "noise" not in patch and (await graded(provider, patch, task)).log == "well\n"
+
+
 CONTENT = (
     st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | st.sampled_from([b"a\r\nb\r\n", b"\0", b"no newline", b"\xff\xfe\n"])
 )

@@ -176,7 +176,7 @@ def _task(source: TaskSource, number: int, row: Row) -> Task:
 def _decoded(row: Row) -> Row:
     """Nested fields may be JSON text: Parquet has no good type for a mapping of file names."""
     decoded = dict(row)
-    for field in ("files", "grading"):
+    for field in ("files", "env", "grading"):
         if isinstance(value := row.get(field), str):
             with suppress(ValueError):  # the model's own complaint about a string is the clearer one
                 decoded[field] = json.loads(value)

@@ -12,6 +12,9 @@ from dagger_operator.tasks.task import SwebenchGrading, Task
 
 _GRADING = ("instance_id", "image", "repo", "version", "FAIL_TO_PASS", "PASS_TO_PASS", "log_parser", "eval_type", "eval_script")
 """What swebench's `make_test_spec` reads."""
+_ENV = {"BASH_ENV": "/root/.bashrc"}
+"""The images' Python with the project is the conda environment `testbed`, and only this file activates it. It is read by `bash -c` where
+BASH_ENV names it, which is also mini-swe-agent's way (`config/benchmarks/swebench.yaml`); grading scripts activate it themselves."""
 
 
 class MissingColumns(ValueError):
@@ -42,4 +45,6 @@ def _task(row: dict[str, Any], owner: str, separator: str, remedy: str) -> Task:
     if missing := [column for column in (*_GRADING, "problem_statement") if row.get(column) is None]:
         raise MissingColumns(f"field {', '.join(missing)}: missing: {remedy}")
     grading = {column: row[column] for column in _GRADING}
-    return Task(id=row["instance_id"], statement=row["problem_statement"], image=row["image"], grading=SwebenchGrading(row=grading))
+    return Task(
+        id=row["instance_id"], statement=row["problem_statement"], image=row["image"], env=_ENV, grading=SwebenchGrading(row=grading)
+    )
