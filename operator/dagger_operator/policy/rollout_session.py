@@ -53,17 +53,26 @@ class RolloutSession:
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
 
+    def check(self) -> None:
+        """Raises what `turn` would whatever it were asked, so that such requests need not be read.
+
+        After the first one beyond the last turn no other is looked at: who could ask it has read that turn.
+        """
+        if self._closed:
+            raise TurnDropped
+        if self._failed is not None:
+            raise self._failed.anew() if isinstance(self._failed, PolicyFailure) else self._failed
+        if self._limit_reached:
+            raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
+
     async def turn(self, request: ChatRequest) -> Act:
         """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
 
         Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it before.
         """
         while True:
+            self.check()
             act = self._act
-            if self._closed:
-                raise TurnDropped
-            if self._failed is not None:
-                raise self._failed
             if act is not None and act.request == request:
                 return act
             if act is None or act.done:
@@ -71,7 +80,7 @@ class RolloutSession:
             await act.settled()
         if len(self._recorder.turns) >= self._request.max_turns:
             self._limit_reached = True
-            raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
+            self.check()
         request = self._recorder.interned(request)
         self._act = Act(request, self._run)
         return self._act
@@ -97,7 +106,9 @@ class RolloutSession:
             )
         except BaseException as error:
             # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
-            self._failed = error if isinstance(error, Exception) else act.trouble
+            why = error if isinstance(error, Exception) else act.trouble
+            self._failed = why.anew() if isinstance(why, PolicyFailure) else why
+            self._act = None  # nobody will get its turn, and the rollout may go on for hours: its request is not kept for that
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
             raise
