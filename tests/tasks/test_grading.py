@@ -254,6 +254,22 @@ async def test_swebench_grades_with_its_own_library_and_parser(provider: Process
     assert not (await graded(provider, "", task.model_copy(update={"grading": slow}), timeout=1)).resolved
 
 
+CLEANS = "import subprocess; subprocess.run(['git', 'clean', '-fdxq'])"
+FORGETS = "import os, pathlib; [os.remove(log) for folder in ('/tmp', '.') for log in pathlib.Path(folder).glob('*dagger-eval*')]"
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("default")  # of swebench's own imports
+@pytest.mark.parametrize(("does", "resolved"), [(CLEANS, True), (FORGETS, False)])
+async def test_what_a_patch_does_to_files_while_it_is_tested_is_graded_and_breaks_nothing(
+    provider: ProcessSandboxes, does: str, resolved: bool
+) -> None:
+    setup = f"git init -q . && git add -A && {COMMIT}"
+    task = TASK.model_copy(update={"grading": SwebenchGrading(row=ROW), "setup": setup})
+    patch = await after(provider, f'{SOLVE}; echo "{does}" >> lib/math.py', task)
+    assert (await graded(provider, patch, task)).resolved is resolved
+
+
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("default")  # of swebench's own imports
 async def test_what_swebench_suspects_of_the_environment_takes_no_failure_out_of_the_score(provider: ProcessSandboxes) -> None:
