@@ -13,6 +13,7 @@ from dagger_operator.sandbox.interface import CommandResult, LimitExceeded, Sand
 from dagger_operator.sandbox.isolation import Isolation
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
+from dagger_operator.tasks import workspace
 from dagger_operator.tasks.grading import Grade, grade
 from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
 from dagger_operator.tasks.workspace import apply_patch, collect_patch, start
@@ -147,6 +148,16 @@ async def test_a_patch_that_cannot_be_collected_says_why_and_is_unresolved(provi
 async def test_a_patch_that_does_not_apply_is_unresolved(provider: ProcessSandboxes) -> None:
     found = await graded(provider, "--- a/other\n+++ b/other\n@@ -1 +1 @@\n-x\n+y\n")
     assert (found.resolved, found.returncode) == (False, None) and "other" in found.log
+
+
+async def test_a_patch_that_a_stalled_machine_does_not_apply_in_time_is_never_unresolved(
+    provider: ProcessSandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = await after(provider, SOLVE)
+    monkeypatch.setattr(workspace, "_COLLECT_SECONDS", 0.001)
+    with pytest.raises(SandboxError, match="ApplyTimeout: applying a patch to a fresh copy of task sum"):
+        await graded(provider, patch)
+    assert not provider._live
 
 
 async def test_a_check_that_hangs_is_unresolved(provider: ProcessSandboxes) -> None:
