@@ -132,6 +132,21 @@ def without(row: dict[str, Any], *fields: str) -> dict[str, Any]:
         ),
         (SourceType.SWE_GYM, lines(without(SWE, "eval_script")), r"field eval_script: missing: SWE-Gym's own rows are known for bokeh"),
         (SourceType.SWE_BENCH, lines(without(SWE, "instance_id")), r"row 1, field instance_id: missing"),
+        (
+            SourceType.SWE_BENCH,
+            lines(SWE, {**SWE, "instance_id": "o__r-2", "log_parser": "parse_log_pitest"}),
+            r"row 2, field log_parser: got 'parse_log_pitest': swebench knows parse_log_pytest, ",
+        ),
+        (SourceType.SWE_GYM, lines({**SWE, "log_parser": ["parse_log_pytest"]}), r"row 1, field log_parser: got .* swebench knows "),
+        (SourceType.SWE_BENCH, lines({**SWE, "eval_type": "pass_fail"}), r"field eval_type: got 'pass_fail': .* pass_and_fail, fail_only"),
+        (SourceType.SWE_BENCH, lines({**SWE, "FAIL_TO_PASS": "x::t"}), r"field FAIL_TO_PASS: got 'x::t': write a list of test names"),
+        (SourceType.SWE_BENCH, lines({**SWE, "PASS_TO_PASS": '{"a": 1}'}), r"field PASS_TO_PASS: .* write a list of test names"),
+        (SourceType.SWE_BENCH, lines({**SWE, "PASS_TO_PASS": ["a", 1]}), r"field PASS_TO_PASS: .* write a list of test names"),
+        (
+            SourceType.SWE_BENCH,
+            lines({**SWE, "eval_script": ["pytest"]}),
+            r"field eval_script: .* write the whole shell script as one text",
+        ),
     ],
 )
 async def test_bad_rows_are_named_with_file_row_field_and_remedy(

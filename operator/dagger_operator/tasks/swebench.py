@@ -29,6 +29,12 @@ class Evaluated:
     timed_out: bool
 
 
+def choices() -> dict[str, list[str]]:
+    """The values that swebench knows of a row's fields, by field. Blocks."""
+    library = _library()
+    return {"log_parser": list(library.log_parsers.PARSER_REGISTRY), "eval_type": [kind.value for kind in library.constants.EvalType]}
+
+
 async def evaluate(sandbox: Sandbox, row: dict[str, Any], *, timeout: float) -> Evaluated:
     """Runs a row's evaluation script; the whole log is kept, for a parser that is shown half of it misjudges.
 
@@ -65,7 +71,7 @@ def judge(row: dict[str, Any], patch: str, log: str) -> bool:
 
 @cache
 def _library() -> Any:
-    """swebench's harness: 4 s of imports, once, and only where such tasks are graded."""
+    """swebench's harness: 4 s of imports, once, and only where such tasks are worked on."""
     # It reads a dotenv file at import, from wherever it finds one.
     os.environ.setdefault("PYTHON_DOTENV_DISABLED", "1")
     try:
