@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import time
 from io import BytesIO
 
 import aiohttp
@@ -328,6 +329,41 @@ async def test_a_turn_dropped_while_its_policy_is_slow_is_nobodys_failure(studen
         recording = await asyncio.wait_for(session.finish(), timeout=10)
         assert (await asking)[0] == 410
     assert (len(recording.turns), recording.failure, recording.policy_error) == (1, None, None)
+
+
+async def test_how_long_a_policy_was_silent_at_the_end_is_recorded(student, teacher, rig):
+    async with rig(student, teacher) as r:
+        answered, session = r.open(mixing=beta(0.0)), r.open(mixing=beta(0.0), rollout_id="00001")
+        await r.rollout(answered, 1)
+        assert (await answered.finish()).silence is None
+        student.delay = 60
+        asking = asyncio.create_task(r.ask(session, STATE))
+        while not student.active:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        silence = (await session.finish()).silence
+        await asking
+    assert (silence.actor, 0.5 <= silence.seconds < 60) == (Actor.STUDENT, True)
+
+
+async def test_a_policy_is_heard_from_by_every_part_of_its_stream(student, teacher, rig):
+    async def halting(stub, http, request):
+        await asyncio.sleep(1.0)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        await response.write(b"data: %b\n\n" % json.dumps(stub.chunks(request)[1]).encode())
+        await asyncio.sleep(60)
+        return response
+
+    student.always = halting
+    async with rig(student, teacher) as r:
+        session, began = r.open(mixing=beta(0.0)), time.monotonic()
+        headers = {"Authorization": f"Bearer {session.token}"}
+        body = {"messages": STATE, "stream": True}
+        async with r.http.post(f"{session.base_url}/chat/completions", json=body, headers=headers) as response:
+            assert await response.content.readany()
+            silence = (await session.finish()).silence
+    assert silence.seconds <= time.monotonic() - began - 1.0
 
 
 async def test_a_bug_in_a_label_check_comes_out_and_is_no_flaw(student, teacher, rig):
