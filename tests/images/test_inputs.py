@@ -40,5 +40,12 @@ def test_dockerfile_script_and_make_know_the_same_targets(script: Any) -> None:
     assert made.split() == script.TARGETS
 
 
+def test_the_trainer_finds_a_driver_where_gke_mounts_it() -> None:
+    """Docker and buildah read the same file; PATH and HOME, by which images are tested, come the same way."""
+    stages = re.split(r"^FROM ", (ROOT / "images" / "Dockerfile").read_text(), flags=re.MULTILINE)
+    (trainer,) = [stage for stage in stages if re.match(r"\S+ AS trainer\n", stage)]
+    assert re.findall(r"^ENV LD_LIBRARY_PATH=(.*)$", trainer, re.MULTILINE) == ["/usr/local/nvidia/lib64"]
+
+
 def _versions(lock: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "locks" / f"{lock}.txt").read_text(), re.MULTILINE))

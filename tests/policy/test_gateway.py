@@ -1,6 +1,9 @@
 """What the gateway promises a scaffold and the record, whatever the scaffold, the network and the policies do."""
 
 import asyncio
+import gc
+import json
+import time
 from io import BytesIO
 
 import aiohttp
@@ -10,6 +13,7 @@ from aiohttp import web
 from dagger_operator.api import LabelMode, Mixing, Schedule, ScheduleType
 from dagger_operator.policy.coins import coin
 from dagger_operator.policy.gateway import LARGEST_REQUEST
+from dagger_operator.policy.request import ChatRequest
 from dagger_operator.serving import proxy
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, states
 
@@ -327,6 +331,41 @@ async def test_a_turn_dropped_while_its_policy_is_slow_is_nobodys_failure(studen
     assert (len(recording.turns), recording.failure, recording.policy_error) == (1, None, None)
 
 
+async def test_how_long_a_policy_was_silent_at_the_end_is_recorded(student, teacher, rig):
+    async with rig(student, teacher) as r:
+        answered, session = r.open(mixing=beta(0.0)), r.open(mixing=beta(0.0), rollout_id="00001")
+        await r.rollout(answered, 1)
+        assert (await answered.finish()).silence is None
+        student.delay = 60
+        asking = asyncio.create_task(r.ask(session, STATE))
+        while not student.active:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        silence = (await session.finish()).silence
+        await asking
+    assert (silence.actor, 0.5 <= silence.seconds < 60) == (Actor.STUDENT, True)
+
+
+async def test_a_policy_is_heard_from_by_every_part_of_its_stream(student, teacher, rig):
+    async def halting(stub, http, request):
+        await asyncio.sleep(1.0)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        await response.write(b"data: %b\n\n" % json.dumps(stub.chunks(request)[1]).encode())
+        await asyncio.sleep(60)
+        return response
+
+    student.always = halting
+    async with rig(student, teacher) as r:
+        session, began = r.open(mixing=beta(0.0)), time.monotonic()
+        headers = {"Authorization": f"Bearer {session.token}"}
+        body = {"messages": STATE, "stream": True}
+        async with r.http.post(f"{session.base_url}/chat/completions", json=body, headers=headers) as response:
+            assert await response.content.readany()
+            silence = (await session.finish()).silence
+    assert silence.seconds <= time.monotonic() - began - 1.0
+
+
 async def test_a_bug_in_a_label_check_comes_out_and_is_no_flaw(student, teacher, rig):
     def broken(message):
         raise KeyError("content")
@@ -354,17 +393,69 @@ async def test_what_cannot_be_honoured_is_a_400_that_names_the_field_and_costs_n
     assert not student.requests + teacher.requests
 
 
-async def test_a_request_that_no_policy_would_take_is_a_413_and_costs_no_turn(student, teacher, rig):
+@pytest.mark.parametrize(
+    "body",
+    [
+        b" " * LARGEST_REQUEST + b"{}",
+        # As JSON it would be 230 MB, and take a second in which no other rollout goes on.
+        b'{"messages": [{"role": "user", "content": [' + b"[]," * (3 << 20) + b"[]]}]}",
+    ],
+)
+async def test_a_request_that_no_policy_would_take_is_a_413_and_costs_no_turn(student, teacher, rig, body):
     assert LARGEST_REQUEST == proxy.LARGEST_REQUEST
     async with rig(student, teacher) as r:
         session = r.open()
         headers = {"Authorization": f"Bearer {session.token}"}
-        body = BytesIO(b" " * LARGEST_REQUEST + b"{}")
-        async with r.http.post(f"{session.base_url}/chat/completions", data=body, headers=headers) as response:
+        async with r.http.post(f"{session.base_url}/chat/completions", data=BytesIO(body), headers=headers) as response:
             assert response.status == 413
             assert (await response.json())["error"]["code"] == "request_too_large"
         assert (await r.ask(session, STATE))[0] == 200
         assert len((await session.finish()).turns) == 1
+
+
+@pytest.mark.parametrize(("status", "behaviour"), [(503, fail(500)), (400, fail(400)), (409, None)])
+async def test_what_a_rollout_asks_that_gets_no_more_turns_is_not_even_read(student, teacher, rig, status, behaviour):
+    async def endless():
+        while True:
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    student.always = behaviour
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0), max_turns=1)
+        for content in ("one", "two"):
+            last, _ = await r.ask(session, [*STATE, {"role": "user", "content": content}])
+        assert last == status
+        url, headers = f"{session.base_url}/chat/completions", {"Authorization": f"Bearer {session.token}"}
+        async with asyncio.timeout(10), r.http.post(url, data=endless(), headers=headers) as response:
+            assert response.status == status
+
+
+async def test_a_failed_turns_request_is_not_kept_while_its_rollout_goes_on(student, teacher, rig):
+    student.always = fail(400)
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0))
+        assert [(await r.ask(session, [{"role": "user", "content": "to be forgotten"}]))[0] for _ in range(2)] == [400, 400]
+        # A request that waited for the turn of the one before it is refused with that.
+        other = r.open(mixing=beta(0.0), rollout_id="00001")
+        student.delay = 0.2
+        bodies = [[{"role": "user", "content": f"to be forgotten {number}"}] for number in range(2)]
+        assert [status for status, _ in await asyncio.gather(*(r.ask(other, body) for body in bodies))] == [400, 400]
+        gc.collect()
+        requests = [found for found in gc.get_objects() if isinstance(found, ChatRequest)]
+        assert not [request for request in requests if request.messages[0]["content"].startswith("to be forgotten")]
+        assert [(await each.finish()).policy_error.reason for each in (session, other)] == ["BadRequest", "BadRequest"]
+
+
+async def test_a_large_request_is_a_turn_like_any_other(student, teacher, rig):
+    async with rig(student, teacher) as r:
+        session = r.open()
+        body = BytesIO(json.dumps({"messages": [{"role": "user", "content": "\ud800"}]}).encode() + b" " * (2 << 20))
+        url, headers = f"{session.base_url}/chat/completions", {"Authorization": f"Bearer {session.token}"}
+        async with r.http.post(url, data=body, headers=headers) as response:
+            assert response.status == 200
+        (turn,) = (await session.finish()).turns
+    assert turn.messages[0]["content"] == "\ufffd"
 
 
 async def test_a_rollouts_requests_are_read_one_at_a_time(student, teacher, rig):

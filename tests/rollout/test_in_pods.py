@@ -34,7 +34,7 @@ body='{"model": "policy", "messages": [{"role": "system", "content": "s"}, {"rol
 exec 3<>/dev/tcp/${address%%:*}/$(echo "$address" | sed 's|.*:||; s|/.*||')
 printf 'POST /%s/chat/completions HTTP/1.0\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: %s\r\n\r\n%s' \
   "${address#*/}" "$OPENAI_API_KEY" "${#body}" "$body" >&3
-grep -q 'cat value.txt' <&3 && sed -i s/wrong/right/ value.txt
+grep -q 'cat value.txt' <&3 && sed -i s/wrong/right/ "$BROKEN"
 """
 
 
@@ -79,8 +79,9 @@ async def test_an_agent_inside_a_pod_reaches_the_gateway_of_its_worker_and_nothi
     policies, server = ground.policies.url.split("/")[2].split(":"), cluster.kubectl("config", "view", "--output=jsonpath={..server}")
     places = "".join(f"{host}/{port}\n" for host, port in (policies, server.split("/")[2].split(":"), (address, 9090)))
     rows = [json.loads(line) for line in (ground.root / "train.jsonl").read_text().splitlines()]
-    more = {"agent.sh": AGENT, "places.txt": places}
-    (ground.root / "train.jsonl").write_text("".join(json.dumps(row | {"files": row["files"] | more}) + "\n" for row in rows))
+    more = {"agent.sh": AGENT, "places.txt": places, "env.sh": "export BROKEN=value.txt\n"}
+    rows = [row | {"files": row["files"] | more, "env": {"BASH_ENV": "/testbed/env.sh"}} for row in rows]
+    (ground.root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environ = {
         **ground.environ(run),
         "KUBECONFIG": str(cluster.kubeconfig),

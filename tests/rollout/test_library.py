@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dagger_operator.api import Protocol
 from dagger_operator.rollout.library import library
+from dagger_operator.tasks import swe
 
 
 def test_importing_it_prints_nothing_and_writes_nothing(tmp_path: Path) -> None:
@@ -32,3 +33,16 @@ def test_prompts_are_those_of_the_public_board() -> None:
     text, tools = (library().config(protocol) for protocol in (Protocol.TEXT, Protocol.TOOL_CALL))
     assert "```mswea_bash_command" in text["agent"]["system_template"]
     assert "bash tool call" in tools["agent"]["instance_template"]
+
+
+def test_commands_get_the_librarys_variables_whatever_the_protocol_and_images_theirs_by_task() -> None:
+    text, tools = (library().environment(protocol) for protocol in (Protocol.TEXT, Protocol.TOOL_CALL))
+    assert text == tools and text["PAGER"] == "cat"
+    row = {
+        **dict.fromkeys(("instance_id", "repo", "version", "eval_script", "problem_statement"), "x"),
+        **dict.fromkeys(("FAIL_TO_PASS", "PASS_TO_PASS"), "[]"),
+        "log_parser": "parse_log_pytest",
+        "eval_type": "pass_and_fail",
+    }
+    for task in (swe.swebench_task(row), swe.swegym_task(row)):
+        assert {**text, **task.env} == library().config(Protocol.TOOL_CALL)["environment"]["env"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dagger_operator.policy.session import Recording
+from dagger_operator.policy.session import Recording, Silence
 from dagger_operator.rollout.outcome import InfrastructureFailed, Verdict, patch_of, verdict
 from dagger_operator.rollout.scaffold import ScaffoldEnd
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Turn
@@ -18,9 +18,15 @@ def turns(count: int, *, lost: int = 0, flaw: LabelFlaw = LabelFlaw.REQUEST_FAIL
 
 
 def recording(
-    visited: tuple[Turn, ...] = turns(3), *, failure: Failure | None = None, policy_error: Failure | None = None, limit: bool = False
+    visited: tuple[Turn, ...] = turns(3),
+    *,
+    failure: Failure | None = None,
+    policy_error: Failure | None = None,
+    limit: bool = False,
+    silent: float | None = None,
 ) -> Recording:
-    return Recording(visited, None, failure, policy_error, limit, 0.0, 0.0)
+    silence = None if silent is None else Silence(Actor.STUDENT, silent)
+    return Recording(visited, None, failure, policy_error, limit, 0.0, 0.0, silence)
 
 
 WHY = Failure(reason="Because", message="it broke")
@@ -36,7 +42,10 @@ SUBMITTED = ScaffoldEnd("Submitted")
         (ScaffoldEnd("ExitCode2"), recording(), Verdict(Outcome.UNRESOLVED, "ExitCode2")),
         (ScaffoldEnd("LimitReached"), recording(limit=True), Verdict(Outcome.LIMIT_REACHED, "LimitReached")),
         (ScaffoldEnd("Deadline"), recording(), Verdict(Outcome.LIMIT_REACHED, "Deadline")),
+        # It asked nobody.
         (ScaffoldEnd("Deadline"), recording(()), Verdict(Outcome.LIMIT_REACHED, "Deadline")),
+        # The last turn of one that took its time.
+        (ScaffoldEnd("Deadline"), recording(silent=50.0), Verdict(Outcome.LIMIT_REACHED, "Deadline")),
         # A program that shrugs the refusal off and ends well has had its turns all the same.
         (SUBMITTED, recording(limit=True), Verdict(Outcome.LIMIT_REACHED, "LimitReached")),
         (ScaffoldEnd("GatewayRefused"), recording(policy_error=WHY), Verdict(Outcome.POLICY_ERROR, "Because")),
@@ -44,7 +53,7 @@ SUBMITTED = ScaffoldEnd("Submitted")
     ],
 )
 def test_an_agents_end_is_judged(end: ScaffoldEnd, seen: Recording, expected: Verdict) -> None:
-    assert verdict(end, seen, min_coverage=0.95) == expected
+    assert verdict(end, seen, min_coverage=0.95, timeout=100) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,31 +65,34 @@ def test_an_agents_end_is_judged(end: ScaffoldEnd, seen: Recording, expected: Ve
         # Whatever exceeded the sandbox's limits, it was no policy.
         (ScaffoldEnd("LimitReached", "Evicted: its disk is full"), recording(()), "ScaffoldNeverActed"),
         (SUBMITTED, recording(turns(10, lost=1)), "LabelsUnavailable"),
+        (ScaffoldEnd("Deadline"), recording((), silent=1.0), "PolicySilent"),
+        (ScaffoldEnd("Deadline"), recording(silent=51.0), "PolicySilent"),
+        (ScaffoldEnd("ExitCode1", "timed out"), recording(silent=51.0), "PolicySilent"),
     ],
 )
 def test_what_infrastructure_broke_is_judged_by_nobody(end: ScaffoldEnd, seen: Recording, reason: str) -> None:
     with pytest.raises(InfrastructureFailed) as caught:
-        verdict(end, seen, min_coverage=0.95)
+        verdict(end, seen, min_coverage=0.95, timeout=100)
     assert caught.value.failure.reason == reason
 
 
 def test_a_prompt_that_is_too_long_is_the_policys_own_end_even_before_its_first_turn() -> None:
-    found = verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=TOO_LONG), min_coverage=0.95)
+    found = verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=TOO_LONG), min_coverage=0.95, timeout=100)
     assert found == Verdict(Outcome.POLICY_ERROR, "ContextTooLong")
 
 
 def test_a_first_request_that_never_fitted_the_policy_is_nobodys_zero() -> None:
     with pytest.raises(InfrastructureFailed, match="Because"):
-        verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=WHY), min_coverage=0.95)
+        verdict(ScaffoldEnd("GatewayRefused"), recording((), policy_error=WHY), min_coverage=0.95, timeout=100)
 
 
 def test_a_few_lost_labels_are_a_matter_of_coverage_only() -> None:
-    assert verdict(SUBMITTED, recording(turns(10, lost=1)), min_coverage=0.9).outcome is None
+    assert verdict(SUBMITTED, recording(turns(10, lost=1)), min_coverage=0.9, timeout=100).outcome is None
 
 
 @pytest.mark.parametrize("flaw", [flaw for flaw in LabelFlaw if flaw is not LabelFlaw.REQUEST_FAILED])
 def test_labels_that_the_teacher_could_not_give_break_no_rollout(flaw: LabelFlaw) -> None:
-    assert verdict(SUBMITTED, recording(turns(10, lost=10, flaw=flaw)), min_coverage=0.95).outcome is None
+    assert verdict(SUBMITTED, recording(turns(10, lost=10, flaw=flaw)), min_coverage=0.95, timeout=100).outcome is None
 
 
 def test_the_agents_own_patch_is_graded_where_it_gave_one() -> None:

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from dagger_operator.api import Mixing, Scaffold, Schedule, ScheduleType
+from dagger_operator.api import Mixing, Protocol, Scaffold, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.rollout_session import RolloutSession
 from dagger_operator.policy.session import SessionRequest
@@ -24,6 +24,7 @@ from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.store.records import Actor
 from dagger_operator.tasks.task import Task
 
+SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 TASK = Task.model_validate(
     {"id": "t", "statement": "value.txt must say 'right 1'.", "files": {"value.txt": "wrong 1\n"}, "grading": {"command": "true"}}
 )
@@ -61,10 +62,10 @@ async def opened(
             await sandbox.close()
 
 
-async def mini(scaffold: Scaffold, session: RolloutSession, sandbox: Sandbox, timeout: float = 20) -> ScaffoldEnd:
+async def mini(scaffold: Scaffold, session: RolloutSession, sandbox: Sandbox, timeout: float = 20, task: Task = TASK) -> ScaffoldEnd:
     with ThreadPoolExecutor(1) as executor:
         async with aiohttp.ClientSession() as http:
-            return await MiniScaffold.of(scaffold, http, executor, timeout)(TASK, sandbox, session)
+            return await MiniScaffold.of(scaffold, http, executor, timeout)(task, sandbox, session)
 
 
 async def test_the_librarys_own_prompts_lead_to_a_mended_file(ground: Any) -> None:
@@ -166,6 +167,46 @@ async def test_no_variable_of_the_worker_reaches_a_template(ground: Any, monkeyp
         await mini(scaffold, session, sandbox)
         recording = await session.finish()
     assert all("leak" not in str(turn.messages) for turn in recording.turns)
+
+
+IN_CONDA = TASK.model_copy(update={"env": {"BASH_ENV": "/home/agent/.bashrc", "PAGER": "the task's"}})
+
+
+async def test_an_agents_commands_run_in_the_environment_that_its_image_activates(ground: Any) -> None:
+    ground.policies.fault = _says(f"```mswea_bash_command\n{SUBMIT} && python && echo $PAGER $TQDM_DISABLE\n```")
+    async with opened(ground, Scaffold()) as (session, sandbox):
+        await _activating(sandbox)
+        assert await mini(Scaffold(), session, sandbox, task=IN_CONDA) == ScaffoldEnd("Submitted", "testbed's\nthe task's 1\n")
+        # Nobody else's do: what we run there does not depend on it.
+        assert (await sandbox.execute("python", timeout=20)).output != "testbed's\n"
+
+
+async def test_a_program_in_the_sandbox_runs_in_the_environment_that_its_image_activates(ground: Any) -> None:
+    command = ("sh", "-c", 'python > seen; echo "$DAGGER_TASK_STATEMENT" >> seen')
+    async with opened(ground, Scaffold.model_validate({"type": "Command", "command": list(command)}), network=True) as (session, sandbox):
+        await _activating(sandbox)
+        assert (await CommandScaffold(command, timeout=60)(IN_CONDA, sandbox, session)).submitted
+        assert await sandbox.read("seen") == f"testbed's\n{TASK.statement}\n".encode()
+
+
+@pytest.mark.parametrize("protocol", Protocol)
+async def test_an_image_that_activates_nothing_is_as_it_was(ground: Any, protocol: Protocol) -> None:
+    task = TASK.model_copy(update={"env": {"BASH_ENV": "/nowhere/.bashrc"}})
+    ground.policies.tool_calls = protocol is Protocol.TOOL_CALL
+    ground.policies.fault = lambda model, messages: None if len(messages) == 2 else _says("I do not know.")(model, messages)
+    scaffold = Scaffold(protocol=protocol, observation_template="exit {{ output.returncode }}\n{{ output.output }}")
+    async with opened(ground, scaffold, max_turns=2) as (session, sandbox):
+        await mini(scaffold, session, sandbox, task=task)
+        recording = await session.finish()
+    assert recording.turns[1].messages[1]["content"] == "exit 0\nwrong 1\n"
+
+
+async def _activating(sandbox: Sandbox) -> None:
+    """Gives a sandbox what conda's images have: an environment with its own `python`, which one file activates."""
+    await sandbox.write(
+        {"/home/agent/.bashrc": "export PATH=~/testbed:$PATH\n", "/home/agent/testbed/python": '#!/bin/sh\necho "testbed\'s"\n'}
+    )
+    assert (await sandbox.execute("chmod +x ~/testbed/python", timeout=20)).returncode == 0
 
 
 async def test_a_cancelled_rollout_leaves_no_agent_behind(ground: Any) -> None:

@@ -182,6 +182,18 @@ async def test_a_policy_that_fails_until_a_rollouts_deadline_is_infrastructure_a
         await evaluate(ground.stage(run, kind="evaluation"))
 
 
+async def test_a_policy_that_takes_requests_and_never_answers_is_infrastructure_and_no_limit(ground: Any) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        ground.policies.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        settings = {"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "timeoutSeconds": 3}
+        with pytest.raises(StageFailure, match=r"2 of 2 rollouts \(2 PolicySilent"):
+            await evaluate(ground.stage(ground.run(held_out=2, rollouts=settings), kind="evaluation"))
+
+
 async def test_a_round_goes_on_without_the_few_that_infrastructure_broke(ground: Any) -> None:
     run = ground.run(train=4, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 1, "minValidFraction": 0.5})
     ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None

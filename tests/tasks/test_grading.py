@@ -13,6 +13,7 @@ from dagger_operator.sandbox.interface import CommandResult, LimitExceeded, Sand
 from dagger_operator.sandbox.isolation import Isolation
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
+from dagger_operator.tasks import workspace
 from dagger_operator.tasks.grading import Grade, grade
 from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
 from dagger_operator.tasks.workspace import apply_patch, collect_patch, start
@@ -74,6 +75,12 @@ async def test_the_check_enters_only_after_the_agent_has_ended(provider: Process
     workspace = await start(TASK, provider, name="agent", timeout=60)
     result = await workspace.sandbox.execute("ls -A; grep -rl hidden . ~ /tmp", timeout=60)
     assert result.output == "keep.txt\nlib\n"
+
+
+async def test_the_agents_environment_is_not_that_of_its_patch_and_its_grade(provider: ProcessSandboxes) -> None:
+    task = TASK.model_copy(update={"env": {"BASH_ENV": "/testbed/.bashrc"}, "files": {**TASK.files, ".bashrc": "echo noise; exit 3\n"}})
+    patch = await after(provider, SOLVE, task)
+    assert "noise" not in patch and (await graded(provider, patch, task)).log == "well\n"
 
 
 CONTENT = (
@@ -141,6 +148,16 @@ async def test_a_patch_that_cannot_be_collected_says_why_and_is_unresolved(provi
 async def test_a_patch_that_does_not_apply_is_unresolved(provider: ProcessSandboxes) -> None:
     found = await graded(provider, "--- a/other\n+++ b/other\n@@ -1 +1 @@\n-x\n+y\n")
     assert (found.resolved, found.returncode) == (False, None) and "other" in found.log
+
+
+async def test_a_patch_that_a_stalled_machine_does_not_apply_in_time_is_never_unresolved(
+    provider: ProcessSandboxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch = await after(provider, SOLVE)
+    monkeypatch.setattr(workspace, "_COLLECT_SECONDS", 0.001)
+    with pytest.raises(SandboxError, match="ApplyTimeout: applying a patch to a fresh copy of task sum"):
+        await graded(provider, patch)
+    assert not provider._live
 
 
 async def test_a_check_that_hangs_is_unresolved(provider: ProcessSandboxes) -> None:
@@ -246,6 +263,22 @@ async def test_swebench_grades_with_its_own_library_and_parser(provider: Process
     assert (await graded(provider, await after(provider, SOLVE, task), task.model_copy(update={"grading": loud}))).resolved
     slow = SwebenchGrading(row={**ROW, "eval_script": "sleep 100"})
     assert not (await graded(provider, "", task.model_copy(update={"grading": slow}), timeout=1)).resolved
+
+
+CLEANS = "import subprocess; subprocess.run(['git', 'clean', '-fdxq'])"
+FORGETS = "import os, pathlib; [os.remove(log) for folder in ('/tmp', '.') for log in pathlib.Path(folder).glob('*dagger-eval*')]"
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("default")  # of swebench's own imports
+@pytest.mark.parametrize(("does", "resolved"), [(CLEANS, True), (FORGETS, False)])
+async def test_what_a_patch_does_to_files_while_it_is_tested_is_graded_and_breaks_nothing(
+    provider: ProcessSandboxes, does: str, resolved: bool
+) -> None:
+    setup = f"git init -q . && git add -A && {COMMIT}"
+    task = TASK.model_copy(update={"grading": SwebenchGrading(row=ROW), "setup": setup})
+    patch = await after(provider, f'{SOLVE}; echo "{does}" >> lib/math.py', task)
+    assert (await graded(provider, patch, task)).resolved is resolved
 
 
 @pytest.mark.heavy

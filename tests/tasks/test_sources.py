@@ -121,6 +121,8 @@ def without(row: dict[str, Any], *fields: str) -> dict[str, Any]:
         (SourceType.JSONL, lines(OWN[0], without(OWN[1], "statement")), r"row 2, field statement: missing"),
         (SourceType.JSONL, lines({**OWN[0], "stmt": 1}), r"row 1, field stmt: unknown field"),
         (SourceType.JSONL, lines({**OWN[0], "grading": {"type": "Script"}}), r"row 1, field grading"),
+        (SourceType.JSONL, lines({**OWN[0], "env": {"A=B": "x"}}), r"row 1, field env.*A=B"),
+        (SourceType.JSONL, lines({**OWN[0], "env": {"A": "x\0"}}), r"row 1, field env.A"),
         (SourceType.JSONL, lines(OWN[0], OWN[1], OWN[0]), r"row 3, field id: 't0' is row 1's already"),
         (SourceType.PARQUET, "PAR1 cut short", r"no whole Parquet file"),
         (
@@ -130,6 +132,21 @@ def without(row: dict[str, Any], *fields: str) -> dict[str, Any]:
         ),
         (SourceType.SWE_GYM, lines(without(SWE, "eval_script")), r"field eval_script: missing: SWE-Gym's own rows are known for bokeh"),
         (SourceType.SWE_BENCH, lines(without(SWE, "instance_id")), r"row 1, field instance_id: missing"),
+        (
+            SourceType.SWE_BENCH,
+            lines(SWE, {**SWE, "instance_id": "o__r-2", "log_parser": "parse_log_pitest"}),
+            r"row 2, field log_parser: got 'parse_log_pitest': swebench knows parse_log_pytest, ",
+        ),
+        (SourceType.SWE_GYM, lines({**SWE, "log_parser": ["parse_log_pytest"]}), r"row 1, field log_parser: got .* swebench knows "),
+        (SourceType.SWE_BENCH, lines({**SWE, "eval_type": "pass_fail"}), r"field eval_type: got 'pass_fail': .* pass_and_fail, fail_only"),
+        (SourceType.SWE_BENCH, lines({**SWE, "FAIL_TO_PASS": "x::t"}), r"field FAIL_TO_PASS: got 'x::t': write a list of test names"),
+        (SourceType.SWE_BENCH, lines({**SWE, "PASS_TO_PASS": '{"a": 1}'}), r"field PASS_TO_PASS: .* write a list of test names"),
+        (SourceType.SWE_BENCH, lines({**SWE, "PASS_TO_PASS": ["a", 1]}), r"field PASS_TO_PASS: .* write a list of test names"),
+        (
+            SourceType.SWE_BENCH,
+            lines({**SWE, "eval_script": ["pytest"]}),
+            r"field eval_script: .* write the whole shell script as one text",
+        ),
     ],
 )
 async def test_bad_rows_are_named_with_file_row_field_and_remedy(
@@ -169,6 +186,15 @@ async def test_held_out_tasks_in_the_training_set_are_refused(tmp_path: Path, st
     assert [task.id for task in await load_held_out(spec, store, {})] == ["t2"]
     with pytest.raises(StageFailure, match=r"InvalidTasks: 1 tasks .* are held out too, such as t2.*different splits"):
         await load_training(spec.model_copy(update={"source": source(SourceType.JSONL, path)}), store, {})
+
+
+async def test_a_tasks_environment_is_read_and_a_row_without_one_stays_as_it_was(tmp_path: Path, store: Store) -> None:
+    env = {"BASH_ENV": "/root/.bashrc"}
+    (tmp_path / "tasks.jsonl").write_text(lines({**OWN[0], "env": env}, {**OWN[1], "env": json.dumps(env)}, OWN[2]))
+    one, other, without = await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})
+    assert (one.env, other.env, without.env) == (env, env, {})
+    assert json.loads(one.model_dump_json())["env"] == env
+    assert "env" not in json.loads(without.model_dump_json())
 
 
 def test_a_script_grading_needs_nothing_but_a_command() -> None:

@@ -5,6 +5,8 @@ PolicyFailure
   PolicyRefused      the policy's own: it cannot go on from this state, such as with a context that is too long
 """
 
+from typing import Self
+
 from dagger_operator.store.records import Failure
 
 CONTEXT_TOO_LONG = "ContextTooLong"
@@ -21,6 +23,10 @@ class PolicyFailure(Exception):
     @property
     def record(self) -> Failure:
         return Failure(reason=self.reason, message=self.message)
+
+    def anew(self) -> Self:
+        """The same failure without a traceback, whose frames keep the request alive."""
+        return type(self)(self.reason, self.message)
 
 
 class PolicyUnavailable(PolicyFailure):

@@ -1,5 +1,6 @@
 """The policy gateway: an OpenAI-compatible server with a base URL and a token for each rollout. It runs inside the rollout worker."""
 
+import asyncio
 import contextlib
 import resource
 import secrets
@@ -28,8 +29,11 @@ from dagger_operator.policy.wire import InvalidWire, dump, parse
 
 MODEL = "policy"
 """The one model that scaffolds see."""
-LARGEST_REQUEST = 64 << 20
-"""Bytes: what the policy agent takes (`serving.proxy`). A state of a million tokens has about 5 MB."""
+LARGEST_REQUEST = 8 << 20
+"""Bytes: what the policy agent takes (`serving.proxy`). A state of a million tokens has about 5 MB; JSON that means harm becomes 25 times
+its size in memory, and all rollouts of the worker wait while it is parsed."""
+_LARGE_REQUEST = 1 << 20
+"""Bytes from which on a thread reads them."""
 _OPEN_FILES = 65536
 
 
@@ -137,7 +141,8 @@ class Gateway:
         try:
             # A body stays unread, in the network, until the one before it has its turn: a scaffold may send as many as it likes.
             async with session.admission:
-                request = chat_request(parse(await http.read()))
+                session.check()
+                request = chat_request(await _parsed(await http.read()))
                 act = await session.turn(request)
             respond: Callable[[web.Request, ChatRequest, Act], Awaitable[web.StreamResponse]] = _stream if request.stream else _whole
             return await respond(http, request, act)
@@ -155,6 +160,10 @@ class Gateway:
             return _refused(400, "context_length_exceeded" if error.reason == CONTEXT_TOO_LONG else "policy_refused", str(error))
         except TurnDropped:
             return _refused(410, "session_closed", "this rollout has ended")
+
+
+async def _parsed(body: bytes) -> dict[str, Any]:
+    return await asyncio.to_thread(parse, body) if len(body) > _LARGE_REQUEST else parse(body)
 
 
 async def _whole(http: web.Request, request: ChatRequest, act: Act) -> web.StreamResponse:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 from dagger_operator.api import LabelMode
 from dagger_operator.policy.act import Act, TurnDropped
@@ -14,7 +15,8 @@ from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.mixing import Mixer
 from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
-from dagger_operator.policy.session import Recording, SessionRequest
+from dagger_operator.policy.session import Recording, SessionRequest, Silence
+from dagger_operator.policy.streaming import Chunk
 from dagger_operator.store.records import Actor
 
 
@@ -52,6 +54,22 @@ class RolloutSession:
         self._closed = False
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
+        self._asked: Actor | None = None
+        """Who is asked for a turn right now."""
+        self._heard_at = 0.0
+        self._silence: Silence | None = None
+
+    def check(self) -> None:
+        """Raises what `turn` would whatever it were asked, so that such requests need not be read.
+
+        After the first one beyond the last turn no other is looked at: who could ask it has read that turn.
+        """
+        if self._closed:
+            raise TurnDropped
+        if self._failed is not None:
+            raise self._failed.anew() if isinstance(self._failed, PolicyFailure) else self._failed
+        if self._limit_reached:
+            raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
 
     async def turn(self, request: ChatRequest) -> Act:
         """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
@@ -59,11 +77,8 @@ class RolloutSession:
         Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it before.
         """
         while True:
+            self.check()
             act = self._act
-            if self._closed:
-                raise TurnDropped
-            if self._failed is not None:
-                raise self._failed
             if act is not None and act.request == request:
                 return act
             if act is None or act.done:
@@ -71,7 +86,7 @@ class RolloutSession:
             await act.settled()
         if len(self._recorder.turns) >= self._request.max_turns:
             self._limit_reached = True
-            raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
+            self.check()
         request = self._recorder.interned(request)
         self._act = Act(request, self._run)
         return self._act
@@ -85,23 +100,27 @@ class RolloutSession:
         labelled = decision.actor is Actor.STUDENT and self._labeller is not None
         if labelled and mode is not LabelMode.DEFERRED:
             self._labels[index] = asyncio.create_task(self._label(index, act.request))
-        started = time.monotonic()
+        started = self._heard_at = time.monotonic()
+        self._asked = decision.actor
         try:
             answer = await client.complete(
                 act.request,
                 seed=self._seed(index, decision.actor),
                 priority=ACTING_PRIORITY,
                 affinity=self._request.rollout_id,
-                forward=act.forward if act.request.stream else None,
+                forward=partial(self._forward, act) if act.request.stream else None,
                 failing=act.failing,
             )
         except BaseException as error:
             # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
-            self._failed = error if isinstance(error, Exception) else act.trouble
+            why = error if isinstance(error, Exception) else act.trouble
+            self._failed = why.anew() if isinstance(why, PolicyFailure) else why
+            self._act = None  # nobody will get its turn, and the rollout may go on for hours: its request is not kept for that
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
             raise
         finally:
+            self._asked = None
             self._acting_seconds += time.monotonic() - started
         self._recorder.record(act.request, decision, answer.completion)
         self._metrics.turns.labels(decision.actor).inc()
@@ -113,6 +132,10 @@ class RolloutSession:
         elif labelled and mode is LabelMode.INLINE:
             await asyncio.shield(self._labels[index])
         return answer
+
+    def _forward(self, act: Act, chunk: Chunk) -> None:
+        self._heard_at = time.monotonic()
+        act.forward(chunk)
 
     async def _label(self, index: int, request: ChatRequest) -> None:
         assert self._labeller is not None
@@ -159,6 +182,7 @@ class RolloutSession:
             limit_reached=self._limit_reached,
             acting_seconds=self._acting_seconds,
             label_seconds=self._label_seconds,
+            silence=self._silence,
         )
 
     async def abort(self) -> None:
@@ -169,6 +193,8 @@ class RolloutSession:
     async def _close(self) -> None:
         self._closed = True
         self._on_close()
+        if self._asked is not None:
+            self._silence = Silence(self._asked, time.monotonic() - self._heard_at)
         if self._act is not None and not self._act.done:
             await self._act.drop()
 

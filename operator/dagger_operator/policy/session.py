@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dagger_operator.api import LabelMode, Mixing
-from dagger_operator.store.records import Failure, Message, Turn
+from dagger_operator.store.records import Actor, Failure, Message, Turn
 
 
 class LabelCheck(Protocol):
@@ -34,6 +34,15 @@ class SessionRequest:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """A policy that was asked to act and had not answered when the session was closed."""
+
+    actor: Actor
+    seconds: float
+    """Since it was asked, or since it last streamed a part of its answer."""
+
+
+@dataclass(frozen=True)
 class Recording:
     """What a session saw."""
 
@@ -46,6 +55,8 @@ class Recording:
     limit_reached: bool
     acting_seconds: float
     label_seconds: float
+    silence: Silence | None = None
+    """Set where a turn was under way that nobody will execute."""
 
 
 class Session(Protocol):

@@ -73,7 +73,8 @@ class Attempts:
         except BaseException:
             await session.abort()
             raise
-        judged = verdict(end, recording, min_coverage=self.run.spec.labels.min_coverage)
+        spec = self.run.spec
+        judged = verdict(end, recording, min_coverage=spec.labels.min_coverage, timeout=spec.rollouts.timeout_seconds)
         outcome, submitted, grading = judged.outcome, judged.outcome is None, time.monotonic()
         if outcome is None:
             patch = patch_of(end, patch)

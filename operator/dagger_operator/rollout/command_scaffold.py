@@ -18,8 +18,8 @@ class CommandScaffold:
     """Seconds."""
 
     async def __call__(self, task: Task, sandbox: Sandbox, session: Session) -> ScaffoldEnd:
-        environment = {"OPENAI_BASE_URL": session.base_url, "OPENAI_API_KEY": session.token, "DAGGER_TASK_STATEMENT": task.statement}
-        result = await sandbox.execute(shlex.join(self.command), timeout=self.timeout, env=environment)
+        ours = {"OPENAI_BASE_URL": session.base_url, "OPENAI_API_KEY": session.token, "DAGGER_TASK_STATEMENT": task.statement}
+        result = await sandbox.execute(shlex.join(self.command), timeout=self.timeout, env={**task.env, **ours})
         if result.timed_out:
             return ScaffoldEnd(DEADLINE)
         return ScaffoldEnd(SUBMITTED) if result.returncode == 0 else ScaffoldEnd(f"ExitCode{result.returncode}", result.output[-2000:])

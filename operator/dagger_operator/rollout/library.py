@@ -36,6 +36,11 @@ class Library:
         loaded: dict[str, Any] = yaml.safe_load((self.configs / name).read_text(encoding="utf-8"))
         return loaded
 
+    def environment(self, protocol: Protocol) -> dict[str, str]:
+        """The variables of that configuration for every command: no pagers, no progress bars. Without BASH_ENV, which is about the images
+        of some tasks (`Task.env`), and which the library sets for one protocol alone."""
+        return {name: value for name, value in self.config(protocol)["environment"]["env"].items() if name != "BASH_ENV"}
+
 
 @cache
 def library() -> Library:

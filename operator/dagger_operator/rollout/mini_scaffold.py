@@ -1,5 +1,6 @@
 """The built-in scaffold: mini-swe-agent beside the sandbox, its model the policy gateway, its environment the sandbox."""
 
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,10 @@ class SandboxEnvironment:
     """mini-swe-agent's `Environment`: a command is one `execute` of the sandbox. Unlike the library's own it shows templates no
     variable of this process."""
 
-    def __init__(self, sandbox: Sandbox, bridge: Bridge, *, workdir: str, timeout: float, submit_command: str) -> None:
-        self._sandbox, self._bridge, self._timeout, self._workdir = sandbox, bridge, timeout, workdir
+    def __init__(
+        self, sandbox: Sandbox, bridge: Bridge, *, workdir: str, env: Mapping[str, str], timeout: float, submit_command: str
+    ) -> None:
+        self._sandbox, self._bridge, self._timeout, self._workdir, self._env = sandbox, bridge, timeout, workdir, dict(env)
         self._submit_command = submit_command.strip()
         # The library's rule, for any word: an agent submits by a command whose first line of output is the word that it echoes.
         self._marker = self._submit_command.removeprefix("echo ").strip() if self._submit_command.startswith("echo ") else None
@@ -90,7 +93,7 @@ class SandboxEnvironment:
         command = action["command"]
         if self._marker is None and command.strip() == self._submit_command:
             raise _submitted("")
-        result = self._bridge.call(self._sandbox.execute(command, timeout=self._timeout))
+        result = self._bridge.call(self._sandbox.execute(command, timeout=self._timeout, env=self._env))
         lines = result.output.lstrip().splitlines(keepends=True)
         if result.returncode == 0 and lines and lines[0].strip() == self._marker:
             raise _submitted("" if result.truncated else "".join(lines[1:]))
@@ -119,16 +122,23 @@ class MiniScaffold:
     executor: Executor
     command_timeout: float
     """Seconds of one command."""
+    env: Mapping[str, str]
+    """Of commands; a task's own goes before."""
 
     @classmethod
     def of(cls, scaffold: Scaffold, http: aiohttp.ClientSession, executor: Executor, command_timeout: float) -> "MiniScaffold":
-        return cls(scaffold, templates(scaffold), http, executor, command_timeout)
+        return cls(scaffold, templates(scaffold), http, executor, command_timeout, library().environment(scaffold.protocol))
 
     async def __call__(self, task: Task, sandbox: Sandbox, session: Session) -> ScaffoldEnd:
         def agent(bridge: Bridge) -> dict[str, Any]:
             model = GatewayModel(self.http, session, bridge, self.scaffold.protocol, self.words)
             environment = SandboxEnvironment(
-                sandbox, bridge, workdir=task.workdir, timeout=self.command_timeout, submit_command=self.scaffold.submit_command
+                sandbox,
+                bridge,
+                workdir=task.workdir,
+                env={**self.env, **task.env},
+                timeout=self.command_timeout,
+                submit_command=self.scaffold.submit_command,
             )
             settings = {"system_template": self.words.system, "instance_template": self.words.instance, "step_limit": 0, "cost_limit": 0}
             end: dict[str, Any] = library().agent(model, environment, **settings).run(task.statement)

@@ -25,15 +25,21 @@ class Verdict:
     exit_status: str
 
 
-def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float) -> Verdict:
+def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float, timeout: float) -> Verdict:
     """Judges a rollout whose scaffold ended by itself or at a limit. Only submitted work is graded.
 
-    Raises `InfrastructureFailed` where a policy could not be reached, where the scaffold never took a turn (unless its first state is
-    too long for the policy), or where so many requests for labels failed that fewer than `min_coverage` of the visited states could
-    have one.
+    Raises `InfrastructureFailed` where a policy could not be reached, or did not answer the request that was under way at the end (the
+    first one, or any for more than half of `timeout`, the rollout's deadline in seconds), where the scaffold never took a turn (unless
+    its first state is too long for the policy, or its deadline passed before it asked), or where so many requests for labels failed that
+    fewer than `min_coverage` of the visited states could have one.
     """
     if recording.failure is not None:
         raise InfrastructureFailed(recording.failure)
+    if (silence := recording.silence) is not None and (not recording.turns or silence.seconds > timeout / 2):
+        message = (
+            f"the {silence.actor} had sent nothing for {silence.seconds:.0f} s at turn {len(recording.turns)} when it ended as {end.status}"
+        )
+        raise InfrastructureFailed(Failure(reason="PolicySilent", message=message))
     lost = sum(turn.label_flaw is LabelFlaw.REQUEST_FAILED for turn in recording.turns)
     if len(recording.turns) - lost < min_coverage * len(recording.turns):
         message = f"requests for {lost} of {len(recording.turns)} labels failed"

@@ -15,7 +15,7 @@ from dagger_operator.serving.gate import Gate, GateClosed
 from dagger_operator.serving.metrics import AgentMetrics
 from dagger_operator.serving.replica import Replica
 
-LARGEST_REQUEST = 64 * 2**20
+LARGEST_REQUEST = 8 * 2**20
 """Bytes. A state of a million tokens has about 5 MB."""
 
 _NOT_PASSED_ON = frozenset({"kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "chat_template"})

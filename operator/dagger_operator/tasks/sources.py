@@ -43,7 +43,7 @@ async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str
             raise _invalid(source, f"split {source.split!r} has no rows; there are: {', '.join(named)}")
     if not rows:
         raise _invalid(source, "it holds no rows: name a source that does")
-    tasks = tuple(_task(source, number, row) for number, row in enumerate(rows, 1))
+    tasks = await asyncio.to_thread(lambda: tuple(_task(source, number, row) for number, row in enumerate(rows, 1)))
     first: dict[str, int] = {}
     for number, task in enumerate(tasks, 1):
         if task.id in first:
@@ -167,7 +167,7 @@ def _task(source: TaskSource, number: int, row: Row) -> Task:
                 return swe.swegym_task(row)
             case _:
                 return Task.model_validate(_decoded(row))
-    except swe.MissingColumns as error:
+    except swe.InvalidRow as error:
         raise _invalid(source, f"row {number}, {error}") from error
     except ValidationError as error:
         raise _invalid(source, f"row {number}, field {explain(error, Task).problems[0]}") from error
@@ -176,7 +176,7 @@ def _task(source: TaskSource, number: int, row: Row) -> Task:
 def _decoded(row: Row) -> Row:
     """Nested fields may be JSON text: Parquet has no good type for a mapping of file names."""
     decoded = dict(row)
-    for field in ("files", "grading"):
+    for field in ("files", "env", "grading"):
         if isinstance(value := row.get(field), str):
             with suppress(ValueError):  # the model's own complaint about a string is the clearer one
                 decoded[field] = json.loads(value)

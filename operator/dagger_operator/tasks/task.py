@@ -1,8 +1,12 @@
 """A task as every source gives it."""
 
-from typing import Any, Literal
+import operator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+_Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
 class ScriptGrading(BaseModel):
@@ -37,6 +41,9 @@ class Task(BaseModel):
     workdir: str = "/testbed"
     files: dict[str, str] = {}
     """Text files that the sandbox starts with, relative to `workdir`."""
+    # Left out where it is empty, so that rows without it are what they were before there was this field.
+    env: Annotated[dict[_Name, _Value], Field(exclude_if=operator.not_)] = {}
+    """Environment of the agent's commands, beside PATH, HOME and LANG. Setup, patches and grading do not get it."""
     setup: str | None = None
     """Command run once before the agent starts; its failure is an infrastructure failure."""
     grading: ScriptGrading | SwebenchGrading

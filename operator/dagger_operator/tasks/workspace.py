@@ -102,7 +102,10 @@ async def collect_patch(workspace: Workspace) -> str:
 async def apply_patch(
     workspace: Workspace, patch: str, commands: tuple[str, ...] = ("git apply --binary --whitespace=nowarn",)
 ) -> CommandResult:
-    """Applies a collected patch to a fresh workspace; `commands` are tried in turn, each on the unchanged files. An empty patch is fine."""
+    """Applies a collected patch to a fresh workspace; `commands` are tried in turn, each on the unchanged files. An empty patch is fine.
+
+    Raises `SandboxError`, also where that takes too long: nothing of the agent's runs here, so its work is not to blame.
+    """
     if not patch.strip():
         return CommandResult("", 0)
     await workspace.sandbox.write({PATCH_FILE: patch})
@@ -112,7 +115,10 @@ async def apply_patch(
     chain = " || ".join([tries[0], *(f"{{ {again} && {command}; }}" for command in tries[1:])])
     # The last one may have applied all of it and still complain.
     script = f"{_GIT}{chain} || git apply --check --reverse {PATCH_FILE}\ncode=$?; rm -f {PATCH_FILE}; exit $code"
-    return await workspace.sandbox.execute(script, timeout=_COLLECT_SECONDS)
+    done = await workspace.sandbox.execute(script, timeout=_COLLECT_SECONDS)
+    if done.timed_out:
+        raise SandboxError("ApplyTimeout", f"applying a patch to a fresh copy of task {workspace.task.id} took over {_COLLECT_SECONDS:g} s")
+    return done
 
 
 def _check(result: CommandResult, reason: str, what: str) -> None:

@@ -38,8 +38,9 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
         raise StageFailure(
             "NoGpu",
             f"rank {rank} shall have GPU {local_rank} of this node and torch finds {torch.cuda.device_count()} that it can use: "
-            "training.gpusPerNode must be no less than training.processesPerNode, and the node's driver new enough for CUDA "
-            f"{torch.version.cuda}",
+            "training.gpusPerNode must be no less than training.processesPerNode, the node's driver new enough for CUDA "
+            f"{torch.version.cuda}, and its libcuda.so.1 in the loader's cache or below LD_LIBRARY_PATH, which is "
+            f"{os.environ.get('LD_LIBRARY_PATH', '')!r} (on GKE it must name /usr/local/nvidia/lib64)",
             permanent=False,
         )
     if not cuda:
