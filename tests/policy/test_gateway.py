@@ -146,6 +146,35 @@ async def test_a_teachers_action_that_was_cut_off_is_no_label(student, teacher, 
     assert (turn.actor, turn.label_flaw) == (Actor.TEACHER, LabelFlaw.TRUNCATED)
 
 
+@pytest.mark.parametrize("acts", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("reason", "tokens", "prompt", "flaw"),
+    [
+        ("tool_calls", 64, 10, LabelFlaw.TRUNCATED),
+        ("tool_calls", 20, 980, LabelFlaw.TRUNCATED),  # vLLM cuts a turn where the context ends, below the spec's maxTokens
+        ("tool_calls", 63, 10, None),
+        ("stop", 64, 10, None),  # ended by itself, at its last token
+        ("length", 3, 10, LabelFlaw.TRUNCATED),
+        ("content_filter", 3, 10, LabelFlaw.TRUNCATED),
+    ],
+)
+async def test_a_teachers_turn_that_did_not_end_by_itself_never_trains(student, teacher, rig, acts, reason, tokens, prompt, flaw):
+    call = {"id": "1", "type": "function", "function": {"name": "bash", "arguments": "{}"}}
+
+    async def ended(stub, http, request):
+        answer = stub.answer(request, tool_calls=[call])
+        answer["choices"][0]["finish_reason"] = reason
+        answer["usage"] = {"prompt_tokens": prompt, "completion_tokens": tokens}
+        return web.json_response(answer)
+
+    teacher.always = ended
+    async with rig(student, teacher, teacher_changes={"context": 1000}) as r:
+        session = r.open(mixing=beta(acts))
+        await r.ask(session, STATE)
+        (turn,) = (await session.finish()).turns
+    assert (turn.label.finish_reason, turn.label_flaw) == (reason, flaw)
+
+
 async def test_evaluation_is_greedy_without_teacher_or_labels(student, rig):
     async with rig(student, None) as r:
         session = r.open(mixing=None)

@@ -45,7 +45,7 @@ async def test_a_served_student_and_a_teacher_behind_an_endpoint(tmp_path):
 
 
 async def test_a_served_teachers_version_is_what_preflight_found(tmp_path):
-    serving = stage(tmp_path, {"serving": {}})
+    serving = stage(tmp_path, {"serving": {"maxModelLen": 4096}})
     with pytest.raises(StageFailure, match="preflight") as caught:
         await upstreams(serving, greedy=False)
     assert not caught.value.permanent
@@ -53,6 +53,7 @@ async def test_a_served_teachers_version_is_what_preflight_found(tmp_path):
     await serving.store.create(layout.result(0, "preflight"), found.model_dump_json().encode())
     _, teacher = await upstreams(serving, greedy=False)
     assert (teacher.model, teacher.version, teacher.served) == ("r000-ba9876543210", "r000-ba9876543210", True)
+    assert teacher.context == 4096
 
 
 async def test_evaluation_is_greedy_and_asks_no_teacher(tmp_path):

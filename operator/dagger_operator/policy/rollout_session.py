@@ -107,7 +107,7 @@ class RolloutSession:
         self._metrics.turns.labels(decision.actor).inc()
         self._metrics.answered(decision.actor, Purpose.ACTION, answer.completion)
         if decision.actor is Actor.TEACHER:
-            self._set_label(index, judged(answer.completion, self._request.label_check))
+            self._set_label(index, judged(client.upstream, answer.completion, self._request.label_check))
         elif labelled and mode is LabelMode.DEFERRED:
             self._deferred[index] = act.request
         elif labelled and mode is LabelMode.INLINE:
