@@ -7,17 +7,20 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from yarl import URL
 
+from dagger_operator.policy import replicas as replicas_module
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.metrics import GatewayMetrics
-from dagger_operator.policy.replicas import Replicas
+from dagger_operator.policy.replicas import LOOK_UP_SECONDS, Replicas
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff, retry_after_seconds
 
@@ -272,6 +275,35 @@ async def test_a_host_name_stands_for_all_its_addresses_until_one_fails(monkeypa
     found = {await replicas.pick(f"{i:05}") for i in range(50)}
     assert found == {"http://127.0.0.3:8000/v1", "http://127.0.0.4:8000/v1"}
     assert asked == [("run-student", 8000)] * 2
+
+
+async def test_a_replica_that_came_back_gets_its_rollouts_again(monkeypatch):
+    """The name server and the clock are replaced: a Service does not show a replica while it restarts."""
+    one, other = "127.0.0.2", "127.0.0.3"
+    answers = [[one, other], [other], OSError("the name server is away"), [one, other]]
+    now = 1000.0
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def getaddrinfo(host, port, **_):
+        found = answers.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
+
+    async def placed():
+        return {rollout: URL(await replicas.pick(rollout)).host for rollout in (f"{i:05}" for i in range(50))}
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    replicas = Replicas(["http://run-student:8000/v1"], resolve=True)
+    before = await placed()
+    assert set(before.values()) == {one, other}
+    replicas.unreachable(f"http://{one}:8000/v1")
+    assert set((await placed()).values()) == {other}
+    now += LOOK_UP_SECONDS + 1
+    assert set((await placed()).values()) == {other}  # a lookup that fails costs nobody what is known
+    now += LOOK_UP_SECONDS + 1
+    assert await placed() == before
+    assert not answers
 
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
