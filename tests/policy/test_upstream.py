@@ -44,6 +44,15 @@ async def test_a_served_student_and_a_teacher_behind_an_endpoint(tmp_path):
     assert teacher.version == f"endpoint-{sha256(f'{TEACHER_URL} gpt-x'.replace(' ', chr(10)).encode()).hexdigest()[:12]}"
 
 
+async def test_a_secrets_key_is_sent_without_the_newline_behind_it_and_refused_with_one_inside(tmp_path):
+    _, teacher = await upstreams(stage(tmp_path, ENDPOINT, DAGGER_TEACHER_TOKEN="key\n"), greedy=False)
+    assert teacher.token == "key"
+    _, teacher = await upstreams(stage(tmp_path, ENDPOINT, DAGGER_TEACHER_TOKEN="\n"), greedy=False)
+    assert teacher.token is None
+    with pytest.raises(StageFailure, match=r"teacher\.endpoint\.secretRef"):
+        await upstreams(stage(tmp_path, ENDPOINT, DAGGER_TEACHER_TOKEN="key\nkey"), greedy=False)
+
+
 async def test_a_served_teachers_version_is_what_preflight_found(tmp_path):
     serving = stage(tmp_path, {"serving": {"maxModelLen": 4096}})
     with pytest.raises(StageFailure, match="preflight") as caught:

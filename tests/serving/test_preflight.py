@@ -30,6 +30,7 @@ class Endpoint:
         self.model, self.habits = model, {"finish": "stop", "stream": True, "tools": True, "weights": "w", "length": 4096, **habits}
         self.refusals = self.habits.get("refusals", 0)
         self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -50,6 +51,7 @@ class Endpoint:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        self.keys.add(request.headers.get("Authorization"))
         if "sleep" in self.habits:
             await asyncio.sleep(self.habits["sleep"])
         if "status" in self.habits and self.refusals >= 0:
@@ -92,14 +94,14 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
     """Preflight of these students and this teacher; its checks."""
     monkeypatch.setattr(examination, "ENDPOINT_PATIENCE_SECONDS", 1.5)
 
-    async def go(teacher: Endpoint, *students: Endpoint, **spec: Any) -> dict[str, str]:
+    async def go(teacher: Endpoint, *students: Endpoint, token: str = TOKEN, **spec: Any) -> dict[str, str]:
         students = students or (Endpoint(STUDENT),)
         document["spec"]["student"]["serving"]["replicas"] = len(students)
         document["spec"]["teacher"]["endpoint"] |= {"secretRef": {"name": "keys"}, **spec.pop("endpoint", {})}
         document["spec"] |= spec
         async with listening(teacher, *students) as urls:
             document["spec"]["teacher"]["endpoint"]["url"] = urls[0]
-            made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=TOKEN)
+            made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=token)
             await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
             await point_to(made.store, STUDENT, 0)
             await made.store.put(layout.policy(STUDENT) + "tokenizer.json", TOKENIZER)
@@ -152,6 +154,20 @@ async def test_a_teacher_that_would_spoil_labels_stops_the_run(
     with pytest.raises(StageFailure, match=said) as failed:
         await examine(Endpoint("teach", **habits), endpoint={"timeoutSeconds": 1})
     assert (failed.value.reason, failed.value.permanent) == (reason, permanent)
+    assert TOKEN not in str(failed.value)
+
+
+@pytest.mark.parametrize("token", [TOKEN + "\n", f"\t {TOKEN}\r\n"])
+async def test_white_space_around_a_key_is_no_part_of_it(examine: Any, token: str) -> None:
+    teacher = Endpoint("teach")
+    await examine(teacher, token=token)
+    assert teacher.keys == {f"Bearer {TOKEN}"}
+
+
+async def test_a_key_that_no_header_can_hold_is_told_as_the_secrets_fault(examine: Any) -> None:
+    with pytest.raises(StageFailure, match=r"put the key alone into the Secret that teacher\.endpoint\.secretRef names") as failed:
+        await examine(Endpoint("teach"), token=f"{TOKEN}\nanother line")
+    assert (failed.value.reason, failed.value.permanent) == ("TeacherUnauthorized", True)
     assert TOKEN not in str(failed.value)
 
 

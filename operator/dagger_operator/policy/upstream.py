@@ -99,7 +99,7 @@ def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str
     return Upstream(
         role=role,
         urls=urls,
-        token=stage.environ.get(f"DAGGER_{name}_TOKEN") or None,
+        token=stage.token(role),
         model=endpoint.model or policy.model if endpoint else version,
         version=endpoint.version(policy.model) if endpoint else version,
         sampling=policy.sampling,

@@ -73,7 +73,7 @@ class Examination:
         return Policy(
             role=self._role,
             url=url,
-            token=self._stage.environ.get(f"DAGGER_{self._role.upper()}_TOKEN") or None,
+            token=self._stage.token(self._role),
             model=(endpoint.model or self._spec.model) if endpoint else self._version,
             sampling=self._spec.sampling,
             served=endpoint is None,
