@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from yarl import URL
 
+from dagger_operator.api import MaxTokensParameter, Sampling
 from dagger_operator.policy import replicas as replicas_module
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
@@ -81,6 +82,20 @@ async def test_an_endpoint_gets_its_own_model_name_and_nothing_that_it_may_not_k
     assert student.requests[0]["model"] == "gpt-x"
     assert not {"seed", "priority"} & student.requests[0].keys()
     assert answer.completion.policy == "endpoint-0123456789ab"
+
+
+@pytest.mark.parametrize(("shape", "sent"), [(1.0, {}), (0.5, {"temperature": 0.5, "top_p": 0.5})])
+async def test_a_reasoning_model_is_asked_with_what_it_knows(student, upstream, shape, sent):
+    sampling = Sampling(temperature=shape, top_p=shape, max_tokens=64)
+    parameter = MaxTokensParameter.MAX_COMPLETION_TOKENS
+    await ask(upstream(student.url, served=False, sampling=sampling, max_tokens_parameter=parameter))
+    said = {name: student.requests[0].get(name) for name in ("temperature", "top_p", "max_tokens", "max_completion_tokens")}
+    assert {name: value for name, value in said.items() if value is not None} == {**sent, "max_completion_tokens": 64}
+
+
+async def test_an_endpoint_is_told_a_temperature_of_one_which_need_not_be_its_models_default(student, upstream):
+    await ask(upstream(student.url, served=False, sampling=Sampling(temperature=1, top_p=1)))
+    assert (student.requests[0]["temperature"], student.requests[0]["top_p"]) == (1, 1)
 
 
 async def test_greedy_is_temperature_zero(student, upstream):

@@ -31,13 +31,14 @@ def stage(folder, teacher, **environment):
     return Stage.from_environment({name: value for name, value in (defaults | environment).items() if value is not None})
 
 
-ENDPOINT = {"endpoint": {"url": TEACHER_URL, "model": "gpt-x", "timeoutSeconds": 33}}
+ENDPOINT = {"endpoint": {"url": TEACHER_URL, "model": "gpt-x", "timeoutSeconds": 33, "maxTokensParameter": "MaxCompletionTokens"}}
 
 
 async def test_a_served_student_and_a_teacher_behind_an_endpoint(tmp_path):
     student, teacher = await upstreams(stage(tmp_path, ENDPOINT, DAGGER_TEACHER_TOKEN="key"), greedy=False)
     assert student.urls == ("http://127.0.0.2:8000/v1", "http://127.0.0.3:8000/v1")
     assert (student.top_logprobs, teacher.top_logprobs) == (0, 8)
+    assert (student.max_tokens_parameter, teacher.max_tokens_parameter) == ("MaxTokens", "MaxCompletionTokens")
     assert (student.model, student.version, student.served) == ("r002-0123456789ab", "r002-0123456789ab", True)
     assert (student.sampling.temperature, student.attempts, student.timeout_seconds) == (0.4, 4, SERVED_TIMEOUT_SECONDS)
     assert (teacher.model, teacher.served, teacher.token, teacher.timeout_seconds) == ("gpt-x", False, "key", 33)

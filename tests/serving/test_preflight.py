@@ -58,6 +58,12 @@ class Endpoint:
             self.refusals -= 1
             text = self.habits.get("says", f"told {request.headers.get('Authorization')}")
             return web.json_response({"error": {"message": text}}, status=self.habits["status"], headers=self.habits.get("headers"))
+        if self.habits.get("reasons"):
+            wrong = next((name for name in ("max_tokens", "temperature", "top_p") if name in body), None)
+            if wrong:
+                more = " Use 'max_completion_tokens' instead." if wrong == "max_tokens" else ""
+                message = f"Unsupported parameter: '{wrong}' is not supported with this model.{more}"
+                return web.json_response({"error": {"message": message, "code": "unsupported_parameter"}}, status=400)
         if "body" in self.habits:
             return web.Response(text=self.habits["body"], content_type="application/json")
         if body["model"] != self.model:
@@ -241,6 +247,18 @@ async def test_a_run_that_learns_them_stops_at_such_a_teacher(examine: Any, toke
 async def test_an_endpoint_that_refuses_to_be_asked_for_them_says_which_field(examine: Any) -> None:
     with pytest.raises(StageFailure, match=r"look at teacher\.sampling and labels\.topLogprobs, which it may not support"):
         await examine(Endpoint("teach", status=400), labels=LABELS)
+
+
+async def test_a_reasoning_model_can_be_a_teacher_and_says_how(examine: Any, document: dict[str, Any]) -> None:
+    named = {"maxTokensParameter": "MaxCompletionTokens"}
+    with pytest.raises(StageFailure, match=r"write teacher\.endpoint\.maxTokensParameter MaxCompletionTokens"):
+        await examine(Endpoint("teach", reasons=True))
+    with pytest.raises(StageFailure, match=r"'temperature'.*teacher\.sampling \(a temperature or topP of 1 is not sent\)"):
+        await examine(Endpoint("teach", reasons=True), endpoint=named)
+    teacher = Endpoint("teach", reasons=True)
+    document["spec"]["teacher"]["sampling"] |= {"temperature": 1, "topP": 1}
+    await examine(teacher, endpoint=named)
+    assert {request["max_completion_tokens"] for request in teacher.requests} == {64}
 
 
 async def test_streams_are_needed_by_a_command_scaffold_alone(examine: Any) -> None:

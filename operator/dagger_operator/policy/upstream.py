@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagger_operator.api import Sampling, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Sampling, Student, Teacher
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff
 from dagger_operator.store import layout, logprobs
@@ -37,6 +37,7 @@ class Upstream:
     """vLLM behind the policy agent, rather than an endpoint of someone else's: it honours `seed` and `priority`, and its answers
     must name the version that was asked for."""
     backoff: Backoff = field(default_factory=Backoff)
+    max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
     context: int = 0
     """Tokens of prompt and turn together that a served policy takes; 0 where it is not known."""
     top_logprobs: int = 0
@@ -62,7 +63,7 @@ class Upstream:
         body: dict[str, Any] = {"model": self.model, "messages": list(request.messages), **request.options}
         if request.tools:
             body["tools"] = list(request.tools)
-        body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": self.sampling.max_tokens}
+        body |= self.sampling.asked(self.max_tokens_parameter)
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.served:
@@ -106,6 +107,7 @@ def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str
         timeout_seconds=endpoint.timeout_seconds if endpoint else SERVED_TIMEOUT_SECONDS,
         attempts=stage.run.spec.labels.attempts,
         served=endpoint is None,
+        max_tokens_parameter=endpoint.max_tokens_parameter if endpoint else MaxTokensParameter.MAX_TOKENS,
         context=serving.max_model_len if serving else 0,
         top_logprobs=stage.run.spec.labels.top_logprobs if role is Actor.TEACHER else 0,
     )

@@ -4,7 +4,7 @@ import json
 from difflib import get_close_matches
 from typing import Literal
 
-from dagger_operator.api import Protocol, ScaffoldType, Serving, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Protocol, ScaffoldType, Serving, Student, Teacher
 from dagger_operator.api.training import Loss
 from dagger_operator.serving.agents import AgentStatus, said, wait_for
 from dagger_operator.serving.asking import Answer, Asker, Json, Policy
@@ -79,6 +79,7 @@ class Examination:
             served=endpoint is None,
             request_seconds=endpoint.timeout_seconds if endpoint else _SERVED_REQUEST_SECONDS,
             patience_seconds=ENDPOINT_PATIENCE_SECONDS if endpoint else 60.0,
+            max_tokens_parameter=endpoint.max_tokens_parameter if endpoint else MaxTokensParameter.MAX_TOKENS,
             top_logprobs=self._top_logprobs,
         )
 
