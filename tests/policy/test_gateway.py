@@ -212,6 +212,36 @@ async def test_a_context_that_is_too_long_is_the_policys_own_end(student, teache
     assert [turn.label is not None for turn in recording.turns] == [True, True]
 
 
+@pytest.mark.parametrize("mode", list(LabelMode))
+async def test_an_agent_that_shortens_a_context_that_was_too_long_goes_on(student, teacher, rig, mode):
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0), labels=mode)
+        messages = await r.rollout(session, 2)
+        student.script.append(fail(400, "This model's maximum context length is 64 tokens"))
+        for _ in range(2):
+            status, answer = await r.ask(session, messages)
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert len(student.requests) == 3  # the same state again is refused from the record
+        condensed = [messages[0], {"role": "user", "content": "what happened so far, in short"}]
+        assert (await r.ask(session, condensed))[0] == 200
+        recording = await session.finish()
+    assert (recording.failure, recording.policy_error) == (None, None)
+    assert [turn.index for turn in recording.turns] == [0, 1, 2]
+    record = Trajectory(run="r", round=1, rollout_id="0", task_id="t", student="s", turns=recording.turns, outcome=Outcome.RESOLVED)
+    *_, (turn, state, _) = states(record)
+    assert state == tuple(condensed)
+    assert turn.label.message["content"] == "teacher at 2"
+
+
+async def test_a_refusal_that_is_not_for_length_is_for_good(student, teacher, rig):
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0))
+        student.script.append(fail(400, "no"))
+        assert [(await r.ask(session, [*STATE, {"role": "user", "content": text}]))[0] for text in ("one", "two")] == [400, 400]
+        recording = await session.finish()
+    assert (recording.policy_error.reason, len(student.requests)) == ("BadRequest", 1)
+
+
 async def test_the_turn_limit_is_a_409_and_the_last_turn_can_still_be_read_again(student, teacher, rig):
     async with rig(student, teacher) as r:
         session = r.open(max_turns=2)
