@@ -237,6 +237,19 @@ async def test_no_message_holds_the_token_even_where_the_server_echoes_it(studen
     assert "student-secret" not in repr(upstream(student.url))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_no_message_holds_a_part_of_a_token_that_lies_where_it_is_cut(student, upstream, streamed):
+    text = "x" * 480 + " your key student-secret is wrong"
+
+    async def errs(stub, http, request):
+        return await stub.stream(http, [{"error": text}])
+
+    student.always = errs if streamed else status(400, text)
+    with pytest.raises((PolicyUnavailable, PolicyRefused), match="x your key") as caught:
+        await ask(upstream(student.url, attempts=1), forward=(lambda chunk: None) if streamed else None)
+    assert "stud" not in str(caught.value).partition("xxx")[2]
+
+
 async def test_a_rollout_stays_with_one_replica_and_rollouts_spread(policies, upstream):
     stubs = [await policies(f"replica{i}") for i in range(3)]
     urls = [stub.url for stub in stubs]

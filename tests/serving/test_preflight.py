@@ -177,6 +177,12 @@ async def test_a_key_that_no_header_can_hold_is_told_as_the_secrets_fault(examin
     assert TOKEN not in str(failed.value)
 
 
+async def test_a_key_that_lies_where_an_endpoints_words_are_cut_is_not_told_in_part(examine: Any) -> None:
+    with pytest.raises(StageFailure, match="x your key") as failed:
+        await examine(Endpoint("teach", status=401, says="x" * 280 + f" your key {TOKEN} is wrong"))
+    assert TOKEN[:5] not in str(failed.value)
+
+
 async def test_what_passes_is_borne(examine: Any) -> None:
     teacher = Endpoint("teach", status=503, refusals=0, models=404)
     checks = await examine(teacher)

@@ -27,6 +27,8 @@ from dagger_operator.store.records import Completion
 CONNECT_SECONDS = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that are about the state that was sent; every other one is about the way to the policy."""
+_QUOTED = 500
+"""Characters of what a policy says that a message holds."""
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
 
 
@@ -115,7 +117,7 @@ class Client:
         assert self._http is not None, "Client is an async context manager"
         started = time.monotonic()
         k = self.upstream.top_logprobs
-        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk), bare=k > 0) if forward else None
+        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk), self._quoted, bare=k > 0) if forward else None
         try:
             async with self._http.post(f"{url}/chat/completions", data=dump(body), allow_redirects=False) as response:
                 if response.status != 200:
@@ -144,7 +146,7 @@ class Client:
             raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found!r} answered"))
 
     def _refusal(self, url: str, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, message = response.status, f"HTTP {response.status}: {text[:500]}"
+        status, message = response.status, f"HTTP {response.status}: {self._quoted(text)}"
         if status == 429 or status in (408, 409, 425) or status >= 500:
             retry_after = retry_after_seconds(response.headers.get("Retry-After"))
             # The agent of a replica says so while its vLLM restarts: another replica may serve meanwhile.
@@ -169,16 +171,25 @@ class Client:
     def _say(self, url: str, message: str) -> str:
         """A message that names the policy and holds no secret, even where the server echoes one."""
         where = URL(url).origin() if url else ", ".join(str(URL(each).origin()) for each in self.upstream.urls)
-        return f"{self.upstream.role} at {where}: {message.replace(self.upstream.token, '***') if self.upstream.token else message}"
+        return f"{self.upstream.role} at {where}: {self._without_secret(message)}"
+
+    def _quoted(self, text: str) -> str:
+        """The beginning of what the policy says. A secret goes before the rest is cut off: of one that is cut the first part would stay."""
+        return self._without_secret(text)[:_QUOTED]
+
+    def _without_secret(self, text: str) -> str:
+        return text.replace(self.upstream.token, "***") if self.upstream.token else text
 
 
 class _Stream:
     """Passes a stream on while it adds it up."""
 
-    def __init__(self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], *, bare: bool) -> None:
-        """`check` sees the first chunk before anything is passed on, and raises where it must not be. `bare`: log-probabilities are
-        not passed on."""
-        self._forward, self._check, self._bare = forward, check, bare
+    def __init__(
+        self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], quoted: Callable[[str], str], *, bare: bool
+    ) -> None:
+        """`check` sees the first chunk before anything is passed on, and raises where it must not be. `quoted` makes text fit for a
+        message. `bare`: log-probabilities are not passed on."""
+        self._forward, self._check, self._quoted, self._bare = forward, check, quoted, bare
         self.forwarded = False
 
     async def read(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -189,7 +200,7 @@ class _Stream:
                     return assembler.answer()
                 chunk = parse(event)
                 if "error" in chunk:
-                    raise _Passing("ServerError", f"error in the stream: {str(chunk['error'])[:500]}")
+                    raise _Passing("ServerError", f"error in the stream: {self._quoted(str(chunk['error']))}")
                 if not self.forwarded:
                     self._check(chunk)
                 assembler.add(chunk)

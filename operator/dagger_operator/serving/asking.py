@@ -199,7 +199,8 @@ class Asker:
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             pass
-        return self._without_secret(" ".join(text.split())[:300]) or "an empty body"
+        # The secret goes first: of one that is cut the first part would stay.
+        return " ".join(self._without_secret(text).split())[:300] or "an empty body"
 
     def _without_secret(self, text: str) -> str:
         return text.replace(self.policy.token, "***") if self.policy.token else text
