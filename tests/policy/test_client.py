@@ -157,6 +157,46 @@ async def test_what_stays_is_not_tried_again(student, upstream, behaviour, error
     assert len(student.requests) == 1
 
 
+OVERLOADED = {"code": 502, "message": "the provider is overloaded"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("of_a_choice", [False, True])
+@pytest.mark.parametrize("served", [False, True])
+async def test_an_error_that_comes_with_http_200_is_tried_again_and_told(student, upstream, served, of_a_choice, streamed):
+    async def fails(stub, http, request):
+        if of_a_choice:
+            told = stub.answer(request)
+            told["choices"][0] |= {"finish_reason": "error", "error": OVERLOADED, "delta": {}}
+        else:
+            told = {"error": OVERLOADED}
+        return await stub.stream(http, [told]) if streamed else web.json_response(told)
+
+    forward = (lambda chunk: None) if streamed else None
+    student.script.append(fails)
+    assert (await ask(upstream(student.url, served=served), forward=forward)).completion.message["content"] == "student at 1"
+    student.always = fails
+    with pytest.raises(PolicyUnavailable, match=r"the provider is overloaded.*tried 3 times") as caught:
+        await ask(upstream(student.url, served=served), forward=forward)
+    assert caught.value.reason == "ServerError"
+
+
+async def test_an_answer_that_names_no_error_is_a_turn(student, upstream):
+    async def nothing_wrong(stub, http, request):
+        return web.json_response(stub.answer(request) | {"error": None})
+
+    student.script.append(nothing_wrong)
+    assert (await ask(upstream(student.url))).completion.message["content"] == "student at 1"
+
+
+@pytest.mark.parametrize("text", ["<html>Welcome student-secret", '{"detail": "Welcome student-secret"}'])
+async def test_an_answer_that_is_no_turn_is_quoted_without_the_secret(student, upstream, text):
+    student.always = raw(text)
+    with pytest.raises(PolicyUnavailable, match=r"Welcome \*\*\*") as caught:
+        await ask(upstream(student.url, served=False))
+    assert caught.value.reason == "Garbled"
+
+
 async def test_a_policy_that_is_down_is_unreachable(upstream):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
