@@ -7,17 +7,21 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from yarl import URL
 
+from dagger_operator.api import MaxTokensParameter, Sampling
+from dagger_operator.policy import replicas as replicas_module
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.metrics import GatewayMetrics
-from dagger_operator.policy.replicas import Replicas
+from dagger_operator.policy.replicas import LOOK_UP_SECONDS, Replicas
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff, retry_after_seconds
 
@@ -80,6 +84,20 @@ async def test_an_endpoint_gets_its_own_model_name_and_nothing_that_it_may_not_k
     assert answer.completion.policy == "endpoint-0123456789ab"
 
 
+@pytest.mark.parametrize(("shape", "sent"), [(1.0, {}), (0.5, {"temperature": 0.5, "top_p": 0.5})])
+async def test_a_reasoning_model_is_asked_with_what_it_knows(student, upstream, shape, sent):
+    sampling = Sampling(temperature=shape, top_p=shape, max_tokens=64)
+    parameter = MaxTokensParameter.MAX_COMPLETION_TOKENS
+    await ask(upstream(student.url, served=False, sampling=sampling, max_tokens_parameter=parameter))
+    said = {name: student.requests[0].get(name) for name in ("temperature", "top_p", "max_tokens", "max_completion_tokens")}
+    assert {name: value for name, value in said.items() if value is not None} == {**sent, "max_completion_tokens": 64}
+
+
+async def test_an_endpoint_is_told_a_temperature_of_one_which_need_not_be_its_models_default(student, upstream):
+    await ask(upstream(student.url, served=False, sampling=Sampling(temperature=1, top_p=1)))
+    assert (student.requests[0]["temperature"], student.requests[0]["top_p"]) == (1, 1)
+
+
 async def test_greedy_is_temperature_zero(student, upstream):
     await ask(upstream(student.url).greedy())
     assert (student.requests[0]["temperature"], student.requests[0]["top_p"], student.requests[0]["max_tokens"]) == (0.0, 1.0, 64)
@@ -137,6 +155,46 @@ async def test_what_stays_is_not_tried_again(student, upstream, behaviour, error
         await ask(upstream(student.url))
     assert caught.value.reason == reason
     assert len(student.requests) == 1
+
+
+OVERLOADED = {"code": 502, "message": "the provider is overloaded"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("of_a_choice", [False, True])
+@pytest.mark.parametrize("served", [False, True])
+async def test_an_error_that_comes_with_http_200_is_tried_again_and_told(student, upstream, served, of_a_choice, streamed):
+    async def fails(stub, http, request):
+        if of_a_choice:
+            told = stub.answer(request)
+            told["choices"][0] |= {"finish_reason": "error", "error": OVERLOADED, "delta": {}}
+        else:
+            told = {"error": OVERLOADED}
+        return await stub.stream(http, [told]) if streamed else web.json_response(told)
+
+    forward = (lambda chunk: None) if streamed else None
+    student.script.append(fails)
+    assert (await ask(upstream(student.url, served=served), forward=forward)).completion.message["content"] == "student at 1"
+    student.always = fails
+    with pytest.raises(PolicyUnavailable, match=r"the provider is overloaded.*tried 3 times") as caught:
+        await ask(upstream(student.url, served=served), forward=forward)
+    assert caught.value.reason == "ServerError"
+
+
+async def test_an_answer_that_names_no_error_is_a_turn(student, upstream):
+    async def nothing_wrong(stub, http, request):
+        return web.json_response(stub.answer(request) | {"error": None})
+
+    student.script.append(nothing_wrong)
+    assert (await ask(upstream(student.url))).completion.message["content"] == "student at 1"
+
+
+@pytest.mark.parametrize("text", ["<html>Welcome student-secret", '{"detail": "Welcome student-secret"}'])
+async def test_an_answer_that_is_no_turn_is_quoted_without_the_secret(student, upstream, text):
+    student.always = raw(text)
+    with pytest.raises(PolicyUnavailable, match=r"Welcome \*\*\*") as caught:
+        await ask(upstream(student.url, served=False))
+    assert caught.value.reason == "Garbled"
 
 
 async def test_a_policy_that_is_down_is_unreachable(upstream):
@@ -219,6 +277,19 @@ async def test_no_message_holds_the_token_even_where_the_server_echoes_it(studen
     assert "student-secret" not in repr(upstream(student.url))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_no_message_holds_a_part_of_a_token_that_lies_where_it_is_cut(student, upstream, streamed):
+    text = "x" * 480 + " your key student-secret is wrong"
+
+    async def errs(stub, http, request):
+        return await stub.stream(http, [{"error": text}])
+
+    student.always = errs if streamed else status(400, text)
+    with pytest.raises((PolicyUnavailable, PolicyRefused), match="x your key") as caught:
+        await ask(upstream(student.url, attempts=1), forward=(lambda chunk: None) if streamed else None)
+    assert "stud" not in str(caught.value).partition("xxx")[2]
+
+
 async def test_a_rollout_stays_with_one_replica_and_rollouts_spread(policies, upstream):
     stubs = [await policies(f"replica{i}") for i in range(3)]
     urls = [stub.url for stub in stubs]
@@ -272,6 +343,35 @@ async def test_a_host_name_stands_for_all_its_addresses_until_one_fails(monkeypa
     found = {await replicas.pick(f"{i:05}") for i in range(50)}
     assert found == {"http://127.0.0.3:8000/v1", "http://127.0.0.4:8000/v1"}
     assert asked == [("run-student", 8000)] * 2
+
+
+async def test_a_replica_that_came_back_gets_its_rollouts_again(monkeypatch):
+    """The name server and the clock are replaced: a Service does not show a replica while it restarts."""
+    one, other = "127.0.0.2", "127.0.0.3"
+    answers = [[one, other], [other], OSError("the name server is away"), [one, other]]
+    now = 1000.0
+    monkeypatch.setattr(replicas_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    async def getaddrinfo(host, port, **_):
+        found = answers.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
+
+    async def placed():
+        return {rollout: URL(await replicas.pick(rollout)).host for rollout in (f"{i:05}" for i in range(50))}
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    replicas = Replicas(["http://run-student:8000/v1"], resolve=True)
+    before = await placed()
+    assert set(before.values()) == {one, other}
+    replicas.unreachable(f"http://{one}:8000/v1")
+    assert set((await placed()).values()) == {other}
+    now += LOOK_UP_SECONDS + 1
+    assert set((await placed()).values()) == {other}  # a lookup that fails costs nobody what is known
+    now += LOOK_UP_SECONDS + 1
+    assert await placed() == before
+    assert not answers
 
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

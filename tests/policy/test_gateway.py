@@ -150,6 +150,35 @@ async def test_a_teachers_action_that_was_cut_off_is_no_label(student, teacher, 
     assert (turn.actor, turn.label_flaw) == (Actor.TEACHER, LabelFlaw.TRUNCATED)
 
 
+@pytest.mark.parametrize("acts", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("reason", "tokens", "prompt", "flaw"),
+    [
+        ("tool_calls", 64, 10, LabelFlaw.TRUNCATED),
+        ("tool_calls", 20, 980, LabelFlaw.TRUNCATED),  # vLLM cuts a turn where the context ends, below the spec's maxTokens
+        ("tool_calls", 63, 10, None),
+        ("stop", 64, 10, None),  # ended by itself, at its last token
+        ("length", 3, 10, LabelFlaw.TRUNCATED),
+        ("content_filter", 3, 10, LabelFlaw.TRUNCATED),
+    ],
+)
+async def test_a_teachers_turn_that_did_not_end_by_itself_never_trains(student, teacher, rig, acts, reason, tokens, prompt, flaw):
+    call = {"id": "1", "type": "function", "function": {"name": "bash", "arguments": "{}"}}
+
+    async def ended(stub, http, request):
+        answer = stub.answer(request, tool_calls=[call])
+        answer["choices"][0]["finish_reason"] = reason
+        answer["usage"] = {"prompt_tokens": prompt, "completion_tokens": tokens}
+        return web.json_response(answer)
+
+    teacher.always = ended
+    async with rig(student, teacher, teacher_changes={"context": 1000}) as r:
+        session = r.open(mixing=beta(acts))
+        await r.ask(session, STATE)
+        (turn,) = (await session.finish()).turns
+    assert (turn.label.finish_reason, turn.label_flaw) == (reason, flaw)
+
+
 async def test_evaluation_is_greedy_without_teacher_or_labels(student, rig):
     async with rig(student, None) as r:
         session = r.open(mixing=None)
@@ -185,6 +214,36 @@ async def test_a_context_that_is_too_long_is_the_policys_own_end(student, teache
         recording = await session.finish()
     assert (recording.failure, recording.policy_error.reason) == (None, "ContextTooLong")
     assert [turn.label is not None for turn in recording.turns] == [True, True]
+
+
+@pytest.mark.parametrize("mode", list(LabelMode))
+async def test_an_agent_that_shortens_a_context_that_was_too_long_goes_on(student, teacher, rig, mode):
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0), labels=mode)
+        messages = await r.rollout(session, 2)
+        student.script.append(fail(400, "This model's maximum context length is 64 tokens"))
+        for _ in range(2):
+            status, answer = await r.ask(session, messages)
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert len(student.requests) == 3  # the same state again is refused from the record
+        condensed = [messages[0], {"role": "user", "content": "what happened so far, in short"}]
+        assert (await r.ask(session, condensed))[0] == 200
+        recording = await session.finish()
+    assert (recording.failure, recording.policy_error) == (None, None)
+    assert [turn.index for turn in recording.turns] == [0, 1, 2]
+    record = Trajectory(run="r", round=1, rollout_id="0", task_id="t", student="s", turns=recording.turns, outcome=Outcome.RESOLVED)
+    *_, (turn, state, _) = states(record)
+    assert state == tuple(condensed)
+    assert turn.label.message["content"] == "teacher at 2"
+
+
+async def test_a_refusal_that_is_not_for_length_is_for_good(student, teacher, rig):
+    async with rig(student, teacher) as r:
+        session = r.open(mixing=beta(0.0))
+        student.script.append(fail(400, "no"))
+        assert [(await r.ask(session, [*STATE, {"role": "user", "content": text}]))[0] for text in ("one", "two")] == [400, 400]
+        recording = await session.finish()
+    assert (recording.policy_error.reason, len(student.requests)) == ("BadRequest", 1)
 
 
 async def test_the_turn_limit_is_a_409_and_the_last_turn_can_still_be_read_again(student, teacher, rig):

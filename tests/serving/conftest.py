@@ -39,6 +39,8 @@ class FakeVllm:
         self.turn_seconds = 0.0
         self.reported_tokens = 7
         self.finish_reason = "stop"
+        self.packs = False
+        """As on the CPU: it shows no weights that a version changes."""
         self.headers: list[CIMultiDictProxy[str]] = []
         self._runner: web.AppRunner | None = None
         self._death: asyncio.Task[None] | None = None
@@ -118,7 +120,7 @@ class FakeVllm:
         return web.json_response({"weight_version": self.label})
 
     async def _checksums(self, _: web.Request) -> web.Response:
-        return web.json_response({"checksums": {"all": self.weights}})
+        return web.json_response({"checksums": {"all": "norms" if self.packs else self.weights}})
 
     async def _tokenize(self, _: web.Request) -> web.Response:
         return web.json_response({"count": 7})
@@ -145,7 +147,10 @@ class FakeVllm:
         return web.json_response({"status": "resumed"})
 
     async def _reload(self, request: web.Request) -> web.Response:
-        path = Path((await request.json())["kwargs"]["weights_path"])
+        call = await request.json()
+        if call["method"] == "repack_tied_head":
+            return web.json_response({"results": [True]})
+        path = Path(call["kwargs"]["weights_path"])
         try:
             self.weights = (path / "weights").read_text()
         except OSError as error:
@@ -225,7 +230,7 @@ class Pod:
         """The agent's life; vLLM's is another."""
         self.gate = Gate()
         self.metrics = AgentMetrics(self.gate)
-        self.engine = engine = Engine(self.shared.socket, slow_seconds=20)
+        self.engine = engine = Engine(self.shared.socket, slow_seconds=20, repacks=self.vllm.packs)
         self.replica = Replica(
             self.engine, self.shared, self.gate, self.metrics, wanted=self._wanted, provide=self._provide, drain_seconds=20
         )

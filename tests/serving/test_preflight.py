@@ -30,6 +30,7 @@ class Endpoint:
         self.model, self.habits = model, {"finish": "stop", "stream": True, "tools": True, "weights": "w", "length": 4096, **habits}
         self.refusals = self.habits.get("refusals", 0)
         self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
 
     def application(self) -> web.Application:
         app = web.Application()
@@ -50,12 +51,19 @@ class Endpoint:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        self.keys.add(request.headers.get("Authorization"))
         if "sleep" in self.habits:
             await asyncio.sleep(self.habits["sleep"])
         if "status" in self.habits and self.refusals >= 0:
             self.refusals -= 1
             text = self.habits.get("says", f"told {request.headers.get('Authorization')}")
             return web.json_response({"error": {"message": text}}, status=self.habits["status"], headers=self.habits.get("headers"))
+        if self.habits.get("reasons"):
+            wrong = next((name for name in ("max_tokens", "temperature", "top_p") if name in body), None)
+            if wrong:
+                more = " Use 'max_completion_tokens' instead." if wrong == "max_tokens" else ""
+                message = f"Unsupported parameter: '{wrong}' is not supported with this model.{more}"
+                return web.json_response({"error": {"message": message, "code": "unsupported_parameter"}}, status=400)
         if "body" in self.habits:
             return web.Response(text=self.habits["body"], content_type="application/json")
         if body["model"] != self.model:
@@ -92,14 +100,14 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
     """Preflight of these students and this teacher; its checks."""
     monkeypatch.setattr(examination, "ENDPOINT_PATIENCE_SECONDS", 1.5)
 
-    async def go(teacher: Endpoint, *students: Endpoint, **spec: Any) -> dict[str, str]:
+    async def go(teacher: Endpoint, *students: Endpoint, token: str = TOKEN, **spec: Any) -> dict[str, str]:
         students = students or (Endpoint(STUDENT),)
         document["spec"]["student"]["serving"]["replicas"] = len(students)
         document["spec"]["teacher"]["endpoint"] |= {"secretRef": {"name": "keys"}, **spec.pop("endpoint", {})}
         document["spec"] |= spec
         async with listening(teacher, *students) as urls:
             document["spec"]["teacher"]["endpoint"]["url"] = urls[0]
-            made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=TOKEN)
+            made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=token)
             await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
             await point_to(made.store, STUDENT, 0)
             await made.store.put(layout.policy(STUDENT) + "tokenizer.json", TOKENIZER)
@@ -153,6 +161,26 @@ async def test_a_teacher_that_would_spoil_labels_stops_the_run(
         await examine(Endpoint("teach", **habits), endpoint={"timeoutSeconds": 1})
     assert (failed.value.reason, failed.value.permanent) == (reason, permanent)
     assert TOKEN not in str(failed.value)
+
+
+@pytest.mark.parametrize("token", [TOKEN + "\n", f"\t {TOKEN}\r\n"])
+async def test_white_space_around_a_key_is_no_part_of_it(examine: Any, token: str) -> None:
+    teacher = Endpoint("teach")
+    await examine(teacher, token=token)
+    assert teacher.keys == {f"Bearer {TOKEN}"}
+
+
+async def test_a_key_that_no_header_can_hold_is_told_as_the_secrets_fault(examine: Any) -> None:
+    with pytest.raises(StageFailure, match=r"put the key alone into the Secret that teacher\.endpoint\.secretRef names") as failed:
+        await examine(Endpoint("teach"), token=f"{TOKEN}\nanother line")
+    assert (failed.value.reason, failed.value.permanent) == ("TeacherUnauthorized", True)
+    assert TOKEN not in str(failed.value)
+
+
+async def test_a_key_that_lies_where_an_endpoints_words_are_cut_is_not_told_in_part(examine: Any) -> None:
+    with pytest.raises(StageFailure, match="x your key") as failed:
+        await examine(Endpoint("teach", status=401, says="x" * 280 + f" your key {TOKEN} is wrong"))
+    assert TOKEN[:5] not in str(failed.value)
 
 
 async def test_what_passes_is_borne(examine: Any) -> None:
@@ -225,6 +253,18 @@ async def test_a_run_that_learns_them_stops_at_such_a_teacher(examine: Any, toke
 async def test_an_endpoint_that_refuses_to_be_asked_for_them_says_which_field(examine: Any) -> None:
     with pytest.raises(StageFailure, match=r"look at teacher\.sampling and labels\.topLogprobs, which it may not support"):
         await examine(Endpoint("teach", status=400), labels=LABELS)
+
+
+async def test_a_reasoning_model_can_be_a_teacher_and_says_how(examine: Any, document: dict[str, Any]) -> None:
+    named = {"maxTokensParameter": "MaxCompletionTokens"}
+    with pytest.raises(StageFailure, match=r"write teacher\.endpoint\.maxTokensParameter MaxCompletionTokens"):
+        await examine(Endpoint("teach", reasons=True))
+    with pytest.raises(StageFailure, match=r"'temperature'.*teacher\.sampling \(a temperature or topP of 1 is not sent\)"):
+        await examine(Endpoint("teach", reasons=True), endpoint=named)
+    teacher = Endpoint("teach", reasons=True)
+    document["spec"]["teacher"]["sampling"] |= {"temperature": 1, "topP": 1}
+    await examine(teacher, endpoint=named)
+    assert {request["max_completion_tokens"] for request in teacher.requests} == {64}
 
 
 async def test_streams_are_needed_by_a_command_scaffold_alone(examine: Any) -> None:

@@ -103,6 +103,15 @@ async def test_a_reload_that_changed_nothing_is_found_out(pod: Any) -> None:
         assert pod.vllm.weights == SECOND
 
 
+async def test_on_the_cpu_an_adapter_is_changed_in_place_although_no_weight_that_shows_changes(pod: Any) -> None:
+    pod.vllm.packs = True
+    async with pod.running():
+        for pod.target in (SECOND, THIRD):
+            await pod.replica.step()
+            assert (pod.replica.state, pod.gate.version, pod.vllm.weights) == ("Serving", pod.target, pod.target)
+        assert pod.vllm.starts == 1
+
+
 async def test_a_version_that_cannot_be_fetched_leaves_the_old_one_serving(pod: Any) -> None:
     async with pod.running():
         pod.store_error = StoreUnavailable("the bucket is away")

@@ -9,7 +9,7 @@ from dagger_operator.api.evaluation import Evaluation, Overlap
 from dagger_operator.api.failure import FailureAction, FailurePolicy, FailureRule, Keep, RunStage
 from dagger_operator.api.mixing import Mixing, MixingStrategy, Schedule, ScheduleType
 from dagger_operator.api.pods import ClaimMount, LocalReference, PodSettings, Resources, SandboxPod, Toleration
-from dagger_operator.api.policies import Endpoint, Sampling, SecretKeyRef, Serving, Student, Teacher
+from dagger_operator.api.policies import Endpoint, MaxTokensParameter, Sampling, SecretKeyRef, Serving, Student, Teacher
 from dagger_operator.api.rollouts import (
     LabelMode,
     Labels,
@@ -63,6 +63,7 @@ __all__ = [
     "Labels",
     "LocalReference",
     "Lora",
+    "MaxTokensParameter",
     "Metadata",
     "Mixing",
     "MixingStrategy",

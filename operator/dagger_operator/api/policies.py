@@ -1,5 +1,6 @@
 """The two policies, student and teacher, and where each is served."""
 
+from enum import StrEnum
 from hashlib import sha256
 from typing import Annotated, ClassVar, Self
 
@@ -21,6 +22,11 @@ class SecretKeyRef(ApiModel):
     """Key within the Secret."""
 
 
+class MaxTokensParameter(StrEnum):
+    MAX_TOKENS = "MaxTokens"
+    MAX_COMPLETION_TOKENS = "MaxCompletionTokens"
+
+
 class Sampling(ApiModel):
     """Sampling settings of a policy's turns in rollouts. Evaluation is always greedy."""
 
@@ -30,6 +36,15 @@ class Sampling(ApiModel):
     """Nucleus mass."""
     max_tokens: Annotated[int, Field(ge=1, le=131072)] = 4096
     """Most tokens of one turn. A label cut off here is counted and never trained on."""
+
+    def asked(self, parameter: MaxTokensParameter) -> dict[str, float]:
+        """What a request says to get it; `parameter` is the endpoint's `maxTokensParameter`."""
+        shape = {"temperature": self.temperature, "top_p": self.top_p}
+        if parameter is MaxTokensParameter.MAX_TOKENS:
+            return {**shape, "max_tokens": self.max_tokens}
+        # Such models refuse both at any other value, and some of them at 1 too, which they use anyway. Other servers do not: a model's
+        # own generation config may say something else.
+        return {**{name: value for name, value in shape.items() if value != 1}, "max_completion_tokens": self.max_tokens}
 
 
 class Endpoint(ApiModel):
@@ -43,6 +58,9 @@ class Endpoint(ApiModel):
     """API key, sent as a bearer token. It reaches the gateway only, never a sandbox, a log or a trajectory."""
     timeout_seconds: Annotated[int, Field(ge=1, le=3600)] = 300
     """Deadline of one request."""
+    max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
+    """How requests name `sampling.maxTokens`. OpenAI's o-series and GPT-5 take `max_completion_tokens` alone, which holds their
+    reasoning too, and only 1 as temperature and top_p: with MaxCompletionTokens a `temperature` or `topP` of 1 is not sent."""
 
     def version(self, model: str) -> str:
         """Policy version of what answers here; `model` is the policy's, used where the endpoint names none of its own."""

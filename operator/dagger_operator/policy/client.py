@@ -27,6 +27,8 @@ from dagger_operator.store.records import Completion
 CONNECT_SECONDS = 10.0
 _REFUSALS = (400, 413, 422)
 """Statuses that are about the state that was sent; every other one is about the way to the policy."""
+_QUOTED = 500
+"""Characters of what a policy says that a message holds."""
 _TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
 
 
@@ -115,7 +117,8 @@ class Client:
         assert self._http is not None, "Client is an async context manager"
         started = time.monotonic()
         k = self.upstream.top_logprobs
-        stream = _Stream(forward, lambda chunk: self._check_version(url, chunk), bare=k > 0) if forward else None
+        stream = _Stream(forward, self._check_error, lambda chunk: self._check_version(url, chunk), bare=k > 0) if forward else None
+        whole = b""
         try:
             async with self._http.post(f"{url}/chat/completions", data=dump(body), allow_redirects=False) as response:
                 if response.status != 200:
@@ -123,7 +126,9 @@ class Client:
                 if stream and response.content_type == "text/event-stream":
                     payload = await stream.read(response)
                 else:
-                    payload = parse(await response.read())
+                    whole = await response.read()
+                    payload = parse(whole)
+                    self._check_error(payload)
                     self._check_version(url, payload)
             completion = completion_of(payload, self.upstream.version, time.monotonic() - started, k)
             if k:
@@ -135,7 +140,12 @@ class Client:
             if stream and stream.forwarded:
                 # The scaffold has read a part of this turn already: a second try would be another turn.
                 raise PolicyUnavailable("BrokenStream", self._say(url, f"the stream broke off: {error}")) from error
-            raise _passing(error, self.upstream.timeout_seconds) from error
+            raise _passing(error, self.upstream.timeout_seconds, self._quoted(whole.decode(errors="replace"))) from error
+
+    def _check_error(self, payload: dict[str, Any]) -> None:
+        """Providers fail with HTTP 200, too, once they have begun to answer: then an error stands in the answer's place."""
+        if error := _error_in(payload):
+            raise _Passing("ServerError", f"an error with HTTP 200: {self._quoted(str(error))}")
 
     def _check_version(self, url: str, payload: dict[str, Any]) -> None:
         """A served policy's answer names the version that was asked for: nothing else is recorded under it."""
@@ -144,7 +154,7 @@ class Client:
             raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found!r} answered"))
 
     def _refusal(self, url: str, response: aiohttp.ClientResponse, text: str) -> Exception:
-        status, message = response.status, f"HTTP {response.status}: {text[:500]}"
+        status, message = response.status, f"HTTP {response.status}: {self._quoted(text)}"
         if status == 429 or status in (408, 409, 425) or status >= 500:
             retry_after = retry_after_seconds(response.headers.get("Retry-After"))
             # The agent of a replica says so while its vLLM restarts: another replica may serve meanwhile.
@@ -169,16 +179,25 @@ class Client:
     def _say(self, url: str, message: str) -> str:
         """A message that names the policy and holds no secret, even where the server echoes one."""
         where = URL(url).origin() if url else ", ".join(str(URL(each).origin()) for each in self.upstream.urls)
-        return f"{self.upstream.role} at {where}: {message.replace(self.upstream.token, '***') if self.upstream.token else message}"
+        return f"{self.upstream.role} at {where}: {self._without_secret(message)}"
+
+    def _quoted(self, text: str) -> str:
+        """The beginning of what the policy says. A secret goes before the rest is cut off: of one that is cut the first part would stay."""
+        return self._without_secret(text)[:_QUOTED]
+
+    def _without_secret(self, text: str) -> str:
+        return text.replace(self.upstream.token, "***") if self.upstream.token else text
 
 
 class _Stream:
     """Passes a stream on while it adds it up."""
 
-    def __init__(self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], *, bare: bool) -> None:
-        """`check` sees the first chunk before anything is passed on, and raises where it must not be. `bare`: log-probabilities are
-        not passed on."""
-        self._forward, self._check, self._bare = forward, check, bare
+    def __init__(
+        self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], check_first: Callable[[Chunk], None], *, bare: bool
+    ) -> None:
+        """`check` sees each chunk before it is passed on, `check_first` the first one; they raise where that must not be. `bare`:
+        log-probabilities are not passed on."""
+        self._forward, self._check, self._check_first, self._bare = forward, check, check_first, bare
         self.forwarded = False
 
     async def read(self, response: aiohttp.ClientResponse) -> dict[str, Any]:
@@ -188,10 +207,9 @@ class _Stream:
                 if event == DONE:
                     return assembler.answer()
                 chunk = parse(event)
-                if "error" in chunk:
-                    raise _Passing("ServerError", f"error in the stream: {str(chunk['error'])[:500]}")
+                self._check(chunk)
                 if not self.forwarded:
-                    self._check(chunk)
+                    self._check_first(chunk)
                 assembler.add(chunk)
                 if self._bare:
                     without_logprobs(chunk)
@@ -204,11 +222,24 @@ class _Stream:
             self._forward(chunk)
 
 
-def _passing(error: Exception, timeout: float) -> _Passing:
+def _error_in(payload: dict[str, Any]) -> Any:
+    """What went wrong, or None. OpenRouter tells it of a choice, too, which then ended for no other reason."""
+    choice = _first_choice(payload)
+    of_choice = choice.get("error") or "finish_reason is error" if choice.get("finish_reason") == "error" else None
+    return payload.get("error") or of_choice
+
+
+def _first_choice(payload: dict[str, Any]) -> dict[str, Any]:
+    choices = payload.get("choices")
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+
+
+def _passing(error: Exception, timeout: float, said: str) -> _Passing:
+    """`said`: the beginning of the answer, where it came whole."""
     if isinstance(error, _Passing):
         return error
     if isinstance(error, InvalidWire):
-        return _Passing("Garbled", str(error))
+        return _Passing("Garbled", f"{error}: {said}" if said else str(error))
     if isinstance(error, aiohttp.ConnectionTimeoutError):
         return _Passing("Unreachable", f"no connection within {CONNECT_SECONDS:g} s", unreachable=True)
     if isinstance(error, TimeoutError):
@@ -219,8 +250,7 @@ def _passing(error: Exception, timeout: float) -> _Passing:
 
 def completion_of(payload: dict[str, Any], version: str, seconds: float, top_logprobs: int = 0) -> Completion:
     """The record of an answer that was asked for so many log-probabilities. Raises `InvalidWire` where it holds no turn."""
-    choices = payload.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    choice = _first_choice(payload)
     message, reason = choice.get("message"), choice.get("finish_reason")
     if not isinstance(message, dict) or not isinstance(reason, str):
         raise InvalidWire("an answer without choices[0].message and finish_reason")

@@ -2,7 +2,7 @@
 
 PolicyFailure
   PolicyUnavailable  infrastructure: the rollout is retried on the infrastructure budget, and is never training data
-  PolicyRefused      the policy's own: it cannot go on from this state, such as with a context that is too long
+  PolicyRefused      the policy's own: it cannot go on from this state; where that is too long for it, the agent may shorten it and go on
 """
 
 from typing import Self

@@ -11,6 +11,7 @@ from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.recorder import Label
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.session import LabelCheck
+from dagger_operator.policy.upstream import Upstream
 from dagger_operator.store.records import Actor, Completion, LabelFlaw
 
 ACTING_PRIORITY = 0
@@ -18,9 +19,9 @@ LABEL_PRIORITY = 10
 """vLLM serves lower numbers first."""
 
 
-def judged(completion: Completion, check: LabelCheck) -> Label:
+def judged(teacher: Upstream, completion: Completion, check: LabelCheck) -> Label:
     """A teacher's turn as a label: one that was cut off, or that the scaffold could not read, is kept but must not train."""
-    if completion.finish_reason == "length":
+    if teacher.cut_off(completion):
         return Label(completion, LabelFlaw.TRUNCATED)
     return Label(completion, LabelFlaw.UNPARSABLE if check(completion.message) is not None else None)
 
@@ -43,7 +44,7 @@ class Labeller:
             try:
                 answer = await self._teacher.complete(request, seed=seed, priority=LABEL_PRIORITY, affinity=affinity)
                 self._metrics.answered(Actor.TEACHER, Purpose.LABEL, answer.completion)
-                label = judged(answer.completion, check)
+                label = judged(self._teacher.upstream, answer.completion, check)
             except PolicyFailure as failure:
                 structlog.get_logger().warning("label failed", rollout=affinity, reason=failure.reason, message=failure.message)
                 label = Label(None, LabelFlaw.REFUSED if isinstance(failure, PolicyRefused) else LabelFlaw.REQUEST_FAILED)

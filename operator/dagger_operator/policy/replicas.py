@@ -11,6 +11,8 @@ from yarl import URL
 
 DOWN_SECONDS = 30.0
 """How long a replica that could not be reached is passed over."""
+LOOK_UP_SECONDS = 30.0
+"""How long addresses are believed: a Service shows a replica that restarts only when it is ready again."""
 
 
 class Replicas:
@@ -20,14 +22,20 @@ class Replicas:
         """With `resolve`, a single URL stands for all addresses of its host name, as a headless Service's does."""
         self._urls = tuple(urls)
         self._resolves = resolve and len(self._urls) == 1 and not _is_address(self._urls[0])
-        self._known: tuple[str, ...] | None = None if self._resolves else self._urls
+        self._known = () if self._resolves else self._urls
+        self._look_up_at = 0.0
         self._down: dict[str, float] = {}
 
     async def pick(self, affinity: str) -> str:
-        """Base URL for this rollout. Raises `OSError` where the host name does not resolve."""
-        if self._known is None:
-            self._known = await addresses(self._urls[0])
+        """Base URL for this rollout. Raises `OSError` where the host name does not resolve and no address is known from before."""
         now = time.monotonic()
+        if self._resolves and (not self._known or now >= self._look_up_at):
+            self._look_up_at = now + LOOK_UP_SECONDS  # set first: the other rollouts do not wait for a name server that is slow
+            try:
+                self._known = await addresses(self._urls[0])
+            except OSError:
+                if not self._known:
+                    raise
         alive = [url for url in self._known if self._down.get(url, 0.0) <= now]
         return max(alive or self._known, key=lambda url: blake2b(f"{affinity}\n{url}".encode(), digest_size=8).digest())
 
@@ -35,7 +43,7 @@ class Replicas:
         """Passes a replica over for a while, and looks the addresses up again."""
         self._down[url] = time.monotonic() + DOWN_SECONDS
         if self._resolves:
-            self._known = None
+            self._known = ()
 
 
 def _is_address(url: str) -> bool:

@@ -9,7 +9,7 @@ from dagger_operator.api import LabelMode
 from dagger_operator.policy.act import Act, TurnDropped
 from dagger_operator.policy.client import Answer, Client
 from dagger_operator.policy.coins import request_seed
-from dagger_operator.policy.failures import PolicyFailure, PolicyRefused, PolicyUnavailable
+from dagger_operator.policy.failures import CONTEXT_TOO_LONG, PolicyFailure, PolicyRefused, PolicyUnavailable
 from dagger_operator.policy.labels import ACTING_PRIORITY, Labeller, judged
 from dagger_operator.policy.metrics import GatewayMetrics, Purpose
 from dagger_operator.policy.mixing import Mixer
@@ -17,7 +17,7 @@ from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.session import Recording, SessionRequest, Silence
 from dagger_operator.policy.streaming import Chunk
-from dagger_operator.store.records import Actor
+from dagger_operator.store.records import Actor, Failure
 
 
 class TurnLimit(Exception):
@@ -51,6 +51,8 @@ class RolloutSession:
         self._labels: dict[int, asyncio.Task[None]] = {}
         self._deferred: dict[int, ChatRequest] = {}
         self._failed: Exception | None = None
+        self._too_long: Failure | None = None
+        """Set where the last request's state was too long: an agent may shorten its context and go on."""
         self._closed = False
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
@@ -74,7 +76,7 @@ class RolloutSession:
     async def turn(self, request: ChatRequest) -> Act:
         """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
 
-        Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it before.
+        Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it for good before.
         """
         while True:
             self.check()
@@ -87,7 +89,7 @@ class RolloutSession:
         if len(self._recorder.turns) >= self._request.max_turns:
             self._limit_reached = True
             self.check()
-        request = self._recorder.interned(request)
+        request, self._too_long = self._recorder.interned(request), None
         self._act = Act(request, self._run)
         return self._act
 
@@ -112,10 +114,13 @@ class RolloutSession:
                 failing=act.failing,
             )
         except BaseException as error:
-            # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
-            why = error if isinstance(error, Exception) else act.trouble
-            self._failed = why.anew() if isinstance(why, PolicyFailure) else why
-            self._act = None  # nobody will get its turn, and the rollout may go on for hours: its request is not kept for that
+            if isinstance(error, PolicyRefused) and error.reason == CONTEXT_TOO_LONG:
+                self._too_long = error.record
+            else:
+                # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
+                why = error if isinstance(error, Exception) else act.trouble
+                self._failed = why.anew() if isinstance(why, PolicyFailure) else why
+                self._act = None  # nobody will get its turn, and the rollout may go on for hours: its request is not kept for that
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
             raise
@@ -126,7 +131,7 @@ class RolloutSession:
         self._metrics.turns.labels(decision.actor).inc()
         self._metrics.answered(decision.actor, Purpose.ACTION, answer.completion)
         if decision.actor is Actor.TEACHER:
-            self._set_label(index, judged(answer.completion, self._request.label_check))
+            self._set_label(index, judged(client.upstream, answer.completion, self._request.label_check))
         elif labelled and mode is LabelMode.DEFERRED:
             self._deferred[index] = act.request
         elif labelled and mode is LabelMode.INLINE:
@@ -178,7 +183,7 @@ class RolloutSession:
             turns=self._recorder.labelled(),
             kappa=self._mixer.kappa,
             failure=self._failed.record if isinstance(self._failed, PolicyUnavailable) else None,
-            policy_error=self._failed.record if isinstance(self._failed, PolicyRefused) else None,
+            policy_error=self._failed.record if isinstance(self._failed, PolicyRefused) else self._too_long,
             limit_reached=self._limit_reached,
             acting_seconds=self._acting_seconds,
             label_seconds=self._label_seconds,

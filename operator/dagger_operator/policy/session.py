@@ -51,7 +51,7 @@ class Recording:
     failure: Failure | None
     """Set where a policy could not be reached or mixed: the rollout is an infrastructure failure, whatever the scaffold made of it."""
     policy_error: Failure | None
-    """Set where a policy itself could not go on, such as a context that is too long for the model."""
+    """Set where a policy itself could not go on: with a context that is too long for it, where the agent did not ask again with less."""
     limit_reached: bool
     acting_seconds: float
     label_seconds: float

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagger_operator.api import Sampling, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Sampling, Student, Teacher
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff
 from dagger_operator.store import layout, logprobs
-from dagger_operator.store.records import Actor
+from dagger_operator.store.records import Actor, Completion
 from dagger_operator.store.results import PreflightResult
 from dagger_operator.store.stage import Stage, StageFailure
 
@@ -37,6 +37,9 @@ class Upstream:
     """vLLM behind the policy agent, rather than an endpoint of someone else's: it honours `seed` and `priority`, and its answers
     must name the version that was asked for."""
     backoff: Backoff = field(default_factory=Backoff)
+    max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
+    context: int = 0
+    """Tokens of prompt and turn together that a served policy takes; 0 where it is not known."""
     top_logprobs: int = 0
     """Log-probabilities that it is asked for at each token; a teacher's, which labels keep."""
 
@@ -44,12 +47,23 @@ class Upstream:
         """The same policy, decoding greedily."""
         return replace(self, sampling=self.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0}))
 
+    def cut_off(self, completion: Completion) -> bool:
+        """Whether a turn of this policy ended otherwise than by itself.
+
+        `tool_calls` alone does not tell: vLLM says it of every turn in which its parser found a call, and some parsers find one in a turn
+        that was cut off. Then the counts do.
+        """
+        if completion.finish_reason != "tool_calls":
+            return completion.finish_reason != "stop"
+        used = completion.prompt_tokens + completion.completion_tokens
+        return completion.completion_tokens >= self.sampling.max_tokens or 0 < self.context <= used
+
     def body(self, request: ChatRequest, *, stream: bool, seed: int, priority: int) -> dict[str, Any]:
         """The request as this policy gets it: the scaffold's state, the spec's sampling."""
         body: dict[str, Any] = {"model": self.model, "messages": list(request.messages), **request.options}
         if request.tools:
             body["tools"] = list(request.tools)
-        body |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "max_tokens": self.sampling.max_tokens}
+        body |= self.sampling.asked(self.max_tokens_parameter)
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.served:
@@ -80,18 +94,21 @@ async def _teacher_version(stage: Stage) -> str:
 
 def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str) -> Upstream:
     endpoint = policy.endpoint
+    serving = policy.served if isinstance(policy, Student) else policy.serving
     name = role.value.upper()
     urls = tuple(url.strip().rstrip("/") for url in _required(stage, f"DAGGER_{name}_URL").split(",") if url.strip())
     return Upstream(
         role=role,
         urls=urls,
-        token=stage.environ.get(f"DAGGER_{name}_TOKEN") or None,
+        token=stage.token(role),
         model=endpoint.model or policy.model if endpoint else version,
         version=endpoint.version(policy.model) if endpoint else version,
         sampling=policy.sampling,
         timeout_seconds=endpoint.timeout_seconds if endpoint else SERVED_TIMEOUT_SECONDS,
         attempts=stage.run.spec.labels.attempts,
         served=endpoint is None,
+        max_tokens_parameter=endpoint.max_tokens_parameter if endpoint else MaxTokensParameter.MAX_TOKENS,
+        context=serving.max_model_len if serving else 0,
         top_logprobs=stage.run.spec.labels.top_logprobs if role is Actor.TEACHER else 0,
     )
 

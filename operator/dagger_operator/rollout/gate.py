@@ -13,7 +13,7 @@ from dagger_operator.store.trajectories import read_trajectories
 from dagger_operator.tasks.deal import Assignment
 
 _REMEDIES = {
-    LabelFlaw.TRUNCATED: "raise teacher.sampling.maxTokens",
+    LabelFlaw.TRUNCATED: "raise teacher.sampling.maxTokens, or teacher.serving.maxModelLen where a state leaves less room than that",
     LabelFlaw.UNPARSABLE: "make a new run, whose templates and scaffold.protocol fit the teacher",
     LabelFlaw.REFUSED: "give the teacher the student's context, by teacher.serving.maxModelLen",
     LabelFlaw.REQUEST_FAILED: "raise labels.attempts, or lower labels.concurrency",

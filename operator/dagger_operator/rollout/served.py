@@ -55,7 +55,7 @@ class Recovery:
         self._looking = asyncio.Lock()
 
     async def __call__(self) -> None:
-        """Waits until every policy agent says that it serves its version; at once where they do.
+        """Waits until every policy agent that can be found says that it serves its version; at once where they do.
 
         Raises `StageFailure` (not permanent) where that is not so when patience ends.
         """
@@ -80,7 +80,8 @@ class Recovery:
 
 
 async def _wrong(http: aiohttp.ClientSession, policy: Served) -> list[str]:
-    """What each agent that does not serve the version says instead."""
+    """What each agent that does not serve the version says instead. A Service does not show a replica that starts: rollouts need not
+    wait for it while others serve."""
     try:
         urls = [each for url in policy.agents for each in await addresses(url)]
     except OSError as error:

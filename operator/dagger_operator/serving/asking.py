@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 import aiohttp
 
-from dagger_operator.api import Sampling
+from dagger_operator.api import MaxTokensParameter, Sampling
 from dagger_operator.store import logprobs
 from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.stage import StageFailure
@@ -37,6 +37,7 @@ class Policy:
     """Deadline of one request."""
     patience_seconds: float
     """How long what may pass (no connection, 429, 5xx) is borne."""
+    max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
     top_logprobs: int = 0
     """Log-probabilities that it is asked for at each token."""
 
@@ -114,8 +115,7 @@ class Asker:
         return f"{self.policy.role}.{'serving' if self.policy.served else 'endpoint'}"
 
     def _body(self, messages: list[Json], more: Mapping[str, Any]) -> Json:
-        sampling = self.policy.sampling
-        body = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_tokens}
+        body = self.policy.sampling.asked(self.policy.max_tokens_parameter)
         return {"model": self.policy.model, "messages": messages, **body, **logprobs.asked(self.policy.top_logprobs), **more}
 
     async def _request(self, method: str, path: str, body: Json | None, *, needed: bool = True) -> tuple[int, str]:
@@ -170,9 +170,14 @@ class Asker:
                 )
             case _ if 300 <= status < 400:
                 self.fail("Moved", f"answers {status}, a redirect: write its target as {role}.endpoint.url")
+            case 400 if self.policy.max_tokens_parameter is MaxTokensParameter.MAX_TOKENS and "max_completion_tokens" in text:
+                self.fail("Refuses", f"answers 400: {said}: write {role}.endpoint.maxTokensParameter MaxCompletionTokens")
             case _:
-                too = " and labels.topLogprobs" if self.policy.top_logprobs else ""
-                self.fail("Refuses", f"answers {status}: {said}: look at {role}.sampling{too}, which it may not support")
+                fields = [f"{role}.sampling"]
+                if self.policy.max_tokens_parameter is MaxTokensParameter.MAX_COMPLETION_TOKENS:
+                    fields = [f"{role}.sampling (a temperature or topP of 1 is not sent)", f"{role}.endpoint.maxTokensParameter"]
+                fields += ["labels.topLogprobs"] if self.policy.top_logprobs else []
+                self.fail("Refuses", f"answers {status}: {said}: look at {' and '.join(fields)}, which it may not support")
 
     def _answer(self, text: str, seconds: float) -> Answer:
         try:
@@ -194,7 +199,8 @@ class Asker:
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             pass
-        return self._without_secret(" ".join(text.split())[:300]) or "an empty body"
+        # The secret goes first: of one that is cut the first part would stay.
+        return " ".join(self._without_secret(text).split())[:300] or "an empty body"
 
     def _without_secret(self, text: str) -> str:
         return text.replace(self.policy.token, "***") if self.policy.token else text

@@ -48,6 +48,12 @@ class Engine:
             auto_decompress=False,
         )
 
+    @property
+    def shows_all_weights(self) -> bool:
+        """Whether `fingerprint` covers every tensor. On the CPU vLLM packs linear layers out of its reach, which leaves embeddings and
+        norms: an adapter changes none of those."""
+        return not self._repacks
+
     async def close(self) -> None:
         await self.session.close()
 
@@ -87,10 +93,7 @@ class Engine:
             raise EngineFailure("the prefix cache cannot be reset: blocks are still held")
 
     async def fingerprint(self) -> str:
-        """Digest of the tensors in memory; replicas of the same settings have the same.
-
-        On the CPU vLLM repacks linear layers out of its reach, so there it covers embeddings and norms.
-        """
+        """Digest of the tensors in memory, as far as they are shown; replicas of the same settings have the same."""
         checksums = (await self._call("POST", "/weight_checker", {"action": "checksum"}, seconds=self._slow_seconds))["checksums"]
         return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()[:16]
 

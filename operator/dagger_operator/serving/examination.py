@@ -4,7 +4,7 @@ import json
 from difflib import get_close_matches
 from typing import Literal
 
-from dagger_operator.api import Protocol, ScaffoldType, Serving, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Protocol, ScaffoldType, Serving, Student, Teacher
 from dagger_operator.api.training import Loss
 from dagger_operator.serving.agents import AgentStatus, said, wait_for
 from dagger_operator.serving.asking import Answer, Asker, Json, Policy
@@ -73,12 +73,13 @@ class Examination:
         return Policy(
             role=self._role,
             url=url,
-            token=self._stage.environ.get(f"DAGGER_{self._role.upper()}_TOKEN") or None,
+            token=self._stage.token(self._role),
             model=(endpoint.model or self._spec.model) if endpoint else self._version,
             sampling=self._spec.sampling,
             served=endpoint is None,
             request_seconds=endpoint.timeout_seconds if endpoint else _SERVED_REQUEST_SECONDS,
             patience_seconds=ENDPOINT_PATIENCE_SECONDS if endpoint else 60.0,
+            max_tokens_parameter=endpoint.max_tokens_parameter if endpoint else MaxTokensParameter.MAX_TOKENS,
             top_logprobs=self._top_logprobs,
         )
 

@@ -84,6 +84,20 @@ class Stage:
             environ=environ,
         )
 
+    def token(self, role: str) -> str | None:
+        """The API key that the Secret of a policy's endpoint holds, `student`'s or `teacher`'s; None where there is none.
+
+        Raises `StageFailure` where it cannot be sent. White space around it, such as the newline that most tools write, is no part of it.
+        """
+        token = self.environ.get(f"DAGGER_{role.upper()}_TOKEN", "").strip()
+        if not token.isprintable():
+            raise StageFailure(
+                f"{role.capitalize()}Unauthorized",
+                f"the {role}'s API key holds a line break or another character that cannot be sent in a header: "
+                f"put the key alone into the Secret that {role}.endpoint.secretRef names",
+            )
+        return token or None
+
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     value = environ.get(name, str(default))
