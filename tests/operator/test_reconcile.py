@@ -177,3 +177,20 @@ async def test_what_the_api_server_says_at_length_leaves_room_for_since_when(loo
     said = condition(await looks.look())["message"]
     assert "have the quota raised" in said
     assert said.endswith(f"(since {clock.at:%Y-%m-%d %H:%M:%S} UTC)")
+
+
+async def test_a_child_whose_label_somebody_took_away_gets_it_back_and_is_seen_again(looks: Looks) -> None:
+    await looks.look()
+    (place,) = (one for one in looks.objects.there if one[0] == "Job")
+    before = looks.objects.there[place]
+    changed = looks.objects.put({**before, "metadata": {**before["metadata"], "labels": {}}})
+    # As a watch by labels tells it: gone, as it was, at the version of the change.
+    version = changed["metadata"]["resourceVersion"]
+    looks.cache.remove({**before, "metadata": {**before["metadata"], "resourceVersion": version}})
+    await looks.look()
+    assert looks.objects.there[place]["metadata"]["labels"] == before["metadata"]["labels"]
+    assert [one["kind"] for one in looks.cache.children(DEMO)] == ["Job"]
+    asked: list[str] = []
+    looks.objects.fault = lambda verb, place: asked.append(place[0])
+    await looks.look()
+    assert "Job" not in asked, "it is as it should be, and known to be"
