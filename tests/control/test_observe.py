@@ -414,6 +414,18 @@ def test_a_server_waits_for_a_lost_node_where_nothing_takes_its_place() -> None:
     assert (group.state, group.trouble.reason) == (ChildState.WAITING, "NodeLost")
 
 
+@pytest.mark.parametrize("kind", ["Deployment", "LeaderWorkerSet"])
+def test_an_edited_server_waits_for_the_node_that_keeps_a_pod_of_the_earlier_attempt_and_says_since_when(kind: str) -> None:
+    old = going("s-old", ago(minutes=5))
+    old["metadata"]["labels"] = LABELS | {COMPONENT: "student", ATTEMPT: "00000000"}
+    seen = child(deployment() | {"kind": kind}, [old])
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since) == (ChildState.WAITING, "NodeLost", NOW - timedelta(minutes=5))
+    assert "node gpu-7" in seen.trouble.message
+    old["metadata"]["deletionTimestamp"] = ago(seconds=5)
+    assert child(deployment() | {"kind": kind}, [old]).trouble is None, "it ends in its time"
+
+
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}

@@ -110,7 +110,9 @@ def child(
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        server = _server(one, manifest, current, now, warning, begun_anew)
+        # A Deployment makes another pod at once, but none of a new template while one of an old is left; a group's keep their names.
+        away = lost([pod for pod in pods if kind == "LeaderWorkerSet" or pod not in current], now)
+        server = _server(one, manifest, current, now, away, warning, begun_anew)
         return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
@@ -162,6 +164,7 @@ def _server(
     manifest: Manifest,
     pods: Sequence[Manifest],
     now: datetime,
+    away: Trouble | None,
     warning: Trouble | None,
     begun_anew: Sequence[PodFailure],
 ) -> Child:
@@ -170,8 +173,6 @@ def _server(
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
-    # A Deployment makes another pod at once, a group's keep their names and are waited for.
-    away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
     again = restarting(begun_anew, pods)
     held = away or waiting(pods) or warning or again
     if (broken := broken_server(pods)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
