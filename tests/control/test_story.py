@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Phase, Problem
-from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan, refused
+from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, news, plan, refused
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -262,6 +262,15 @@ def test_what_was_said_of_a_run_that_succeeded_is_put_right(story: Callable[...,
     end = tale.plan().status
     tale.run = tale.run.model_copy(update={"status": refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)})
     assert tale.plan().status == end
+
+
+def test_what_cannot_be_run_is_told_once_whatever_conditions_say_it(story: Callable[..., Story]) -> None:
+    tale = story()
+    status = refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)
+    accepted = next(one for one in status.conditions if one.type == "Accepted")
+    progressing = accepted.model_copy(update={"type": "Progressing"})
+    told = news(tale.run, status.model_copy(update={"conditions": [accepted, progressing]}))
+    assert [(event.type, event.reason) for event in told] == [("Warning", "InvalidSpec")]
 
 
 def test_a_failed_run_goes_when_its_time_is_over_though_its_storage_is_away(story: Callable[..., Story]) -> None:

@@ -37,6 +37,15 @@ class Looks:
     def stored(self) -> Json:
         return self.objects.there["DAggerRun", *DEMO]
 
+    def edit(self, **spec: Any) -> None:
+        """As a user does it; the cache hears of it."""
+        metadata = {**self.stored["metadata"], "generation": self.stored["metadata"]["generation"] + 1}
+        self.cache.put(self.objects.put({**self.stored, "metadata": metadata, "spec": {**self.stored["spec"], **spec}}))
+
+    def told(self) -> list[tuple[str, str]]:
+        """Type and reason of the Events, in order."""
+        return [(one["type"], one["reason"]) for (kind, _, _), one in self.objects.there.items() if kind == "Event"]
+
     def kinds(self) -> set[str]:
         return {kind for kind, _, _ in self.objects.there} - {"DAggerRun", "Event"}
 
@@ -194,3 +203,22 @@ async def test_a_child_whose_label_somebody_took_away_gets_it_back_and_is_seen_a
     looks.objects.fault = lambda verb, place: asked.append(place[0])
     await looks.look()
     assert "Job" not in asked, "it is as it should be, and known to be"
+
+
+async def test_a_run_that_is_edited_to_what_cannot_be_run_says_so_in_one_warning(looks: Looks) -> None:
+    await looks.look()
+    before = looks.told()
+    looks.edit(rounds=0)
+    for _ in range(3):
+        status = await looks.look()
+    assert (status["reason"], condition(status, "Accepted")["status"]) == ("InvalidSpec", "False")
+    assert looks.told() == [*before, ("Warning", "InvalidSpec")]
+    looks.edit(rounds=1)
+    assert condition(await looks.look(), "Accepted")["status"] == "True"
+
+
+async def test_a_run_of_another_manager_is_left_alone_though_its_spec_is_not_understood(looks: Looks) -> None:
+    looks.edit(managedBy="example.com/queue", rounds=0, mode="of another version")
+    assert await looks.reconciler.reconcile(DEMO) is None
+    assert "status" not in looks.stored
+    assert looks.told() == []
