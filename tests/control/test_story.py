@@ -349,6 +349,24 @@ def test_jobs_that_ended_stay_for_their_logs_and_go_two_rounds_later(story: Call
         assert (ended.ref in tale.plan().remove) == (number == 2)
 
 
+@pytest.mark.parametrize("stage", ["rollout", "evaluation"])
+def test_workers_keep_their_account_until_the_last_of_them_has_ended(story: Callable[..., Story], stage: str) -> None:
+    tale = story(rounds=1, sandbox={"namespace": "sandboxes", "helperImage": "helper:1"})
+    tale.into_rollouts()
+    if stage == "evaluation":
+        tale.done("rollout", "training", "publish", round_number=1)
+        tale.carry_out(tale.plan())
+
+    def removed() -> bool:
+        return "ServiceAccount" in {ref.kind for ref in tale.plan().remove}
+
+    tale.done(stage, round_number=1)
+    tale.see(stage, state=ChildState.WAITING, pods=1)
+    assert not removed(), "its last pod has yet to be given a token"
+    tale.see(stage, state=ChildState.SUCCEEDED, pods=0)
+    assert removed()
+
+
 def test_the_status_stays_small_whatever_the_number_of_rounds(story: Callable[..., Story]) -> None:
     tale = story(rounds=1000)
     tale.done("prepare", "preflight")

@@ -25,6 +25,8 @@ def leftovers(
     """Every child that is neither asked for nor kept."""
     wanted = {(one["kind"], one["metadata"]["name"]) for one in objects}
     nothing_stays = failed is not None and run.spec.failure_policy.keep is Keep.NOTHING
+    # A worker's pod that has yet to begin cannot without its token, and one that ends gives its sandboxes back with it.
+    workers_there = any(child.holds for child in observed.children if child.component in (StageName.ROLLOUT, StageName.EVALUATION))
     found = [
         child.ref
         for child in observed.children
@@ -32,6 +34,7 @@ def leftovers(
         and not any(child is one for one in keep)
         and (child.kind, child.name) not in wanted
         and child.kind != "Pod"  # what it belonged to is gone, or not seen yet; the cluster collects it
+        and not (child.kind == "ServiceAccount" and workers_there)
         and not (child.kind == "Job" and not nothing_stays and _may_stay(run, observed, work, child))
     ]
     return tuple(sorted(found))
