@@ -12,6 +12,9 @@ from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.reconcile import Reconciler
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.kube.errors import Unavailable, error_of
+from dagger_operator.store.objects import Store
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.results import PrepareResult, save_result
 from fixtures.objects import Objects, Place
 
 Json = dict[str, Any]
@@ -163,6 +166,48 @@ async def test_a_deadline_goes_on_through_the_lives_of_an_operator(looks: Looks,
     looks.objects.fault = answers(403)
     looks.restart()
     assert (await looks.look())["phase"] == "Preparing"
+
+
+@pytest.mark.parametrize("keep", ["Logs", "Nothing"])
+async def test_a_run_that_failed_by_a_refusal_makes_nothing_and_goes_on_once_all_would_be_taken(
+    make_run: Callable[..., DAggerRun], clock: Clock, keep: str
+) -> None:
+    run = make_run()
+    store = Store.open(run.spec.storage, {})
+    await take_prefix(store, run)
+    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    looks = Looks(run)
+    teacher = {"model": "t", "serving": {"gpus": 1}}
+    looks.edit(teacher=teacher, preRunningDeadlineSeconds=600, failurePolicy={"keep": keep})
+
+    def no_teacher(verb: str, place: Place) -> None:
+        if (verb, place[2]) == ("apply", "demo-teacher"):
+            raise error_of(verb, 403, QUOTA)
+
+    def deployments() -> dict[str, Any]:
+        there = {name: one["spec"]["replicas"] for (kind, _, name), one in looks.objects.there.items() if kind == "Deployment"}
+        return {name.removeprefix("demo-"): replicas for name, replicas in there.items()}
+
+    async def again() -> Json:
+        looks.restart()
+        return await looks.look()
+
+    looks.objects.fault = no_teacher
+    assert (await again())["reason"] == "QuotaExceeded"
+    assert deployments() == {"student": 1}
+    clock.later(minutes=11)
+    for _ in range(5):
+        assert (await again())["phase"] == "Failed"
+        clock.later(seconds=10)
+    before = looks.kinds()
+    for _ in range(4):
+        assert (await again())["phase"] == "Failed"
+        assert deployments() == {"student": 0}
+        assert looks.kinds() == before
+    looks.objects.fault = lambda verb, place: None
+    assert (await again())["phase"] == "Preflight"
+    await again()
+    assert deployments() == {"student": 1, "teacher": 1}
 
 
 async def test_a_deadline_goes_on_while_storage_is_away(looks: Looks, clock: Clock, tmp_path: Path) -> None:

@@ -86,9 +86,10 @@ class Reconciler:
         return read[1]
 
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan, observed: Observed) -> Trouble | None:
-        """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
+        """Applies, removes, asks. The first refusal, dated by when it was met first; what else is planned is done all the same."""
         refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
         refusals += [trouble for ref in planned.remove if (trouble := await self.applier.remove(run, ref)) is not None]
+        refusals += [trouble for one in planned.asked if (trouble := await self.applier.apply(run, one, dry_run=True)) is not None]
         if refusals:
             self._refused[key] = dated(refusals[0], self._refused.get(key), run.status)
             return self._refused[key]
