@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Phase
-from dagger_operator.control import FAILED, ChildState, Observed, Plan, PodFailure, Results, Trouble, child, plan
+from dagger_operator.control import COMPONENT, FAILED, ChildState, Observed, Plan, PodFailure, Results, Trouble, child, plan
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.refusals import dated, failed_by
 from dagger_operator.control.rounds import StageName, Step
@@ -205,8 +205,45 @@ def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story
     tale.later(minutes=11)
     failed = tale.plan(refused=refused)
     assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "QuotaExceeded")
-    assert ("Deployment", "student") in wanted(failed), "once it is taken the run goes on"
+    asked = {(one["kind"], one["metadata"]["name"]): one for one in failed.asked}
+    assert asked["Deployment", "demo-student"]["spec"]["replicas"] == 2, "once it would be taken the run goes on"
+    assert asked.keys() >= {("Service", "demo-student"), ("NetworkPolicy", "demo-serving")}
+    assert wanted(failed) == {}, "and before that nothing is made"
     assert tale.plan().status.phase is Phase.PREFLIGHT
+
+
+@pytest.mark.parametrize("kueue", [None, {"queueName": "gpus"}], ids=["no queue", "in a queue"])
+@pytest.mark.parametrize("keep", ["Logs", "Everything", "Nothing"])
+@pytest.mark.parametrize("lacks", ["teacher", "evaluation"])
+def test_a_run_that_failed_by_a_refusal_comes_to_rest(story: Callable[..., Story], lacks: str, keep: str, kueue: Any) -> None:
+    served = {"gpus": 1, "replicas": 2}
+    tale = story(
+        student={"model": "m", "serving": served},
+        teacher={"model": "t", "serving": served},
+        preRunningDeadlineSeconds=600,
+        failurePolicy={"keep": keep},
+        kueue=kueue,
+    )
+    tale.into_rollouts()
+    tale.done("rollout", "training", "publish", round_number=1)
+    tale.children = {key: one for key, one in tale.children.items() if one.kind != "Job"}
+    tale.carry_out(tale.plan())
+    tale.children = {key: one for key, one in tale.children.items() if one.component != lacks}
+    refused = Trouble("Forbidden", "no more of these", tale.now)
+    tale.later(minutes=11)
+    looks = []
+    for _ in range(6):
+        planned = tale.plan(refused=refused)
+        assert planned.status.phase is Phase.FAILED
+        tale.carry_out(planned)
+        tale.later(seconds=10)
+        looks.append(dict(tale.children))
+    assert all(one == looks[1] for one in looks[2:]), "nothing is made that the next look removes"
+    assert not any(one.component == lacks for one in tale.children.values())
+    holding = {(one.kind, one.component) for one in tale.children.values() if one.pods or one.state is ChildState.RUNNING}
+    assert holding == ({("Deployment", "student"), ("Deployment", "teacher")} - {("Deployment", lacks)} if keep == "Everything" else set())
+    assert lacks in {one["metadata"]["labels"][COMPONENT] for one in planned.asked}
+    assert tale.plan().status.phase is Phase.ROLLOUT, "it is taken now"
 
 
 def test_since_when_an_object_is_refused_is_read_from_the_status(story: Callable[..., Story]) -> None:

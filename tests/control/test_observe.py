@@ -234,9 +234,12 @@ def test_a_server_that_lacks_a_service_is_waited_for_and_its_ends_are_counted() 
 LATE = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}
 
 
-def late_server(*pods: Json, now: datetime = NOW) -> Child:
-    """A server with 30 minutes to start, which its Deployment says are over."""
-    manifest = deployment(wanted=len(pods), conditions=[LATE])
+COMPLETE_ONCE = {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable", "message": "has successfully progressed"}
+
+
+def late_server(*pods: Json, now: datetime = NOW, progress: Json = LATE) -> Child:
+    """A server with 30 minutes to start, which its Deployment says are over, or reckons with no more."""
+    manifest = deployment(wanted=len(pods), conditions=[progress])
     manifest["spec"]["progressDeadlineSeconds"] = 1800
     return child(manifest, pods, now)
 
@@ -268,6 +271,36 @@ def test_a_server_that_waited_for_its_turn_has_all_its_time_from_then_on() -> No
     assert late_server(serves, begun).state is ChildState.RUNNING, "the first replica had room, the second one waited"
     changes_weights = placed(ago(hours=1), unready=ago(seconds=5))
     assert late_server(changes_weights, begun).state is ChildState.RUNNING
+
+
+def test_a_server_that_is_scaled_back_up_has_the_same_time_though_its_deployment_was_complete_once() -> None:
+    again = placed(ago(minutes=31))
+    failed = late_server(again, progress=COMPLETE_ONCE)
+    assert failed.state is ChildState.FAILED and failed.trouble is not None
+    assert failed.trouble.reason == "ProgressDeadlineExceeded"
+    assert all(part in failed.trouble.message for part in ("pod s ", "1800 s", "spec.student.serving.startupDeadlineSeconds"))
+    assert late_server(placed(ago(minutes=29)), progress=COMPLETE_ONCE).state is ChildState.RUNNING
+    assert late_server(placed(ago(hours=9), unready=ago(seconds=5)), progress=COMPLETE_ONCE).state is ChildState.RUNNING
+    first = {"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}
+    assert late_server(again, progress=first).state is ChildState.RUNNING, "it reckons with its progress: another replica has just come"
+
+
+@pytest.mark.parametrize("progress", [LATE, COMPLETE_ONCE])
+def test_a_server_that_is_late_fails_with_what_its_container_said_last(progress: Json) -> None:
+    again = placed(ago(minutes=31))
+    killed = {"terminated": {"exitCode": 137, "reason": "Error", "message": "probe failed"}}
+    again["status"]["containerStatuses"] = [{"name": "vllm", "state": {"running": {}}, "lastState": killed, "restartCount": 3}]
+    failed = late_server(again, progress=progress)
+    assert failed.state is ChildState.FAILED and failed.trouble is not None
+    assert "exit code 137" in failed.trouble.message
+
+
+def test_a_server_that_starts_again_and_again_says_why_while_it_runs() -> None:
+    killed = {"terminated": {"exitCode": 137, "reason": "Error", "message": "no answer"}}
+    seen = child(deployment(), [server_pod(state={"running": {}}, lastState=killed, restartCount=3)])
+    assert seen.state is ChildState.RUNNING and seen.trouble is not None
+    assert all(part in seen.trouble.message for part in ("container vllm", "exit code 137", "no answer", "restarts so far: 3"))
+    assert child(deployment(**READY), [server_pod(state={"running": {}}, lastState=killed, restartCount=3)]).trouble is None
 
 
 def test_a_given_up_server_is_known_by_its_annotation_alone() -> None:
@@ -379,6 +412,18 @@ def test_a_server_waits_for_a_lost_node_where_nothing_takes_its_place() -> None:
     group = child(manifest | {"kind": "LeaderWorkerSet"}, [overdue])
     assert group.trouble is not None
     assert (group.state, group.trouble.reason) == (ChildState.WAITING, "NodeLost")
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "LeaderWorkerSet"])
+def test_an_edited_server_waits_for_the_node_that_keeps_a_pod_of_the_earlier_attempt_and_says_since_when(kind: str) -> None:
+    old = going("s-old", ago(minutes=5))
+    old["metadata"]["labels"] = LABELS | {COMPONENT: "student", ATTEMPT: "00000000"}
+    seen = child(deployment() | {"kind": kind}, [old])
+    assert seen.trouble is not None
+    assert (seen.state, seen.trouble.reason, seen.waiting_since) == (ChildState.WAITING, "NodeLost", NOW - timedelta(minutes=5))
+    assert "node gpu-7" in seen.trouble.message
+    old["metadata"]["deletionTimestamp"] = ago(seconds=5)
+    assert child(deployment() | {"kind": kind}, [old]).trouble is None, "it ends in its time"
 
 
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:

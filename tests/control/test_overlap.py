@@ -1,12 +1,17 @@
 """A student is evaluated while the next round's rollouts ask it, and is not replaced before that is done."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dagger_operator.api import Phase
-from dagger_operator.control import Plan, Results, next_steps
+from dagger_operator.control import ChildState, Plan, Results, next_steps, read_results
+from dagger_operator.store.objects import Store
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.results import save_result
+from fixtures.results import result
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -73,3 +78,45 @@ def test_without_overlap_rollouts_wait_for_the_evaluation(story: Callable[..., S
     planned = tale.plan()
     assert {key for key in wanted(planned) if key[0] == "Job"} == {("Job", "evaluation")}
     assert (planned.status.phase, planned.status.round) == (Phase.EVALUATION, 1)
+
+
+class Storage:
+    """A run's results in a folder, as stages leave them there and a runtime reads them: what it knows it does not ask for again."""
+
+    def __init__(self, tale: Story) -> None:
+        self.tale, self.known = tale, Results()
+        self.store = Store.open(tale.run.spec.storage, {})
+
+    async def done(self, *stages: str, round_number: int = 0) -> None:
+        await take_prefix(self.store, self.tale.run)
+        for stage in stages:
+            await save_result(self.store, round_number, stage, result(stage, round_number))
+        await self.look()
+
+    async def look(self) -> None:
+        self.known = await read_results(self.store, self.tale.run, self.known)
+        self.tale.results = dict(self.known.records)
+
+
+@pytest.mark.parametrize("beside", [("rollout",), ("rollout", "training")], ids=["rollouts", "training"])
+async def test_an_evaluation_that_ends_after_what_ran_beside_it_is_seen_and_the_run_goes_on(
+    story: Callable[..., Story], wanted: Wanted, tmp_path: Path, beside: tuple[str, ...]
+) -> None:
+    tale = story(storage={"url": f"file://{tmp_path}"})
+    storage = Storage(tale)
+    await storage.done("prepare", "preflight")
+    await storage.done("rollout", "training", "publish", round_number=1)
+    tale.carry_out(tale.plan())
+    tale.serve()
+    tale.carry_out(tale.plan())
+    for stage in beside:
+        await storage.done(stage, round_number=2)
+    await storage.done("evaluation", round_number=1)
+    tale.see("evaluation", state=ChildState.SUCCEEDED, pods=0, finished=tale.now)
+    tale.later(minutes=2)
+    await storage.look()
+    planned = tale.plan()
+    assert planned.status.phase is not Phase.FAILED, planned.status.reason
+    assert planned.status.rounds[0].evaluation is not None
+    await storage.done("training", "publish", "evaluation", round_number=2)
+    assert tale.plan().status.phase is Phase.SUCCEEDED

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Phase, Problem
-from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, plan, refused
+from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, news, plan, refused
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -264,6 +264,15 @@ def test_what_was_said_of_a_run_that_succeeded_is_put_right(story: Callable[...,
     assert tale.plan().status == end
 
 
+def test_what_cannot_be_run_is_told_once_whatever_conditions_say_it(story: Callable[..., Story]) -> None:
+    tale = story()
+    status = refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)
+    accepted = next(one for one in status.conditions if one.type == "Accepted")
+    progressing = accepted.model_copy(update={"type": "Progressing"})
+    told = news(tale.run, status.model_copy(update={"conditions": [accepted, progressing]}))
+    assert [(event.type, event.reason) for event in told] == [("Warning", "InvalidSpec")]
+
+
 def test_a_failed_run_goes_when_its_time_is_over_though_its_storage_is_away(story: Callable[..., Story]) -> None:
     tale = story(ttlSecondsAfterFinished=60)
     tale.into_rollouts()
@@ -338,6 +347,24 @@ def test_jobs_that_ended_stay_for_their_logs_and_go_two_rounds_later(story: Call
     for number in (1, 2):
         tale.done("rollout", "training", "publish", "evaluation", round_number=number)
         assert (ended.ref in tale.plan().remove) == (number == 2)
+
+
+@pytest.mark.parametrize("stage", ["rollout", "evaluation"])
+def test_workers_keep_their_account_until_the_last_of_them_has_ended(story: Callable[..., Story], stage: str) -> None:
+    tale = story(rounds=1, sandbox={"namespace": "sandboxes", "helperImage": "helper:1"})
+    tale.into_rollouts()
+    if stage == "evaluation":
+        tale.done("rollout", "training", "publish", round_number=1)
+        tale.carry_out(tale.plan())
+
+    def removed() -> bool:
+        return "ServiceAccount" in {ref.kind for ref in tale.plan().remove}
+
+    tale.done(stage, round_number=1)
+    tale.see(stage, state=ChildState.WAITING, pods=1)
+    assert not removed(), "its last pod has yet to be given a token"
+    tale.see(stage, state=ChildState.SUCCEEDED, pods=0)
+    assert removed()
 
 
 def test_the_status_stays_small_whatever_the_number_of_rounds(story: Callable[..., Story]) -> None:

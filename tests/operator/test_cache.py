@@ -45,6 +45,36 @@ def test_an_answer_that_comes_late_brings_nothing_back(order: list[str]) -> None
     assert cache.children(KEY) == []
 
 
+@given(st.permutations(["made", "label taken away", "label put back"]))
+def test_an_object_that_lost_its_label_for_a_moment_is_known_again(order: list[str]) -> None:
+    cache = Cache()
+    for what in order:
+        match what:
+            case "made":
+                cache.put(job(1))
+            case "label taken away":
+                cache.remove(job(2))  # so a watch by labels tells it
+            case _:
+                cache.put(job(3))
+    assert [one["metadata"]["resourceVersion"] for one in cache.children(KEY)] == ["3"]
+
+
+@given(st.permutations(["not found", "made", "late answer"]))
+def test_what_was_asked_for_and_not_found_is_brought_back_by_nothing(order: list[str]) -> None:
+    cache = Cache()
+    for what in order:
+        match what:
+            case "not found":
+                cache.remove(job(1), not_found=True)
+            case "made":
+                cache.put(job(1))
+            case _:
+                cache.put(job(2))
+    cache.remove(job(1))
+    cache.put(job(2))
+    assert cache.children(KEY) == []
+
+
 def test_a_later_object_of_the_same_name_outlives_the_deletion_of_the_earlier_one() -> None:
     cache = Cache()
     cache.put(job(1, uid="old"))

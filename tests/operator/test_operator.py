@@ -153,6 +153,26 @@ async def test_a_failed_job_deleted_by_hand_is_a_retry(lab: Any, operator: Any) 
     await lab.until_phase("Succeeded")
 
 
+async def test_a_job_that_loses_its_label_while_it_works_gets_it_back(lab: Any, operator: Any) -> None:
+    lab.paused = {"rollout"}
+    await lab.create_short()
+    job = await lab.until_job("rollout")
+    labels = {"app.kubernetes.io/managed-by": None}
+    metadata = {"name": job["metadata"]["name"], "namespace": lab.namespace, "labels": labels}
+    await lab.client.patch({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata})
+
+    async def suspended() -> bool:
+        return bool((await lab.until_job("rollout"))["spec"].get("suspend"))
+
+    await lab.until_job("rollout")
+    await lab.edit(suspend=True)
+    await lab.until(suspended)
+    await lab.edit(suspend=False)
+    lab.paused = set()
+    await lab.until_phase("Succeeded")
+    assert [uid for uid, name in lab.jobs.items() if "-rollout-" in name] == [job["metadata"]["uid"]]
+
+
 async def test_a_run_that_another_manages_is_left_alone_and_one_that_does_not_do_says_why(lab: Any, operator: Any) -> None:
     await lab.create_short("theirs", managedBy="example.com/queue")
     arguments = ["x" * 2000] * 60

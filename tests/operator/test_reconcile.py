@@ -12,6 +12,9 @@ from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.reconcile import Reconciler
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.kube.errors import Unavailable, error_of
+from dagger_operator.store.objects import Store
+from dagger_operator.store.owner import take_prefix
+from dagger_operator.store.results import PrepareResult, save_result
 from fixtures.objects import Objects, Place
 
 Json = dict[str, Any]
@@ -36,6 +39,15 @@ class Looks:
     @property
     def stored(self) -> Json:
         return self.objects.there["DAggerRun", *DEMO]
+
+    def edit(self, **spec: Any) -> None:
+        """As a user does it; the cache hears of it."""
+        metadata = {**self.stored["metadata"], "generation": self.stored["metadata"]["generation"] + 1}
+        self.cache.put(self.objects.put({**self.stored, "metadata": metadata, "spec": {**self.stored["spec"], **spec}}))
+
+    def told(self) -> list[tuple[str, str]]:
+        """Type and reason of the Events, in order."""
+        return [(one["type"], one["reason"]) for (kind, _, _), one in self.objects.there.items() if kind == "Event"]
 
     def kinds(self) -> set[str]:
         return {kind for kind, _, _ in self.objects.there} - {"DAggerRun", "Event"}
@@ -156,6 +168,48 @@ async def test_a_deadline_goes_on_through_the_lives_of_an_operator(looks: Looks,
     assert (await looks.look())["phase"] == "Preparing"
 
 
+@pytest.mark.parametrize("keep", ["Logs", "Nothing"])
+async def test_a_run_that_failed_by_a_refusal_makes_nothing_and_goes_on_once_all_would_be_taken(
+    make_run: Callable[..., DAggerRun], clock: Clock, keep: str
+) -> None:
+    run = make_run()
+    store = Store.open(run.spec.storage, {})
+    await take_prefix(store, run)
+    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    looks = Looks(run)
+    teacher = {"model": "t", "serving": {"gpus": 1}}
+    looks.edit(teacher=teacher, preRunningDeadlineSeconds=600, failurePolicy={"keep": keep})
+
+    def no_teacher(verb: str, place: Place) -> None:
+        if (verb, place[2]) == ("apply", "demo-teacher"):
+            raise error_of(verb, 403, QUOTA)
+
+    def deployments() -> dict[str, Any]:
+        there = {name: one["spec"]["replicas"] for (kind, _, name), one in looks.objects.there.items() if kind == "Deployment"}
+        return {name.removeprefix("demo-"): replicas for name, replicas in there.items()}
+
+    async def again() -> Json:
+        looks.restart()
+        return await looks.look()
+
+    looks.objects.fault = no_teacher
+    assert (await again())["reason"] == "QuotaExceeded"
+    assert deployments() == {"student": 1}
+    clock.later(minutes=11)
+    for _ in range(5):
+        assert (await again())["phase"] == "Failed"
+        clock.later(seconds=10)
+    before = looks.kinds()
+    for _ in range(4):
+        assert (await again())["phase"] == "Failed"
+        assert deployments() == {"student": 0}
+        assert looks.kinds() == before
+    looks.objects.fault = lambda verb, place: None
+    assert (await again())["phase"] == "Preflight"
+    await again()
+    assert deployments() == {"student": 1, "teacher": 1}
+
+
 async def test_a_deadline_goes_on_while_storage_is_away(looks: Looks, clock: Clock, tmp_path: Path) -> None:
     looks.stored["spec"]["preRunningDeadlineSeconds"] = 600
     looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
@@ -177,3 +231,39 @@ async def test_what_the_api_server_says_at_length_leaves_room_for_since_when(loo
     said = condition(await looks.look())["message"]
     assert "have the quota raised" in said
     assert said.endswith(f"(since {clock.at:%Y-%m-%d %H:%M:%S} UTC)")
+
+
+async def test_a_child_whose_label_somebody_took_away_gets_it_back_and_is_seen_again(looks: Looks) -> None:
+    await looks.look()
+    (place,) = (one for one in looks.objects.there if one[0] == "Job")
+    before = looks.objects.there[place]
+    changed = looks.objects.put({**before, "metadata": {**before["metadata"], "labels": {}}})
+    # As a watch by labels tells it: gone, as it was, at the version of the change.
+    version = changed["metadata"]["resourceVersion"]
+    looks.cache.remove({**before, "metadata": {**before["metadata"], "resourceVersion": version}})
+    await looks.look()
+    assert looks.objects.there[place]["metadata"]["labels"] == before["metadata"]["labels"]
+    assert [one["kind"] for one in looks.cache.children(DEMO)] == ["Job"]
+    asked: list[str] = []
+    looks.objects.fault = lambda verb, place: asked.append(place[0])
+    await looks.look()
+    assert "Job" not in asked, "it is as it should be, and known to be"
+
+
+async def test_a_run_that_is_edited_to_what_cannot_be_run_says_so_in_one_warning(looks: Looks) -> None:
+    await looks.look()
+    before = looks.told()
+    looks.edit(rounds=0)
+    for _ in range(3):
+        status = await looks.look()
+    assert (status["reason"], condition(status, "Accepted")["status"]) == ("InvalidSpec", "False")
+    assert looks.told() == [*before, ("Warning", "InvalidSpec")]
+    looks.edit(rounds=1)
+    assert condition(await looks.look(), "Accepted")["status"] == "True"
+
+
+async def test_a_run_of_another_manager_is_left_alone_though_its_spec_is_not_understood(looks: Looks) -> None:
+    looks.edit(managedBy="example.com/queue", rounds=0, mode="of another version")
+    assert await looks.reconciler.reconcile(DEMO) is None
+    assert "status" not in looks.stored
+    assert looks.told() == []

@@ -34,6 +34,29 @@ async def test_a_quota_that_is_used_up_is_named_and_waited_for(lab: Any, operato
     await lab.until_phase("Succeeded")
 
 
+async def test_a_run_that_failed_by_a_quota_goes_on_once_it_is_raised_and_makes_nothing_before(lab: Any, operator: Any) -> None:
+    await lab.client.create(quota(lab.namespace, **{"count/deployments.apps": "1"}))
+    # One of the two servers fits.
+    served = {"model": "t", "serving": {"gpus": 0}}
+    await lab.create(teacher=served, preRunningDeadlineSeconds=1, failurePolicy={"keep": "Nothing"})
+    assert (await lab.until_phase("Failed"))["status"]["reason"] == "QuotaExceeded"
+
+    async def servers() -> set[tuple[str, int, int]]:
+        there = await lab.objects("apps/v1", "Deployment")
+        return {(one["metadata"]["uid"], one["metadata"]["generation"], one["spec"]["replicas"]) for one in there}
+
+    async def one_at_zero() -> bool:
+        return [replicas for _, _, replicas in await servers()] == [0]
+
+    await lab.until(one_at_zero)
+    rests = await servers()
+    await asyncio.sleep(25)
+    assert (await lab.run())["status"]["phase"] == "Failed"
+    assert await servers() == rests
+    await lab.client.delete("v1", "ResourceQuota", lab.namespace, "none", preconditions={})
+    await lab.until_phase("Succeeded")
+
+
 async def test_an_admission_webhook_that_is_down_is_named_and_waited_for(lab: Any, operator: Any, control_plane: Any) -> None:
     name = f"down.{lab.namespace}.example.org"
     webhook = {

@@ -1,17 +1,18 @@
 """What is watched is what the cluster has."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import kopf
 import pytest
 
-from dagger_operator.cluster.cache import Cache
+from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.cluster.watches import NewKind, Watches
 from dagger_operator.kube.errors import Unavailable
+from fixtures.objects import Objects, Place
 
 
 class Server:
@@ -48,3 +49,29 @@ async def test_a_kind_that_comes_later_ends_this_life_so_that_the_next_one_watch
     with pytest.raises(NewKind, match="LeaderWorkerSet"):
         await asyncio.wait_for(looking, 5)
     running.cancel()
+
+
+@pytest.mark.parametrize(
+    ("becomes", "known"),
+    [("unlabelled", ["Job"]), ("gone", []), ("not to be asked for", [])],
+)
+async def test_what_left_a_watch_is_known_on_where_it_only_lost_the_label_that_is_watched(becomes: str, known: list[str]) -> None:
+    objects, cache, woken = Objects(), Cache(), list[RunKey]()
+    metadata = {"name": "demo-r001-rollout-x", "namespace": "lab", "labels": {"dagger-operator.dev/run": "demo", "watched": "yes"}}
+    made = objects.put({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata})
+    cache.put(made)
+    later = objects.put({**made, "metadata": {**made["metadata"], "labels": {"dagger-operator.dev/run": "demo"}}})
+    told = {**made, "metadata": {**made["metadata"], "resourceVersion": later["metadata"]["resourceVersion"]}}
+    if becomes == "gone":
+        objects.there.clear()
+    objects.fault = away if becomes == "not to be asked for" else objects.fault
+    client = cast("Client", objects)
+    watches = Watches(Settings.read({}), cache, client, wake=woken.append, gone=lambda _: None, heard=lambda *_: None)
+    heard: Callable[..., Any] = watches._handler("batch/v1", "Job")
+    await heard(event={"type": "DELETED", "object": told})
+    assert [one["kind"] for one in cache.children(RunKey("lab", "demo"))] == known
+    assert woken == [("lab", "demo")], "its run is to put the label back, or the object"
+
+
+def away(verb: str, place: Place) -> None:
+    raise Unavailable(verb, 503, "Unavailable", "down")

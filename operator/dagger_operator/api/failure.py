@@ -66,4 +66,4 @@ class FailurePolicy(ApiModel):
     """The first rule that matches decides."""
     keep: Keep = Keep.LOGS
     """Of a run that failed. Logs: its ended Jobs, its servers at zero. Everything: its servers too, with the GPUs they hold, until
-    it is suspended. Nothing: only the object that failed."""
+    it is suspended. Nothing: only the object that failed; where the API server refused one, as Logs."""

@@ -30,8 +30,8 @@ class Applier:
         self._client, self._cache = client, cache
         self._settled: dict[str, int | str] = {}
 
-    async def apply(self, run: DAggerRun, manifest: Manifest) -> Trouble | None:
-        """Why the API server did not take it; None where the object is as it should be.
+    async def apply(self, run: DAggerRun, manifest: Manifest, *, dry_run: bool = False) -> Trouble | None:
+        """Why the API server did not take it; None where the object is as it should be, or by a `dry_run` could be.
 
         `Conflict` passes, and `Unavailable` where no object would fare better: then it is to be looked at again.
         """
@@ -49,11 +49,13 @@ class Applier:
                     return None
             stamped = _stamped(manifest, live)
             if live is not None and _in_a_queue(live):
-                fresh = await self._client.patch(_without_template(stamped))
+                fresh = await self._client.patch(_without_template(stamped), dry_run=dry_run)
             else:
-                fresh = await self._client.apply(stamped)
+                fresh = await self._client.apply(stamped, dry_run=dry_run)
         except (Refused, Missing, Unavailable) as error:
             return _refusal(one.kind, one.name, error)
+        if dry_run:
+            return None
         self._settled[fresh["metadata"]["uid"]] = _version(fresh)
         self._cache.put(fresh)
         log.info("created" if live is None else "changed", kind=one.kind, namespace=one.namespace, name=one.name)

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ class Cache:
     _objects: dict[Id, _Kept] = field(default_factory=dict)
     _of_kind: defaultdict[str, dict[Id, _Kept]] = field(default_factory=lambda: defaultdict(dict))
     _of_run: defaultdict[RunKey, set[Id]] = field(default_factory=lambda: defaultdict(set))
-    _gone: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    _gone: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    """Up to which version an object, by its uid, is gone."""
 
     def put(self, manifest: Mapping[str, Any]) -> RunKey | None:
         """Takes note of an object as an API server gave it. The run that it concerns, or None where nothing new was said."""
@@ -56,7 +58,8 @@ class Cache:
         metadata = manifest["metadata"]
         if known is not None:
             known.heard = self.clock()
-        if metadata.get("uid") in self._gone or (known is not None and _version(manifest) <= _version(known.object)):
+        seen = max(self._gone.get(metadata.get("uid", ""), -1), -1 if known is None else _version(known.object))
+        if _version(manifest) <= seen:
             return None
         if known is not None:
             self._drop(one)
@@ -66,15 +69,18 @@ class Cache:
             self._of_run[key].add(one)
         return key
 
-    def remove(self, manifest: Mapping[str, Any]) -> RunKey | None:
-        """An object is gone: this one, and not a later one of the same name. The run that it concerns."""
-        uid = manifest["metadata"].get("uid", "")
-        self._gone[uid] = None
+    def remove(self, manifest: Mapping[str, Any], *, not_found: bool = False) -> RunKey | None:
+        """An object is gone: this one, and not a later one of the same name. The run that it concerns.
+
+        A watch says so too of one that lost its label: what is newer brings it back, unless it was asked for and `not_found`.
+        """
+        uid, version = manifest["metadata"].get("uid", ""), inf if not_found else float(_version(manifest))
+        self._gone[uid] = max(version, self._gone.get(uid, version))
         if len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)
         one = identity(manifest)
         known = self._objects.get(one)
-        if known is not None and known.object["metadata"].get("uid", "") == uid:
+        if known is not None and known.object["metadata"].get("uid", "") == uid and _version(known.object) <= version:
             self._drop(one)
         return run_key(manifest)
 

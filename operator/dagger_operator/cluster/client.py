@@ -50,14 +50,15 @@ class Client:
                 return
             page["continue"] = more
 
-    async def apply(self, manifest: Mapping[str, Any], subresource: str = "") -> Manifest:
+    async def apply(self, manifest: Mapping[str, Any], subresource: str = "", *, dry_run: bool = False) -> Manifest:
         """Server-side apply: what we stated before and state no more is removed, and what others changed is changed back.
 
-        A uid or resourceVersion in the manifest is a precondition: `Conflict` where the object is another one now.
+        A uid or resourceVersion in the manifest is a precondition: `Conflict` where the object is another one now. A `dry_run` is
+        judged by quotas and admission in the same way, and changes nothing.
         """
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
         path += f"/{subresource}" if subresource else ""
-        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        query = {**_as_us(dry_run), "force": "true"}
         return await self._ask("PATCH", path, query=query, body=manifest, content="application/apply-patch+yaml")
 
     async def create(self, manifest: Mapping[str, Any]) -> Manifest:
@@ -66,11 +67,10 @@ class Client:
         path = await self._path(manifest["apiVersion"], manifest["kind"], namespace)
         return await self._ask("POST", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
 
-    async def patch(self, manifest: Mapping[str, Any]) -> Manifest:
+    async def patch(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> Manifest:
         """Merges what the manifest holds into the object."""
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
-        query = {"fieldManager": FIELD_MANAGER}
-        return await self._ask("PATCH", path, query=query, body=manifest, content="application/merge-patch+json")
+        return await self._ask("PATCH", path, query=_as_us(dry_run), body=manifest, content="application/merge-patch+json")
 
     async def replace(self, manifest: Mapping[str, Any]) -> Manifest:
         """`metadata.resourceVersion` is a precondition: `Conflict` where the object changed since."""
@@ -113,6 +113,10 @@ class Client:
         if verb != "GET":
             self._fence()
         return await self._api.ask(verb, path, query=query, body=body, content=content)
+
+
+def _as_us(dry_run: bool) -> dict[str, str]:
+    return {"fieldManager": FIELD_MANAGER, **({"dryRun": "All"} if dry_run else {})}
 
 
 def _place(manifest: Mapping[str, Any]) -> tuple[str, str]:

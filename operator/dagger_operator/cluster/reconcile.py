@@ -20,7 +20,7 @@ from dagger_operator.cluster.events import Teller
 from dagger_operator.cluster.observe import Observer
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.control import Event, Observed, Plan, Trouble, plan, refused
+from dagger_operator.control import Event, Observed, Plan, Trouble, news, plan, refused
 from dagger_operator.control.plan import LOOK_AGAIN
 from dagger_operator.control.refusals import dated, failed_by
 
@@ -52,17 +52,15 @@ class Reconciler:
     async def reconcile(self, key: RunKey) -> float | None:
         """Seconds until it should be asked again; None: when something changes. Raises `ApiError` where it has to be tried again."""
         stored = self._cache.run(key)
-        if stored is None:
+        if stored is None or not _is_ours(stored):
             self._forget(key)
             return None
         try:
             run = self._run(key, stored)
         except InvalidRun as error:
             shell = _shell(stored)
-            await self._say(stored, shell, refused(shell, error.problems, datetime.now(UTC)))
-            return None
-        if run.spec.managed_by != MANAGER:
-            self._forget(key)
+            status = refused(shell, error.problems, datetime.now(UTC))
+            await self._say(stored, shell, status, news(shell, status))
             return None
 
         observed = await self._observer.observe(run, self._refused.get(key) or failed_by(run.status))
@@ -88,9 +86,10 @@ class Reconciler:
         return read[1]
 
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan, observed: Observed) -> Trouble | None:
-        """Applies and removes. The first refusal, dated by when it was met first; what else is planned is done all the same."""
+        """Applies, removes, asks. The first refusal, dated by when it was met first; what else is planned is done all the same."""
         refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
         refusals += [trouble for ref in planned.remove if (trouble := await self.applier.remove(run, ref)) is not None]
+        refusals += [trouble for one in planned.asked if (trouble := await self.applier.apply(run, one, dry_run=True)) is not None]
         if refusals:
             self._refused[key] = dated(refusals[0], self._refused.get(key), run.status)
             return self._refused[key]
@@ -153,6 +152,11 @@ def completed(run: DAggerRun, settings: Settings) -> DAggerRun:
 
 def _filled(section: Section, **own: str | None) -> Section:
     return section.model_copy(update={name: value for name, value in own.items() if getattr(section, name) is None})
+
+
+def _is_ours(stored: Manifest) -> bool:
+    """Whether no other is to work on it. Asked before it is read: what we do not understand may be another's way to write a run."""
+    return ((stored.get("spec") or {}).get("managedBy") or MANAGER) == MANAGER
 
 
 def _loaded(stored: Manifest) -> DAggerRun:

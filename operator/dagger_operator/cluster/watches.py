@@ -112,10 +112,11 @@ class Watches:
             # Items of a list carry neither, events do.
             manifest: dict[str, Any] = {**event["object"], "apiVersion": api_version, "kind": kind}
             self._heard(self._cache.get(identity(manifest)), manifest)
-            gone = event["type"] == "DELETED"
-            if gone:
+            if event["type"] == "DELETED":
                 self._gone(manifest["metadata"]["uid"])
-            key = self._cache.remove(manifest) if gone else self._cache.put(manifest)
+                key = await self._left(manifest)
+            else:
+                key = self._cache.put(manifest)
             if key is not None:
                 self._wake(key)
 
@@ -130,17 +131,27 @@ class Watches:
             task.add_done_callback(self._sweeps.discard)
 
     async def _verify(self, manifest: dict[str, Any]) -> None:
+        with contextlib.suppress(ApiError):  # the next look at its run finds out, or the next list
+            if (key := await self._asked(manifest)) is not None:
+                self._wake(key)
+
+    async def _left(self, manifest: dict[str, Any]) -> RunKey | None:
+        """A watch by labels says the same of an object that is gone and of one that lost its label, which its run is to put back."""
+        if manifest["kind"] in (KIND, "Pod"):  # the one is watched whatever it wears, the other is nobody's to put right
+            return self._cache.remove(manifest)
+        try:
+            return await self._asked(manifest)
+        except ApiError:
+            return self._cache.remove(manifest)
+
+    async def _asked(self, manifest: dict[str, Any]) -> RunKey | None:
+        """The run that is concerned by what the API server says of an object now. Raises `ApiError`."""
         metadata = manifest["metadata"]
         try:
             found = await self._client.get(manifest["apiVersion"], manifest["kind"], metadata["namespace"], metadata["name"])
         except Missing:
-            key = self._cache.remove(manifest)
-        except ApiError:
-            return  # the next look at its run finds out, or the next list
-        else:
-            key = self._cache.put(found)
-        if key is not None:
-            self._wake(key)
+            return self._cache.remove(manifest, not_found=True)
+        return self._cache.put(found)
 
 
 def _api_version(group: str, version: str) -> str:

@@ -9,7 +9,7 @@ from dagger_operator.control.conditions import ConditionType, Event, Reason
 from dagger_operator.control.names import ATTEMPT, COMPONENT, FAILED, MANAGED_BY, MANAGER, RETRY, ROUND, RUN, Ref, Role
 from dagger_operator.control.network import PROMETHEUS, Peer
 from dagger_operator.control.observe import Observed, child, children
-from dagger_operator.control.plan import Plan, plan
+from dagger_operator.control.plan import Plan, news, plan
 from dagger_operator.control.progress import Progress, read_progress
 from dagger_operator.control.results import Results, read_results
 from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
@@ -44,6 +44,7 @@ __all__ = [
     "Work",
     "child",
     "children",
+    "news",
     "next_steps",
     "plan",
     "read_progress",

@@ -99,4 +99,4 @@ def events(previous: Sequence[Condition], settled: Sequence[Condition]) -> tuple
     return tuple(told)
 
 
-_TOLD_BY_OTHERS = frozenset({Reason.SUSPENDED, Reason.ROUNDS_DONE})
+_TOLD_BY_OTHERS = frozenset({Reason.SUSPENDED, Reason.ROUNDS_DONE, Reason.INVALID_SPEC})

@@ -13,6 +13,16 @@ from dagger_operator.control.rounds import StageName, Step, Work, before
 Manifest = dict[str, Any]
 
 
+def kept(run: DAggerRun, failed: Failure | None) -> Keep:
+    """What stays of a run that stands still."""
+    keep = run.spec.failure_policy.keep if failed is not None else Keep.LOGS
+    if keep is Keep.EVERYTHING and run.spec.suspend:
+        return Keep.LOGS  # whoever suspends wants the GPUs back, and has looked at what was left up for it
+    if keep is Keep.NOTHING and failed is not None and failed.refused:
+        return Keep.LOGS  # it counts in the quota that has no room for more: without it all would seem to fit, and the run would go on
+    return keep
+
+
 def leftovers(
     run: DAggerRun,
     observed: Observed,
@@ -24,7 +34,9 @@ def leftovers(
 ) -> tuple[Ref, ...]:
     """Every child that is neither asked for nor kept."""
     wanted = {(one["kind"], one["metadata"]["name"]) for one in objects}
-    nothing_stays = failed is not None and run.spec.failure_policy.keep is Keep.NOTHING
+    nothing_stays = kept(run, failed) is Keep.NOTHING
+    # A worker's pod that has yet to begin cannot without its token, and one that ends gives its sandboxes back with it.
+    workers_there = any(child.holds for child in observed.children if child.component in (StageName.ROLLOUT, StageName.EVALUATION))
     found = [
         child.ref
         for child in observed.children
@@ -32,6 +44,7 @@ def leftovers(
         and not any(child is one for one in keep)
         and (child.kind, child.name) not in wanted
         and child.kind != "Pod"  # what it belonged to is gone, or not seen yet; the cluster collects it
+        and not (child.kind == "ServiceAccount" and workers_there)
         and not (child.kind == "Job" and not nothing_stays and _may_stay(run, observed, work, child))
     ]
     return tuple(sorted(found))

@@ -23,6 +23,7 @@ from dagger_operator.control.said import (
     last_words,
     lives,
     lost,
+    overdue,
     phase,
     restarting,
     stated,
@@ -109,7 +110,9 @@ def child(
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        server = _server(one, manifest, current, now, warning, begun_anew)
+        # A Deployment makes another pod at once, but none of a new template while one of an old is left; a group's keep their names.
+        away = lost([pod for pod in pods if kind == "LeaderWorkerSet" or pod not in current], now)
+        server = _server(one, manifest, current, now, away, warning, begun_anew)
         return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
@@ -161,6 +164,7 @@ def _server(
     manifest: Manifest,
     pods: Sequence[Manifest],
     now: datetime,
+    away: Trouble | None,
     warning: Trouble | None,
     begun_anew: Sequence[PodFailure],
 ) -> Child:
@@ -169,22 +173,25 @@ def _server(
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
-    # A Deployment makes another pod at once, a group's keep their names and are waited for.
-    away = lost(pods, now) if one.kind == "LeaderWorkerSet" else None
     again = restarting(begun_anew, pods)
     held = away or waiting(pods) or warning or again
     if (broken := broken_server(pods)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
         return replace(one, state=ChildState.FAILED, trouble=broken or again)
-    late = next((c for c in found.get("conditions") or () if c["type"] == "Progressing" and c["status"] == "False"), None)
+    progress: Manifest = next((c for c in found.get("conditions") or () if c["type"] == "Progressing"), {})
     # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
     patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
-    if late and late.get("reason") == "ProgressDeadlineExceeded" and any(unready_for(pod, now) >= patience for pod in pods):
-        said = last_words(pods) or held or Trouble("ProgressDeadlineExceeded", late.get("message") or "")
-        return replace(one, state=ChildState.FAILED, trouble=said)
+    late = next((pod for pod in pods if unready_for(pod, now) >= patience), None)
+    if late is not None and progress.get("reason") in _PROGRESSES_NO_MORE:
+        return replace(one, state=ChildState.FAILED, trouble=last_words(pods) or held or overdue(late, patience))
     generation = manifest["metadata"].get("generation", 0)
     seen = found.get("observedGeneration", generation) >= generation
     if seen and wanted == found.get("updatedReplicas") == found.get("readyReplicas") == found.get("replicas"):
         return replace(one, state=ChildState.READY)
     since = _earliest(waiting_since(pods), away, warning)
     state = ChildState.WAITING if held else ChildState.RUNNING
-    return replace(one, state=state, trouble=held, waiting_since=since, failures=unavailable(pods))
+    return replace(one, state=state, trouble=held or last_words(pods), waiting_since=since, failures=unavailable(pods))
+
+
+_PROGRESSES_NO_MORE = frozenset({"ProgressDeadlineExceeded", "NewReplicaSetAvailable"})
+"""Reasons with which a Deployment says that it does not reckon with progress: it gave up, or was complete once. From then on it estimates
+none, however often it is scaled to zero and back."""

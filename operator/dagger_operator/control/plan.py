@@ -23,7 +23,7 @@ from dagger_operator.control.servers import build_server
 from dagger_operator.control.situation import Situation, at_work, place
 from dagger_operator.control.standing import at_a_standstill, without_results
 from dagger_operator.control.status import blind, report, succeeded
-from dagger_operator.control.wanted import build_support, needed, observed_jobs, observed_servers
+from dagger_operator.control.wanted import build_all, build_support, needed, observed_jobs, observed_servers
 
 LOOK_AGAIN = 10.0
 """Seconds. Results in object storage announce themselves to nobody."""
@@ -45,6 +45,8 @@ class Plan:
     """Seconds; None where only a change can change the plan."""
     events: tuple[Event, ...] = ()
     """To be told once the status is written."""
+    asked: tuple[Manifest, ...] = ()
+    """Only asked for, by a dry run: a run that failed by a refusal goes on once the API server would take all of them."""
     expired: bool = False
     """The run itself is to be deleted: its `ttlSecondsAfterFinished` is over."""
 
@@ -64,7 +66,7 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
         if status.phase is Phase.FAILED:
             ended = _ended(run, observed, objects, remove, status)
             return replace(ended, requeue_after=LOOK_AGAIN if ended.requeue_after is None else min(LOOK_AGAIN, ended.requeue_after))
-        return Plan(objects, remove, status, LOOK_AGAIN, _news(run, status))
+        return Plan(objects, remove, status, LOOK_AGAIN, news(run, status))
 
     work = next_steps(run.spec, observed.results)
     if work is None:
@@ -76,7 +78,8 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
     jobs = observed_jobs(run, observed, work)
     if (failed := failure(run, observed, work, jobs, servers)) is not None:
         situation = Situation(Phase.FAILED, work.step.round, failed.trouble.reason, f"{place(run, failed.step)}: {failed.trouble.message}")
-        return _stand_still(run, observed, work, jobs, servers, situation, failed)
+        stands = _stand_still(run, observed, work, jobs, servers, situation, failed)
+        return replace(stands, asked=tuple(build_all(run, observed, work))) if failed.refused else stands
     if run.spec.suspend:
         message = f"{place(run, work.step)}: set spec.suspend to false to go on"
         situation = Situation(Phase.SUSPENDED, work.step.round, Reason.SUSPENDED, message)
@@ -140,7 +143,7 @@ def _close(
         requeue = None if deadline is None else (deadline - observed.now).total_seconds()
     elif any(child.state is ChildState.SUCCEEDED for child in observed.children if work and _is_at_work(work, child)):
         requeue = LOOK_AGAIN_SOON  # its result is about to be seen
-    return Plan(tuple(objects), remove, status, requeue, _news(run, status))
+    return Plan(tuple(objects), remove, status, requeue, news(run, status))
 
 
 def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remove: tuple[Ref, ...], status: RunStatus) -> Plan:
@@ -149,12 +152,13 @@ def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remo
     if run.spec.ttl_seconds_after_finished is not None and status.completion_time is not None:
         left = status.completion_time + timedelta(seconds=run.spec.ttl_seconds_after_finished) - observed.now
         requeue, expired = max(0.0, left.total_seconds()), left <= timedelta(0)
-    return Plan(tuple(objects), remove, status, requeue, _news(run, status), expired)
+    return Plan(tuple(objects), remove, status, requeue, news(run, status), expired=expired)
 
 
 def _is_at_work(work: Work, child: Child) -> bool:
     return any((step.round, step.stage) == (child.round, child.component) for step in work)
 
 
-def _news(run: DAggerRun, status: RunStatus) -> tuple[Event, ...]:
+def news(run: DAggerRun, status: RunStatus) -> tuple[Event, ...]:
+    """What a new status is worth telling."""
     return events(run.status.conditions if run.status else (), status.conditions)

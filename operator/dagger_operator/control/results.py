@@ -57,7 +57,8 @@ async def read_results(store: Store, run: DAggerRun, known: Results | None = Non
     records = dict(known.records) if known else {}
     if not records and await read_owner(store) != owner_of(run):
         return Results()
-    number = Results(records).newest_round
+    # An evaluation may end beside the next round, up to its publish, which waits for it: the round before is still asked for.
+    number = max(0, Results(records).newest_round - 1)
     while True:
         missing = [stage for stage in KINDS if (number, stage) not in records and (stage in _ROUND_0) == (number == 0)]
         found = await asyncio.gather(*(read_result(store, number, stage, KINDS[stage]) for stage in missing))

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
-from dagger_operator.control.names import COMPLETION_INDEX
+from dagger_operator.control.names import COMPLETION_INDEX, COMPONENT
 from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
 
@@ -89,6 +90,13 @@ def unready_for(pod: Manifest, now: datetime) -> timedelta:
     return now - max(known) if known else timedelta.max
 
 
+def overdue(pod: Manifest, patience: timedelta) -> Trouble:
+    """That a server's pod is not ready in its time, where nothing else is said of it."""
+    role = (pod["metadata"].get("labels") or {}).get(COMPONENT, "")
+    said = f"pod {pod['metadata']['name']} was not ready within {patience.total_seconds():.0f} s: its containers' logs say why"
+    return Trouble("ProgressDeadlineExceeded", f"{said}; where loading only takes longer, raise spec.{role}.serving.startupDeadlineSeconds")
+
+
 def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
     """A server that another start would not mend, or that many did not."""
     for pod in pods:
@@ -153,7 +161,7 @@ def _end(pod: Manifest) -> tuple[str, Trouble, int | None]:
 
 
 def last_words(pods: Iterable[Manifest]) -> Trouble | None:
-    """What the container that failed last left as its termination message."""
+    """What the container that failed last left as its termination message, and how often it was started again."""
     ends = [
         (str(ended.get("finishedAt") or ""), container, ended)
         for pod in pods
@@ -164,7 +172,8 @@ def last_words(pods: Iterable[Manifest]) -> Trouble | None:
         return None
     # A failure that a retry cannot mend explains more than the pods that were stopped because of it.
     _, container, ended = max(ends, key=lambda end: (end[2].get("exitCode") == ExitCode.PERMANENT, end[0]))
-    return _explained(container, ended)
+    said, again = _explained(container, ended), container.get("restartCount", 0)
+    return replace(said, message=f"{said.message} (restarts so far: {again})") if again else said
 
 
 def _explained(container: Manifest, ended: Manifest) -> Trouble:

@@ -7,11 +7,12 @@ from dagger_operator.api import DAggerRun, Keep
 from dagger_operator.control.child import SERVERS, Child, ChildState
 from dagger_operator.control.gates import Failure, Jobs, Servers
 from dagger_operator.control.jobs import build_job
+from dagger_operator.control.leftovers import kept
 from dagger_operator.control.names import FAILED, Ref, Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import Work
 from dagger_operator.control.servers import build_server, served, server_of
-from dagger_operator.control.wanted import build_support, find, needed
+from dagger_operator.control.wanted import find, needed
 
 Manifest = dict[str, Any]
 _AT_WORK = (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED)
@@ -21,20 +22,14 @@ def at_a_standstill(
     run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers, failed: Failure | None
 ) -> tuple[list[Manifest], list[Child]]:
     """Objects to apply, and children that stay as they are. A failure is written where it can be seen: on the child that failed."""
-    keep = run.spec.failure_policy.keep if failed else Keep.LOGS
-    if keep is Keep.EVERYTHING and run.spec.suspend:
-        keep = Keep.LOGS  # whoever suspends wants the GPUs back, and has looked at what was left up for it
+    keep = kept(run, failed)
     objects = _servers(run, observed, work, servers, failed, keep)
-    if failed is not None and failed.refused:
-        # What was refused is asked for still: once it is taken, the run goes on.
-        objects += build_support(run, observed, work)
     costs_something = ("Job", *SERVERS)
     stay = [one for one in observed.children if one.kind not in costs_something and keep is not Keep.NOTHING]
     for step, job in jobs.items():
         if job is None:
-            if failed is not None and failed.refused:
-                objects.append(build_job(run, step, observed.results, suspend=True))
-        elif failed is not None and failed.child is job:
+            continue
+        if failed is not None and failed.child is job:
             stay.append(job)
             if job.state in _AT_WORK:
                 objects.append(build_job(run, step, observed.results, given_up=failed.trouble))
@@ -61,8 +56,6 @@ def _servers(run: DAggerRun, observed: Observed, work: Work, servers: Servers, f
             objects.append(build_server(run, role, serving, replicas=replicas, annotations=note))
         elif server is not None and keep is not Keep.NOTHING:
             objects.append(build_server(run, role, serving, replicas=replicas))
-        elif server is None and failed is not None and failed.refused:
-            objects.append(build_server(run, role, serving, replicas=serving.replicas))
     return objects
 
 

@@ -37,6 +37,12 @@ def build_support(run: DAggerRun, observed: Observed, work: Work) -> list[Manife
     return support
 
 
+def build_all(run: DAggerRun, observed: Observed, work: Work) -> list[Manifest]:
+    """All that the work at hand takes, with every server up and whatever stands in a Job's way."""
+    servers = [build_server(run, role, serving, replicas=serving.replicas) for role, serving in needed(run, work).items()]
+    return [*build_support(run, observed, work), *servers, *(build_job(run, step, observed.results) for step in work)]
+
+
 def find(observed: Observed, kind: str, name: str) -> Child | None:
     return next((child for child in observed.children if (child.kind, child.name) == (kind, name)), None)
 
