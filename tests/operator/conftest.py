@@ -151,7 +151,7 @@ class Lab:
         """Stages whose pods end with an exit code that no retry mends."""
 
     def store(self, name: str) -> Store:
-        return Store.open(load(self.document(name)).spec.storage, {})
+        return Store.open(load(self.document(name)).spec.storage)
 
     def document(self, name: str, **spec: Any) -> Json:
         """A run of one round with a served student and training."""

@@ -36,7 +36,7 @@ def test_runs_that_were_made_together_are_not_looked_at_together_for_ever() -> N
 
 async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_every_look(make_run: Callable[..., DAggerRun]) -> None:
     opened, run = Stores(None), make_run("demo")  # type: ignore[arg-type]  # no Secret is read here
-    store = Store.open(run.spec.storage, {})
+    store = Store.open(run.spec.storage)
     await take_prefix(store, run)
 
     async def seen(done: int) -> list[int]:

@@ -32,21 +32,6 @@ class Secrets:
         }
 
 
-async def test_a_secret_hands_out_nothing_of_the_operators_own(make_run: Callable[..., DAggerRun]) -> None:
-    secrets = Secrets()
-    mine = {"AWS_ACCESS_KEY_ID": "a", "AWS_ENDPOINT_URL": "https://s3.example", "GOOGLE_SERVICE_ACCOUNT_KEY": "{}"}
-    theirs = [
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_ENDPOINT_URL_STS",
-        "GOOGLE_APPLICATION_CREDENTIALS",
-        "AZURE_FEDERATED_TOKEN_FILE",
-        "azure_msi_endpoint",
-    ]
-    secrets.held["keys"] = ("1", {**mine, **dict.fromkeys(theirs, "/var/run/secrets/token")})
-    _, environ = await Stores(secrets)._credentials(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]
-    assert environ == mine
-
-
 async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:
     secrets, run = Secrets(), make_run(secretRef={"name": "keys"})
     read = Stores(secrets)  # type: ignore[arg-type]
@@ -86,7 +71,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
         with pytest.raises(StoreUnavailable, match="did not answer"):
             await read.read(run)
     assert reads == 1, "it is asked once at a time"
-    store = Store.open(run.spec.storage, {})
+    store = Store.open(run.spec.storage)
     await take_prefix(store, run)
     await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
     hangs.set()

@@ -9,6 +9,7 @@ import pytest
 
 from dagger_operator.api import Storage
 from dagger_operator.store import objects
+from dagger_operator.store.credentials import Keys
 from dagger_operator.store.objects import Store, StoreUnavailable
 
 
@@ -94,13 +95,13 @@ async def test_a_failed_download_leaves_no_file(store: Store, tmp_path: Path) ->
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:
     with pytest.raises(StoreUnavailable, match="/dev/null/run"):
-        Store.open(Storage(url="file:///dev/null/run"), {})
+        Store.open(Storage(url="file:///dev/null/run"))
 
 
 @pytest.mark.heavy
 async def test_a_missing_bucket_is_no_empty_run(versitygw: tuple[str, Path], s3: Any) -> None:
     storage = Storage(url="s3://no-such-bucket/run", endpoint_url=versitygw[0], region="us-east-1")
-    store = Store.open(storage, s3.environ)
+    store = Store.open(storage, s3.keys)
     with pytest.raises(StoreUnavailable, match="no-such-bucket"):
         await store.list()
     with pytest.raises(StoreUnavailable, match="create it first"):
@@ -110,7 +111,7 @@ async def test_a_missing_bucket_is_no_empty_run(versitygw: tuple[str, Path], s3:
 @pytest.mark.heavy
 async def test_wrong_credentials_are_said_and_not_shown(s3: Any) -> None:
     environ = {**s3.environ, "AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}
-    store = Store.open(s3.storage, environ)
+    store = Store.open(s3.storage, Keys(environ, "Secret keys"))
     with pytest.raises(StoreUnavailable) as refused:
         await store.get("a")
     assert "a-wrong-secret" not in str(refused.value) and "Debug source" not in str(refused.value)

@@ -24,6 +24,7 @@ from obstore.store import ObjectStore, from_url
 
 from dagger_operator.api import Storage
 from dagger_operator.store.connect import Connection, connection
+from dagger_operator.store.credentials import Credentials, Keys, OwnIdentity, own_identity
 
 T = TypeVar("T")
 _PART = 16 << 20
@@ -103,14 +104,16 @@ class Store:
     def open(
         cls,
         storage: Storage,
-        environ: Mapping[str, str] | None = None,
+        credentials: Credentials | None = None,
         threads: ThreadPoolExecutor | None = None,
         clients: Clients | None = None,
     ) -> Self:
-        """Opens a run's prefix. `environ` (default: the process's) holds credentials under their cloud's usual names. Where many
-        stores are open, they share `threads` that do the work and `clients` (default: a store's own)."""
+        """Opens a run's prefix; `credentials` default to what this process's environment says. Where many stores are open, they
+        share `threads` that do the work and `clients` (default: a store's own)."""
+        if isinstance(credentials, Keys):
+            own_identity()  # out of the way: obstore would add it to the keys
         try:
-            to = connection(storage, os.environ if environ is None else environ)
+            to = connection(storage, credentials or OwnIdentity(os.environ))
             if to.folder is not None:
                 to.folder.mkdir(parents=True, exist_ok=True)
                 return cls(from_url(to.url), to.url, scheme=to.scheme, folder=to.folder, threads=threads)
