@@ -6,6 +6,7 @@ from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
@@ -43,7 +44,7 @@ class Stores:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._open: dict[RunKey, _Open] = {}
-        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._threads: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
         self._clients = Clients()
 
     async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
@@ -107,12 +108,12 @@ class Stores:
         return secret["metadata"]["resourceVersion"], Keys(values, where)
 
     def _pool(self, storage: Storage) -> ThreadPoolExecutor:
-        """Threads by server: one that hangs holds up its own runs only."""
+        """Threads by server: one that hangs holds up its own runs only. They end with the last run that uses them."""
         url = urlsplit(storage.url)
         server = storage.endpoint_url or f"{url.scheme}://{url.netloc}"
-        if server not in self._threads:
-            self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
-        return self._threads[server]
+        if (pool := self._threads.get(server)) is None:
+            pool = self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        return pool
 
 
 def _decoded(value: str, what: str) -> str:
