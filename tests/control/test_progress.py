@@ -85,7 +85,7 @@ async def test_every_stage_is_shown_with_its_end(story: Callable[..., Story], st
 
 
 async def test_progress_of_every_step_at_work_is_read(make_run: Callable[..., DAggerRun], tmp_path: Any) -> None:
-    run = make_run(storage={"url": f"file://{tmp_path}"})
+    run = make_run(storage={"url": f"file://{tmp_path}"}, rollouts={"workers": 2})
     store = Store.open(run.spec.storage)
     results = Results(
         {(0, "prepare"): PrepareResult(policy="p", teacher="t"), (0, "preflight"): PreflightResult(student="p", teacher="t", checks={})}

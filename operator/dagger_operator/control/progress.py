@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing, Overlap
 from dagger_operator.api import Progress as ProgressShown
+from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
 from dagger_operator.store.objects import Store, StoreUnavailable
@@ -13,6 +14,8 @@ from dagger_operator.store.results import EvaluationResult, PublishResult, Rollo
 
 Progress = Mapping[Step, Mapping[int, StageProgress]]
 """What workers report, by step and by worker's index."""
+_WORKERS = 16
+"""As many are asked how far they are: each sees the whole."""
 
 
 async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progress:
@@ -20,7 +23,7 @@ async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progr
     found: dict[Step, Mapping[int, StageProgress]] = {}
     for step in next_steps(run.spec, results) or ():
         try:
-            if reports := await read_reports(store, step.round, step.stage):
+            if reports := await read_reports(store, step.round, step.stage, min(pods_of(run, step.stage), _WORKERS)):
                 found[step] = reports
         except StoreUnavailable:
             continue  # whoever decides something by what is in storage says so

@@ -30,9 +30,14 @@ T = TypeVar("T")
 _PART = 16 << 20
 """Bytes of one part of a large transfer."""
 _PARTS_AT_ONCE = 4
+_CHUNK = 64 << 10
+"""Bytes that are taken at a time of an object that has to be small."""
 _CALLS_AT_ONCE = 32
 _MOST_PARTS = 9000
 """S3 takes 10,000 parts in one upload."""
+SMALL_BYTES = 64 << 10
+"""More than an object has that says one thing: an owner, a pointer, how far a worker is."""
+_MESSAGE_CHARACTERS = 500
 
 
 class StoreUnavailable(Exception):
@@ -121,12 +126,12 @@ class Store:
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from error
 
-    async def get(self, key: str) -> Object | None:
-        """The object, or None where there is none."""
+    async def get(self, key: str, most: int | None = None) -> Object | None:
+        """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
 
         def read() -> Object:
             answer = self._backend.get(self._prefix + key)
-            data = bytes(answer.bytes())
+            data = bytes(answer.bytes()) if most is None else _bounded(answer, key, most)
             return Object(data, self._etag(cast(Mapping[str, Any], answer.meta), data))
 
         try:
@@ -276,6 +281,19 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _bounded(answer: "obstore.GetResult", key: str, most: int) -> bytes:
+    def check(size: int) -> None:
+        if size > most:
+            raise DamagedObject(key, f"has {size} bytes or more, where {most} at most are expected")
+
+    check(answer.meta["size"])
+    data = bytearray()
+    for part in answer.stream(min_chunk_size=_CHUNK):
+        data += part
+        check(len(data))  # a server may send more than it said
+    return bytes(data)
+
+
 def _first_line(error: Exception) -> str:
-    """obstore appends its Rust structures to every message."""
-    return str(error).split("\n\nDebug source", 1)[0].strip()
+    """obstore appends its Rust structures to every message, and a server's whole answer."""
+    return str(error).split("\n\nDebug source", 1)[0].strip()[:_MESSAGE_CHARACTERS]

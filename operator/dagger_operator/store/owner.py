@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Store
 from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
@@ -41,7 +41,7 @@ async def take_prefix(store: Store, run: DAggerRun) -> Owner:
 
 async def read_owner(store: Store) -> Owner | None:
     """The run that the prefix belongs to, or None where nobody took it."""
-    found = await store.get(layout.RUN)
+    found = await store.get(layout.RUN, SMALL_BYTES)
     if found is None:
         return None
     try:
