@@ -30,11 +30,13 @@ spec = {"student": {"model": "m"}, "teacher": {"model": "t", "endpoint": {"url":
 run = load({"metadata": {"name": "demo", "namespace": "lab", "uid": "1"}, "spec": spec})
 
 async def main():
+    stores = Stores(Secrets())
     try:
-        results, _ = await Stores(Secrets()).read(run)
+        results, _ = await stores.read(run)
         print(f"read {len(results.records)} results", flush=True)
     except StoreUnavailable as error:
         print(error, flush=True)
+    await stores.close()
 
 asyncio.run(main())
 """
@@ -104,7 +106,7 @@ def test_a_region_that_is_none_is_refused_before_anybody_is_asked(token: str) ->
 def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str) -> None:
     with recording(saying(404)) as theirs, recording(saying(404)) as mine:
         own = {
-            "AWS_ACCESS_KEY_ID": "operator",
+            "AWS_ACCESS_KEY_ID": "mine",
             "AWS_SECRET_ACCESS_KEY": "own",
             "AWS_SESSION_TOKEN": "own",
             "AWS_ENDPOINT_URL_S3": mine.url,
@@ -117,7 +119,7 @@ def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str
     path, headers = theirs.asked[0]
     shown = path + " ".join(headers.values())
     assert path.startswith("/bucket/run/run.json") and "tenant" in shown and "us-east-1" in shown
-    assert "operator" not in shown and "oken" not in shown + " ".join(headers)
+    assert "mine" not in shown and "oken" not in shown + " ".join(headers)
 
 
 def test_without_a_secret_the_operator_is_itself() -> None:
@@ -126,3 +128,17 @@ def test_without_a_secret_the_operator_is_itself() -> None:
         assert operator_reads({"url": "s3://bucket/run"}, **own) == "read 0 results\n"
     path, headers = server.asked[0]
     assert path == "/bucket/run/run.json" and "Credential=operator/" in headers["authorization"]
+
+
+def test_a_server_that_a_run_names_without_a_secret_gets_signatures_and_no_secret() -> None:
+    with recording(saying(404)) as server:
+        own = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "kept-to-itself"}
+        assert operator_reads({"url": "s3://bucket/run", "endpointUrl": server.url}, **own) == "read 0 results\n"
+    path, headers = server.asked[0]
+    assert "X-Amz-Credential=operator" in path and "kept-to-itself" not in path + " ".join(headers.values())
+
+
+def test_authorities_of_the_operator_that_cannot_be_read_are_named() -> None:
+    secret = {"AWS_ACCESS_KEY_ID": "tenant", "AWS_SECRET_ACCESS_KEY": "s"}
+    said = operator_reads({"url": "s3://bucket/run", "endpointUrl": "https://s3.example"}, secret, AWS_CA_BUNDLE="/not/there.pem")
+    assert said.startswith("AWS_CA_BUNDLE '/not/there.pem' of the operator cannot be read: ")

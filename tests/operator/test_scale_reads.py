@@ -24,6 +24,7 @@ async def test_runs_of_one_bucket_share_a_client_and_runs_of_another_server_do_n
     backends = [(await opened._opened(key, run)).store._backend for key, run in zip(keys, (*here, there), strict=True)]
     assert backends[0] is backends[1] is backends[2]
     assert backends[3] is not backends[0]
+    await opened.close()
 
 
 async def test_a_server_costs_threads_for_as_long_as_a_run_uses_it(make_run: Callable[..., DAggerRun]) -> None:
@@ -38,6 +39,7 @@ async def test_a_server_costs_threads_for_as_long_as_a_run_uses_it(make_run: Cal
     while threading.active_count() > before + stores._THREADS and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     assert threading.active_count() <= before + stores._THREADS
+    await opened.close()
 
 
 def test_what_only_time_asks_for_comes_later_in_a_large_fleet_and_what_is_awaited_does_not() -> None:

@@ -1,7 +1,6 @@
 """Reading results: whose credentials are used, and a store that hangs."""
 
 import asyncio
-import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -10,26 +9,10 @@ import pytest
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import stores
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.kube.errors import Missing
 from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import PrepareResult, save_result
-
-
-class Secrets:
-    """Answers for the API server: Secrets by name, with their version."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, tuple[str, dict[str, str]]] = {}
-
-    async def get(self, api_version: str, kind: str, namespace: str, name: str) -> dict[str, Any]:
-        if name not in self.held:
-            raise Missing("GET", 404, "NotFound", name)
-        version, data = self.held[name]
-        return {
-            "metadata": {"resourceVersion": version},
-            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
-        }
+from fixtures.secrets import Secrets
 
 
 async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:

@@ -168,3 +168,11 @@ def test_a_secret_hands_out_nothing_of_the_processs_own() -> None:
         "aws_metadata_endpoint",
     )
     assert _of_secret("s3://b/r", **mine, **dict.fromkeys(theirs, "/var/run/secrets/token")).keys() == {name.lower() for name in mine}
+
+
+def test_a_server_that_the_run_or_its_secret_names_is_known_as_such() -> None:
+    named, plain = Storage(url="s3://b/r", endpoint_url="http://s3.example"), Storage(url="s3://b/r")
+    own = OwnIdentity({"AWS_ENDPOINT_URL": "https://s3.example"})
+    assert connection(named, own).named_server and connection(named, Keys(KEYS, "Secret keys")).named_server
+    assert connection(plain, Keys({**KEYS, "AWS_ENDPOINT_URL": "https://s3.example"}, "Secret keys")).named_server
+    assert not connection(plain, own).named_server and not connection(plain, Keys(KEYS, "Secret keys")).named_server

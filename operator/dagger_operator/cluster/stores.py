@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
+import aiohttp
+
 from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
 from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.named_server import NamedServer, session
 from dagger_operator.control import Results, read_progress, read_results
 from dagger_operator.control.progress import Progress
 from dagger_operator.kube.errors import ApiError, Missing
 from dagger_operator.store.credentials import Credentials, Keys, own_identity
-from dagger_operator.store.objects import Clients, Store, StoreUnavailable
+from dagger_operator.store.objects import Clients, Reads, Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
 """How long a Secret's content is taken for current; after a failure it is read at once."""
@@ -34,6 +37,7 @@ class _Open:
     checked: float
     """When the Secret was read last."""
     store: Store
+    reads: Reads
     results: Results = field(default_factory=Results)
     progress: Progress = field(default_factory=dict)
     progress_due: float = float("-inf")
@@ -46,6 +50,11 @@ class Stores:
         self._open: dict[RunKey, _Open] = {}
         self._threads: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
         self._clients = Clients()
+        self._http: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
 
     async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
         """All results of a run so far, and how far its stages are.
@@ -89,7 +98,7 @@ class Stores:
             return opened
         self.forget(key)
         store = Store.open(storage, credentials, self._pool(storage), self._clients)
-        self._open[key] = _Open(run.metadata.uid, storage, version, now, store)
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store))
         return self._open[key]
 
     async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
@@ -106,6 +115,12 @@ class Stores:
             raise StoreUnavailable(f"{where} cannot be read: {error.reason or error.code}: {error.message}") from None
         values = {name: _decoded(value, f"{where}, key {name}") for name, value in (secret.get("data") or {}).items()}
         return secret["metadata"]["resourceVersion"], Keys(values, where)
+
+    def _reads(self, store: Store) -> Reads:
+        if not store.named_server:
+            return store
+        self._http = self._http or session()
+        return NamedServer(store, self._http)
 
     def _pool(self, storage: Storage) -> ThreadPoolExecutor:
         """Threads by server: one that hangs holds up its own runs only. They end with the last run that uses them."""
@@ -124,7 +139,7 @@ def _decoded(value: str, what: str) -> str:
 
 
 async def _read(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:
-    results = await read_results(opened.store, run, opened.results)
+    results = await read_results(opened.reads, run, opened.results)
     if results.records.keys() == opened.results.records.keys() and time.monotonic() < opened.progress_due:
         return results, opened.progress
-    return results, await read_progress(opened.store, run, results)
+    return results, await read_progress(opened.reads, run, results)

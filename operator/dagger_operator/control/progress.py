@@ -8,7 +8,7 @@ from dagger_operator.api import Progress as ProgressShown
 from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.objects import Reads, StoreUnavailable
 from dagger_operator.store.progress import read_progress as read_reports
 from dagger_operator.store.results import EvaluationResult, PublishResult, RolloutResult, StageProgress, TrainingResult
 
@@ -18,7 +18,7 @@ _WORKERS = 16
 """As many are asked how far they are: each sees the whole."""
 
 
-async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progress:
+async def read_progress(store: Reads, run: DAggerRun, results: Results) -> Progress:
     """What both runtimes read for `Observed.progress`: the steps at work, as their workers report them. Never fails."""
     found: dict[Step, Mapping[int, StageProgress]] = {}
     for step in next_steps(run.spec, results) or ():

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.objects import DamagedObject, Reads
 from dagger_operator.store.owner import owner_of, read_owner
 from dagger_operator.store.records import Record
 from dagger_operator.store.results import (
@@ -53,7 +53,7 @@ class Results:
         return prepared.policy if prepared else None
 
 
-async def read_results(store: Store, run: DAggerRun, known: Results | None = None) -> Results:
+async def read_results(store: Reads, run: DAggerRun, known: Results | None = None) -> Results:
     """What both runtimes read before they plan: all results of a run, those `known` already not again.
 
     What stands below a prefix that is another run's is none of this run's: then there are no results, and its prepare stage

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dagger_operator.api import Storage
-from dagger_operator.store.credentials import Credentials, Keys
+from dagger_operator.store.credentials import ENDPOINTS, Credentials, Keys
 
 _AWS = """access_key_id secret_access_key session_token token region default_region endpoint endpoint_url endpoint_url_s3 endpoint_url_sts
     role_arn role_session_name web_identity_token_file container_credentials_relative_uri container_credentials_full_uri
@@ -49,6 +49,8 @@ class Connection:
     """Credentials among them: never printed."""
     client: dict[str, Any] = field(default_factory=dict, repr=False)
     retry: dict[str, Any] = field(default_factory=dict)
+    named_server: bool = False
+    """Whether the run or its Secret says which server to ask: then it may be anybody's, else it is the cloud's or this process's choice."""
 
     @property
     def bucket(self) -> str:
@@ -81,8 +83,10 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
     }
     if isinstance(credentials, Keys):
         config = credentials.config(scheme)
+        named_server = bool(config.keys() & ENDPOINTS)
     else:
         config = {key.lower(): value for key, value in credentials.environ.items() if key.lower() in _KNOWN[scheme] and value}
+        named_server = False
         if scheme == "s3" and (bundle := credentials.environ.get("AWS_CA_BUNDLE")):
             client["root_certificate"] = Path(bundle).read_bytes()
     if scheme == "s3":
@@ -90,9 +94,10 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
             for name in ("aws_endpoint_url", "aws_endpoint_url_s3"):
                 config.pop(name, None)
             config["aws_endpoint"] = storage.endpoint_url
+            named_server = True
         if storage.region:
             config["aws_region"] = storage.region
         endpoints = [value for name, value in config.items() if name.startswith("aws_endpoint") and name != "aws_endpoint_url_sts"]
         if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
             client["allow_http"] = True
-    return Connection(url, scheme, config=config, client=client, retry=retry)
+    return Connection(url, scheme, config=config, client=client, retry=retry, named_server=named_server)

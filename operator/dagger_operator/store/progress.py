@@ -8,7 +8,7 @@ import structlog
 from pydantic import ValidationError
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Store, StoreUnavailable
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Reads, Store, StoreUnavailable
 from dagger_operator.store.results import StageProgress
 
 REPORT_SECONDS = 5.0
@@ -55,7 +55,7 @@ class Reporter:
         return True
 
 
-async def read_progress(store: Store, round_number: int, stage: str, workers: int = 1) -> dict[int, StageProgress]:
+async def read_progress(store: Reads, round_number: int, stage: str, workers: int = 1) -> dict[int, StageProgress]:
     """Progress by index, of the first `workers` workers; what cannot be read is left out, since nothing rests on it."""
 
     async def of(index: int) -> StageProgress | None:
