@@ -81,7 +81,7 @@ class Runs:
             task.cancel()
 
     async def _gain(self) -> None:
-        stores = [Store.open(run.spec.storage, {}, threads=self._threads) for run in self._runs.values()]
+        stores = [Store.open(run.spec.storage, threads=self._threads) for run in self._runs.values()]
         for done in range(DONE + 1, 100):
             began = time.monotonic()
             for store in stores:
@@ -113,7 +113,7 @@ class Runs:
 
     async def _leave(self, name: str, stage: str) -> None:
         run = self._runs[name]
-        store = Store.open(run.spec.storage, {}, threads=self._threads)
+        store = Store.open(run.spec.storage, threads=self._threads)
         match stage:
             case "prepare":
                 await take_prefix(store, run)

@@ -73,6 +73,7 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
         ("training", {"mode": "Sometimes"}, "spec.training.mode", '"Enabled", "Disabled"'),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3"),
         ("storage", {"url": "s3://b/p", "secretRef": {"name": "../../x/secrets/y"}}, "spec.storage.secretRef.name", "should match"),
+        ("storage", {"url": "s3://b/p", "region": "x@thief.example/"}, "spec.storage.region", "should match"),
         ("teacher", endpoint(name="../x"), "spec.teacher.endpoint.secretRef.name", "should match"),
         ("teacher", endpoint(name="x", key="../y"), "spec.teacher.endpoint.secretRef.key", "should match"),
         ("kueue", {}, "spec.kueue.queueName", "Required"),

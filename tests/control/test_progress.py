@@ -78,15 +78,15 @@ async def test_every_stage_is_shown_with_its_end(story: Callable[..., Story], st
     number = 0 if stage in (StageName.PREPARE, StageName.PREFLIGHT) else 1
     for earlier in list(StageName)[: list(StageName).index(stage)]:
         tale.done(earlier, round_number=0 if earlier in (StageName.PREPARE, StageName.PREFLIGHT) else 1)
-    store = Store.open(tale.run.spec.storage, {})
+    store = Store.open(tale.run.spec.storage)
     await report(store, number, stage, 0, at(50, 100.0))
     seen = tale.plan(progress=await read_progress(store, tale.run, Results(dict(tale.results)))).status.progress
     assert (seen.stage, seen.percent, seen.estimated_completion_time) == (stage, 25, tale.now + timedelta(seconds=300))
 
 
 async def test_progress_of_every_step_at_work_is_read(make_run: Callable[..., DAggerRun], tmp_path: Any) -> None:
-    run = make_run(storage={"url": f"file://{tmp_path}"})
-    store = Store.open(run.spec.storage, {})
+    run = make_run(storage={"url": f"file://{tmp_path}"}, rollouts={"workers": 2})
+    store = Store.open(run.spec.storage)
     results = Results(
         {(0, "prepare"): PrepareResult(policy="p", teacher="t"), (0, "preflight"): PreflightResult(student="p", teacher="t", checks={})}
     )

@@ -155,7 +155,7 @@ class Lab:
         """By default one that no retry mends."""
 
     def store(self, name: str) -> Store:
-        return Store.open(load(self.document(name)).spec.storage, {})
+        return Store.open(load(self.document(name)).spec.storage)
 
     def document(self, name: str, **spec: Any) -> Json:
         """A run of one round with a served student and training."""

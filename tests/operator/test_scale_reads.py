@@ -1,5 +1,9 @@
 """What many runs cost together: clients of storage, reads of what is only shown, and looks that nothing asks for."""
 
+import asyncio
+import gc
+import threading
+import time
 from collections.abc import Callable
 
 from dagger_operator.api import DAggerRun
@@ -20,6 +24,22 @@ async def test_runs_of_one_bucket_share_a_client_and_runs_of_another_server_do_n
     backends = [(await opened._opened(key, run)).store._backend for key, run in zip(keys, (*here, there), strict=True)]
     assert backends[0] is backends[1] is backends[2]
     assert backends[3] is not backends[0]
+    await opened.close()
+
+
+async def test_a_server_costs_threads_for_as_long_as_a_run_uses_it(make_run: Callable[..., DAggerRun]) -> None:
+    opened, before = Stores(None), threading.active_count()  # type: ignore[arg-type]  # no Secret is read here
+    for number in range(20):
+        run = make_run("demo", endpointUrl=f"https://server-{number}.example")
+        await opened.read(run)
+        opened.forget(stores.RunKey("lab", "demo"))
+        del run
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before + stores._THREADS and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert threading.active_count() <= before + stores._THREADS
+    await opened.close()
 
 
 def test_what_only_time_asks_for_comes_later_in_a_large_fleet_and_what_is_awaited_does_not() -> None:
@@ -36,7 +56,7 @@ def test_runs_that_were_made_together_are_not_looked_at_together_for_ever() -> N
 
 async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_every_look(make_run: Callable[..., DAggerRun]) -> None:
     opened, run = Stores(None), make_run("demo")  # type: ignore[arg-type]  # no Secret is read here
-    store = Store.open(run.spec.storage, {})
+    store = Store.open(run.spec.storage)
     await take_prefix(store, run)
 
     async def seen(done: int) -> list[int]:

@@ -1,7 +1,6 @@
 """Reading results: whose credentials are used, and a store that hangs."""
 
 import asyncio
-import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -10,41 +9,10 @@ import pytest
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import stores
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.kube.errors import Missing
 from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import PrepareResult, save_result
-
-
-class Secrets:
-    """Answers for the API server: Secrets by name, with their version."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, tuple[str, dict[str, str]]] = {}
-
-    async def get(self, api_version: str, kind: str, namespace: str, name: str) -> dict[str, Any]:
-        if name not in self.held:
-            raise Missing("GET", 404, "NotFound", name)
-        version, data = self.held[name]
-        return {
-            "metadata": {"resourceVersion": version},
-            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
-        }
-
-
-async def test_a_secret_hands_out_nothing_of_the_operators_own(make_run: Callable[..., DAggerRun]) -> None:
-    secrets = Secrets()
-    mine = {"AWS_ACCESS_KEY_ID": "a", "AWS_ENDPOINT_URL": "https://s3.example", "GOOGLE_SERVICE_ACCOUNT_KEY": "{}"}
-    theirs = [
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_ENDPOINT_URL_STS",
-        "GOOGLE_APPLICATION_CREDENTIALS",
-        "AZURE_FEDERATED_TOKEN_FILE",
-        "azure_msi_endpoint",
-    ]
-    secrets.held["keys"] = ("1", {**mine, **dict.fromkeys(theirs, "/var/run/secrets/token")})
-    _, environ = await Stores(secrets)._credentials(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]
-    assert environ == mine
+from fixtures.secrets import Secrets
 
 
 async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:
@@ -86,7 +54,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
         with pytest.raises(StoreUnavailable, match="did not answer"):
             await read.read(run)
     assert reads == 1, "it is asked once at a time"
-    store = Store.open(run.spec.storage, {})
+    store = Store.open(run.spec.storage)
     await take_prefix(store, run)
     await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
     hangs.set()

@@ -167,7 +167,7 @@ class Ground:
         return Stage.from_environment(self.environ(run, **where))
 
     def store(self, run: DAggerRun) -> Store:
-        return Store.open(run.spec.storage, {})
+        return Store.open(run.spec.storage)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(Store.open(Storage(url=f"file://{tmp_path}/store"), {}), 20)
+    return Bench(Store.open(Storage(url=f"file://{tmp_path}/store")), 20)
 
 
 async def test_every_rollout_is_run_once_by_as_many_slots_as_there_may_be(bench: Bench) -> None:

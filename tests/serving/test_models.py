@@ -25,7 +25,7 @@ def test_a_model_is_a_folder_a_url_below_the_storage_or_an_id(store: Store, mode
 
 
 def test_a_url_below_the_storage_is_found_in_it() -> None:
-    store = Store.open(Storage(url="s3://bucket/run", region="us-east-1"), {})
+    store = Store.open(Storage(url="s3://bucket/run", region="us-east-1"))
     assert source("s3://bucket/run/models/base/", store, "student.model") == Stored("models/base")
     with pytest.raises(StageFailure, match="write a URL that starts with s3://bucket/run/"):
         source("s3://other/models/base", store, "student.model")

@@ -16,7 +16,7 @@ from dagger_operator.store.trajectories import finished, write_trajectory
 
 
 async def main(storage: str, worker: str, ids: str, journal: str) -> None:
-    store = Store.open(Storage.model_validate_json(storage), os.environ)
+    store = Store.open(Storage.model_validate_json(storage))
     claims = Claims(store, 1, Kind.ROLLOUT, worker, lease_seconds=1.5)
     while missing := set(json.loads(ids)) - await finished(store, 1, Kind.ROLLOUT):
         await asyncio.gather(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dagger_operator.api import DAggerRun, Storage, load
+from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
@@ -25,7 +26,8 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, d
 
 @pytest.fixture
 def store(settings: tuple[Storage, dict[str, str]]) -> Store:
-    return Store.open(*settings)
+    storage, environ = settings
+    return Store.open(storage, OwnIdentity(environ))
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """What every store promises, on a folder and on a real S3 server."""
 
 import asyncio
+import contextlib
 import os
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,11 @@ import pytest
 
 from dagger_operator.api import Storage
 from dagger_operator.store import objects
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.credentials import Keys
+from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
+from fixtures.recorder import recording, saying
+
+KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
 async def test_what_is_not_there_is_an_answer_and_no_error(store: Store, tmp_path: Path) -> None:
@@ -61,6 +67,44 @@ async def test_a_listing_is_of_a_folder_and_in_order(store: Store) -> None:
     assert len(await store.list()) == 4
 
 
+async def test_an_object_beyond_its_bound_is_damage_and_one_within_is_read(store: Store) -> None:
+    await store.put("a/b.json", bytes(100))
+    there = await store.get("a/b.json", 100)
+    assert there is not None and there == await store.get("a/b.json")
+    with pytest.raises(DamagedObject, match=r"^a/b\.json: has 100 bytes or more, where 99 at most are expected"):
+        await store.get("a/b.json", 99)
+    assert await store.get("a/nothing.json", 99) is None
+
+
+@pytest.mark.parametrize("told", [{}, {"content_length": "10", "transfer_encoding": "chunked"}])
+async def test_of_an_object_beyond_its_bound_no_more_is_read_whatever_its_server_says_of_it(told: dict[str, str]) -> None:
+    head, size = saying(200, **(told or {"content_length": str(1 << 30)})), 0
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal size
+        head(handler)
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 10):
+                part = bytes(1 << 20)
+                handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part) if told else part)
+                size += len(part)
+        handler.close_connection = True
+
+    with recording(answer) as server:
+        store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
+        with pytest.raises(DamagedObject, match=r"^run\.json: has .* bytes or more, where 1000 at most are expected"):
+            await store.get("run.json", 1000)
+    assert size < 100 << 20
+
+
+async def test_what_a_server_says_is_told_in_few_words() -> None:
+    with recording(saying(403, b"x" * 100_000)) as server:
+        store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
+        with pytest.raises(StoreUnavailable) as refused:
+            await store.get("run.json")
+    assert "403" in str(refused.value) and len(str(refused.value)) < 1000
+
+
 async def test_conditional_writes_leave_nothing_but_their_objects(store: Store) -> None:
     now = await store.swap("a", b"1", None)
     await store.swap("a", b"2", now)
@@ -94,13 +138,13 @@ async def test_a_failed_download_leaves_no_file(store: Store, tmp_path: Path) ->
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:
     with pytest.raises(StoreUnavailable, match="/dev/null/run"):
-        Store.open(Storage(url="file:///dev/null/run"), {})
+        Store.open(Storage(url="file:///dev/null/run"))
 
 
 @pytest.mark.heavy
 async def test_a_missing_bucket_is_no_empty_run(versitygw: tuple[str, Path], s3: Any) -> None:
     storage = Storage(url="s3://no-such-bucket/run", endpoint_url=versitygw[0], region="us-east-1")
-    store = Store.open(storage, s3.environ)
+    store = Store.open(storage, s3.keys)
     with pytest.raises(StoreUnavailable, match="no-such-bucket"):
         await store.list()
     with pytest.raises(StoreUnavailable, match="create it first"):
@@ -110,7 +154,7 @@ async def test_a_missing_bucket_is_no_empty_run(versitygw: tuple[str, Path], s3:
 @pytest.mark.heavy
 async def test_wrong_credentials_are_said_and_not_shown(s3: Any) -> None:
     environ = {**s3.environ, "AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}
-    store = Store.open(s3.storage, environ)
+    store = Store.open(s3.storage, Keys(environ, "Secret keys"))
     with pytest.raises(StoreUnavailable) as refused:
         await store.get("a")
     assert "a-wrong-secret" not in str(refused.value) and "Debug source" not in str(refused.value)

@@ -1,11 +1,16 @@
 """Results prove that a stage is done; progress proves nothing."""
 
+import re
+from collections.abc import Awaitable, Callable
+
 import pytest
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Store, StoreUnavailable
+from dagger_operator.store.owner import read_owner
+from dagger_operator.store.policies import pointed
 from dagger_operator.store.progress import Reporter, read_progress, report
-from dagger_operator.store.results import PublishResult, StageProgress, read_result, save_result
+from dagger_operator.store.results import RESULT_BYTES, PublishResult, StageProgress, read_result, save_result
 
 
 async def test_the_first_result_stands(store: Store) -> None:
@@ -23,22 +28,38 @@ async def test_a_garbled_result_is_damage_and_not_an_undone_stage(store: Store) 
         await read_result(store, 1, "publish", PublishResult)
 
 
+@pytest.mark.parametrize(
+    ("key", "read"),
+    [
+        (layout.result(1, "publish"), lambda store: read_result(store, 1, "publish", PublishResult)),
+        (layout.RUN, read_owner),
+        (layout.POLICY, pointed),
+    ],
+)
+async def test_what_should_be_small_and_is_not_is_damage(store: Store, key: str, read: Callable[[Store], Awaitable[object]]) -> None:
+    await store.put(key, b"{}".ljust(RESULT_BYTES + 1))
+    with pytest.raises(DamagedObject, match=rf"^{re.escape(key)}: has {RESULT_BYTES + 1} bytes or more, where .* at most are expected"):
+        await read(store)
+
+
 async def test_progress_is_overwritten_and_kept_apart_by_stage_and_worker(store: Store) -> None:
     def at(done: int) -> StageProgress:
         return StageProgress(done=done, total=9, unit="rollouts", counters={"loss": 0.5})
 
-    assert await read_progress(store, 1, "rollout") == {}
+    assert await read_progress(store, 1, "rollout", 12) == {}
     await report(store, 1, "rollout", 0, at(1))
     await report(store, 1, "rollout", 0, at(2))
     await report(store, 1, "rollout", 11, at(3))
     await report(store, 1, "training", 0, at(4))
-    assert await read_progress(store, 1, "rollout") == {0: at(2), 11: at(3)}
+    assert await read_progress(store, 1, "rollout", 12) == {0: at(2), 11: at(3)}
+    assert await read_progress(store, 1, "rollout", 11) == {0: at(2)}
 
 
 async def test_progress_that_cannot_be_read_stops_nobody(store: Store) -> None:
     await report(store, 1, "rollout", 0, StageProgress(done=1, total=9, unit="rollouts"))
     await store.put(layout.progress(1, "rollout", 1), b"\0")
-    assert set(await read_progress(store, 1, "rollout")) == {0}
+    await store.put(layout.progress(1, "rollout", 2), b"{}".ljust(SMALL_BYTES + 1))
+    assert set(await read_progress(store, 1, "rollout", 3)) == {0}
 
 
 async def test_a_reporter_writes_the_first_and_the_last_and_little_between(store: Store) -> None:

@@ -7,6 +7,10 @@ from pydantic import Field
 from dagger_operator.api.model import ApiModel
 from dagger_operator.api.pods import ObjectName
 
+# Storage clients make host names of regions, and put a bucket's path behind an endpoint.
+REGION_PATTERN = r"^[A-Za-z0-9_-]+$"
+ENDPOINT_PATTERN = r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$"
+
 
 class SecretRef(ApiModel):
     """A Secret whose keys become the storage client's environment, such as AWS_ACCESS_KEY_ID."""
@@ -21,8 +25,8 @@ class Storage(ApiModel):
     url: Annotated[str, Field(pattern=r"^(s3|s3a|gs|az|abfs|abfss|file)://[^\s]*$", max_length=2048)]
     """`s3://bucket/prefix`, `gs://`, `az://` or `file:///folder`. It must honour conditional writes: `daggerctl store check`."""
     secret_ref: SecretRef | None = None
-    """Credentials as environment variables of the storage client; default the workload's own identity."""
-    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = None
-    """S3-compatible server other than the cloud's own."""
-    region: Annotated[str, Field(max_length=64)] | None = None
-    """Region of the bucket, where the client cannot find it out."""
+    """Credentials as environment variables of the storage client, a whole key among them; default the workload's own identity."""
+    endpoint_url: Annotated[str, Field(pattern=ENDPOINT_PATTERN, max_length=2048)] | None = None
+    """S3-compatible server other than the cloud's own, without a user, a query or a fragment."""
+    region: Annotated[str, Field(pattern=REGION_PATTERN, max_length=64)] | None = None
+    """Region of the bucket, such as eu-west-1, where the client cannot find it out: letters, digits, `-` and `_`."""

@@ -89,7 +89,8 @@ class Display:
             await asyncio.sleep(1.0)
             shown = _stage(self._run)
             try:
-                progress = merged(await read_progress(self._store, *shown)) if shown else None
+                workers = self._run.spec.rollouts.workers
+                progress = merged(await read_progress(self._store, *shown, workers)) if shown else None
             except (StoreUnavailable, DamagedObject):
                 continue  # the supervisor sees it too, and says so in the run's conditions
             if shown == _stage(self._run):

@@ -1,7 +1,6 @@
 """`daggerctl store`: is this storage fit for a run, and is what it holds whole?"""
 
 import asyncio
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +10,14 @@ from dagger_operator.api import DAggerRun
 from dagger_operator.cli.documents import known, read
 from dagger_operator.cli.exits import Exit
 from dagger_operator.local.acceptance import accept
+from dagger_operator.local.environment import storage_credentials
+from dagger_operator.store.credentials import own_identity
 from dagger_operator.store.objects import Store
 
 
 def open_store(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]]) -> Store:
     """The run's storage, with the credentials that its Secret holds, or this user's environment where that is not at hand."""
-    reference = run.spec.storage.secret_ref
-    return Store.open(run.spec.storage, secrets.get(reference.name, os.environ) if reference else os.environ)
+    return Store.open(run.spec.storage, storage_credentials(run, secrets, own_identity()))
 
 
 def stored_run(run: str) -> tuple[DAggerRun, Store]:

@@ -13,11 +13,13 @@ from dagger_operator.cluster.settings import InvalidSettings, Settings
 from dagger_operator.cluster.watches import NewKind
 from dagger_operator.kube.connection import NoCluster
 from dagger_operator.kube.errors import ApiError
+from dagger_operator.store.credentials import own_identity
 from dagger_operator.store.stage import configure_logging
 
 
 def main() -> int:
     """Exit code: 0 told to stop, 1 unable to go on (to be started anew), 2 settings that do not do."""
+    own_identity()  # before there are threads
     configure_logging()
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)  # kopf's
     log = structlog.get_logger()

@@ -51,6 +51,7 @@ async def operate(settings: Settings) -> None:
         cache, queue = Cache(), WorkQueue[RunKey](time.monotonic, spacing=SPACING)
         queue.on_add, queue.on_retry, queue.on_take = metrics.adds.inc, metrics.retries.inc, metrics.waited.observe
         reconciler = Reconciler(settings, cache, working)
+        stack.push_async_callback(reconciler.close)
         watches = Watches(settings, cache, working, wake=queue.add, gone=reconciler.applier.forget, heard=metrics.heard)
         health = Health(watches.streams, standstill=lambda: queue.standstill, leads=lambda: leader is None or leader.holds)
         metrics.read(Readings(cache, queue, health))

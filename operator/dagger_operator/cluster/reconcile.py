@@ -49,6 +49,9 @@ class Reconciler:
         self._refused: dict[RunKey, Trouble] = {}
         self._read: dict[RunKey, tuple[str, DAggerRun]] = {}
 
+    async def close(self) -> None:
+        await self._stores.close()
+
     async def reconcile(self, key: RunKey) -> float | None:
         """Seconds until it should be asked again; None: when something changes. Raises `ApiError` where it has to be tried again."""
         stored = self._cache.run(key)

@@ -1,22 +1,24 @@
 """The results of runs in object storage: one open store for each run, and no run that holds up another's."""
 
 import asyncio
-import os
-import re
 import time
 from base64 import b64decode
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
+
+import aiohttp
 
 from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
 from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.named_server import NamedServer, session
 from dagger_operator.control import Results, read_progress, read_results
 from dagger_operator.control.progress import Progress
 from dagger_operator.kube.errors import ApiError, Missing
-from dagger_operator.store.objects import Clients, Store, StoreUnavailable
+from dagger_operator.store.credentials import Credentials, Keys, own_identity
+from dagger_operator.store.objects import Clients, Reads, Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
 """How long a Secret's content is taken for current; after a failure it is read at once."""
@@ -25,10 +27,6 @@ PATIENCE_SECONDS = 10.0
 PROGRESS_A_SECOND = 20.0
 """Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
 _THREADS = 16
-_OF_THIS_PROCESS = re.compile(
-    r"(_FILE|_PATH|_URI|_CLI|_CA_BUNDLE|_APPLICATION_CREDENTIALS|_STS|(METADATA|IDENTITY|MSI)_ENDPOINT)$|^GOOGLE_SERVICE_ACCOUNT$"
-)
-"""Variables that name files of a process or who identifies it: in a run's Secret they would hand out the operator's own identity."""
 
 
 @dataclass
@@ -39,6 +37,7 @@ class _Open:
     checked: float
     """When the Secret was read last."""
     store: Store
+    reads: Reads
     results: Results = field(default_factory=Results)
     progress: Progress = field(default_factory=dict)
     progress_due: float = float("-inf")
@@ -49,8 +48,13 @@ class Stores:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._open: dict[RunKey, _Open] = {}
-        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._threads: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
         self._clients = Clients()
+        self._http: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
 
     async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
         """All results of a run so far, and how far its stages are.
@@ -88,20 +92,20 @@ class Stores:
         same = opened is not None and (opened.uid, opened.storage) == (run.metadata.uid, storage)
         if opened is not None and same and (storage.secret_ref is None or now - opened.checked < SECRET_SECONDS):
             return opened
-        version, environ = await self._credentials(run)
+        version, credentials = await self._credentials(run)
         if opened is not None and same and opened.secret_version == version:
             opened.checked = now
             return opened
         self.forget(key)
-        store = Store.open(storage, environ, self._pool(storage), self._clients)
-        self._open[key] = _Open(run.metadata.uid, storage, version, now, store)
+        store = Store.open(storage, credentials, self._pool(storage), self._clients)
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store))
         return self._open[key]
 
-    async def _credentials(self, run: DAggerRun) -> tuple[str, Mapping[str, str]]:
+    async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
         """The Secret's version and content; without one the operator's own identity."""
         reference = run.spec.storage.secret_ref
         if reference is None:
-            return "", os.environ
+            return "", own_identity()
         where = f"Secret {reference.name} in namespace {run.metadata.namespace} (spec.storage.secretRef)"
         try:
             secret = await self._client.get("v1", "Secret", run.metadata.namespace, reference.name)
@@ -110,16 +114,21 @@ class Stores:
         except ApiError as error:
             raise StoreUnavailable(f"{where} cannot be read: {error.reason or error.code}: {error.message}") from None
         values = {name: _decoded(value, f"{where}, key {name}") for name, value in (secret.get("data") or {}).items()}
-        environ = {name: value for name, value in values.items() if not _OF_THIS_PROCESS.search(name.upper())}
-        return secret["metadata"]["resourceVersion"], environ
+        return secret["metadata"]["resourceVersion"], Keys(values, where)
+
+    def _reads(self, store: Store) -> Reads:
+        if not store.named_server:
+            return store
+        self._http = self._http or session()
+        return NamedServer(store, self._http)
 
     def _pool(self, storage: Storage) -> ThreadPoolExecutor:
-        """Threads by server: one that hangs holds up its own runs only."""
+        """Threads by server: one that hangs holds up its own runs only. They end with the last run that uses them."""
         url = urlsplit(storage.url)
         server = storage.endpoint_url or f"{url.scheme}://{url.netloc}"
-        if server not in self._threads:
-            self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
-        return self._threads[server]
+        if (pool := self._threads.get(server)) is None:
+            pool = self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        return pool
 
 
 def _decoded(value: str, what: str) -> str:
@@ -130,7 +139,7 @@ def _decoded(value: str, what: str) -> str:
 
 
 async def _read(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:
-    results = await read_results(opened.store, run, opened.results)
+    results = await read_results(opened.reads, run, opened.results)
     if results.records.keys() == opened.results.records.keys() and time.monotonic() < opened.progress_due:
         return results, opened.progress
-    return results, await read_progress(opened.store, run, results)
+    return results, await read_progress(opened.reads, run, results)

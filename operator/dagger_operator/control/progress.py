@@ -5,22 +5,25 @@ from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing, Overlap
 from dagger_operator.api import Progress as ProgressShown
+from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.objects import Reads, StoreUnavailable
 from dagger_operator.store.progress import read_progress as read_reports
 from dagger_operator.store.results import EvaluationResult, PublishResult, RolloutResult, StageProgress, TrainingResult
 
 Progress = Mapping[Step, Mapping[int, StageProgress]]
 """What workers report, by step and by worker's index."""
+_WORKERS = 16
+"""As many are asked how far they are: each sees the whole."""
 
 
-async def read_progress(store: Store, run: DAggerRun, results: Results) -> Progress:
+async def read_progress(store: Reads, run: DAggerRun, results: Results) -> Progress:
     """What both runtimes read for `Observed.progress`: the steps at work, as their workers report them. Never fails."""
     found: dict[Step, Mapping[int, StageProgress]] = {}
     for step in next_steps(run.spec, results) or ():
         try:
-            if reports := await read_reports(store, step.round, step.stage):
+            if reports := await read_reports(store, step.round, step.stage, min(pods_of(run, step.stage), _WORKERS)):
                 found[step] = reports
         except StoreUnavailable:
             continue  # whoever decides something by what is in storage says so

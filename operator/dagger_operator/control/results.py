@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dagger_operator.api import DAggerRun
-from dagger_operator.store.objects import Store
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Reads
 from dagger_operator.store.owner import owner_of, read_owner
 from dagger_operator.store.records import Record
 from dagger_operator.store.results import (
@@ -17,6 +18,8 @@ from dagger_operator.store.results import (
 )
 
 R = TypeVar("R", bound=Record)
+RUN_BYTES = 16 << 20
+"""More than the results of a thousand rounds have, without their lists."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Results:
     """Results by round and stage. They are created once, so a copy of any age is right in what it has."""
 
     records: Mapping[tuple[int, str], Record] = field(default_factory=dict)
+    size: int = field(default=0, compare=False)
+    """Bytes of all of them together."""
 
     def has(self, round_number: int, stage: str) -> bool:
         return (round_number, stage) in self.records
@@ -48,24 +53,36 @@ class Results:
         return prepared.policy if prepared else None
 
 
-async def read_results(store: Store, run: DAggerRun, known: Results | None = None) -> Results:
+async def read_results(store: Reads, run: DAggerRun, known: Results | None = None) -> Results:
     """What both runtimes read before they plan: all results of a run, those `known` already not again.
 
     What stands below a prefix that is another run's is none of this run's: then there are no results, and its prepare stage
     says whose they are. Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so.
+    Whatever a store answers, this ends with the run's last round, and keeps `RUN_BYTES` at most.
     """
-    records = dict(known.records) if known else {}
-    if not records and await read_owner(store) != owner_of(run):
+    results = known or Results()
+    if not results.records and await read_owner(store) != owner_of(run):
         return Results()
+    records, size = dict(results.records), results.size
     # An evaluation may end beside the next round, up to its publish, which waits for it: the round before is still asked for.
-    number = max(0, Results(records).newest_round - 1)
-    while True:
+    for number in range(max(0, results.newest_round - 1), run.spec.rounds + 1):
         missing = [stage for stage in KINDS if (number, stage) not in records and (stage in _ROUND_0) == (number == 0)]
         found = await asyncio.gather(*(read_result(store, number, stage, KINDS[stage]) for stage in missing))
-        records.update({(number, stage): record for stage, record in zip(missing, found, strict=True) if record is not None})
+        new = {(number, stage): _planned_by(record) for stage, record in zip(missing, found, strict=True) if record is not None}
+        records.update(new)
+        size += sum(len(record.model_dump_json()) for record in new.values())
+        if size > RUN_BYTES:
+            problem = f"the results up to here have {size} bytes, where {RUN_BYTES} at most are expected"
+            raise DamagedObject(layout.round_prefix(number), problem, "delete those that no stage of this run wrote")
         if not any(of == number for of, _ in records):
-            return Results(records)
-        number += 1
+            break
+    return Results(records, size)
+
+
+def _planned_by(record: Record) -> Record:
+    """A result without the lists that grow with tasks and steps, which no plan reads."""
+    return record.model_copy(update=dict.fromkeys(_LISTS & type(record).model_fields.keys(), ()))
 
 
 _ROUND_0 = ("prepare", "preflight")
+_LISTS = {"losses", "resolved_tasks", "unresolved_tasks"}

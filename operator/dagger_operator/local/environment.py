@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagger_operator.api import DAggerRun
+from dagger_operator.store.credentials import IDENTITY_PREFIXES, Credentials, Keys, OwnIdentity
+
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NO_PROXY", "no_proxy")
 INHERITED_PREFIXES = (
     "SSL_CERT_",
@@ -20,9 +23,6 @@ INHERITED_PREFIXES = (
     "CUDA_",
     "OPENBLAS_",
 )
-IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
-"""The user's own credentials for object storage: what a workload identity is on a cluster."""
-
 UNUSED = frozenset({"HOME"})
 """Variables that are the pod's alone: here there is a home."""
 OWN_FOLDERS = frozenset({"/tmp"})  # noqa: S108 - named, not used
@@ -64,9 +64,18 @@ class PodContext:
 
 
 def inherited(environ: Mapping[str, str], *, identity: bool) -> dict[str, str]:
-    """The part of the user's environment that processes get; `identity`: with credentials for object storage."""
+    """The part of the user's environment that processes get; `identity`: with the user's own credentials for object storage, which are
+    here what a workload identity is on a cluster."""
     prefixes = INHERITED_PREFIXES + (IDENTITY_PREFIXES if identity else ())
     return {key: value for key, value in environ.items() if key in INHERITED or key.startswith(prefixes)}
+
+
+def storage_credentials(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]], own: OwnIdentity) -> Credentials:
+    """The keys of the Secret that the run names; the user's own identity where it names none, or its Secret is not at hand."""
+    reference = run.spec.storage.secret_ref
+    if reference is None or reference.name not in secrets:
+        return own
+    return Keys(secrets[reference.name], f"Secret {reference.name} (spec.storage.secretRef)")
 
 
 def container_environment(container: Mapping[str, Any], pod: PodContext) -> dict[str, str]:

@@ -14,9 +14,10 @@ import structlog
 from dagger_operator.api import DAggerRun, Phase, RunStatus
 from dagger_operator.control import Observed, Results, children, plan, read_progress, read_results
 from dagger_operator.local.acceptance import as_used_here
-from dagger_operator.local.environment import inherited
+from dagger_operator.local.environment import inherited, storage_credentials
 from dagger_operator.local.folder import RunFolder
 from dagger_operator.local.machine import Machine, Place
+from dagger_operator.store.credentials import own_identity
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
 log = structlog.get_logger()
@@ -30,11 +31,9 @@ RESTING = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED})
 class Supervisor:
     """The local twin of the operator, for one run. It holds the run's folder while it works."""
 
-    def __init__(
-        self, folder: RunFolder, environ: Mapping[str, str] | None = None, watch: Callable[[DAggerRun], None] = lambda _: None
-    ) -> None:
+    def __init__(self, folder: RunFolder, watch: Callable[[DAggerRun], None] = lambda _: None) -> None:
         self._folder = folder
-        self._environ = os.environ if environ is None else environ
+        self._own = own_identity()
         self._watch = watch
         self._results = Results()
         self._stop = asyncio.Event()
@@ -47,9 +46,8 @@ class Supervisor:
         """Returns the status with which the run ended, or was left when `stop` was called."""
         run = self._folder.require()
         secrets = self._folder.secrets()
-        reference = run.spec.storage.secret_ref
-        environment = inherited(self._environ, identity=reference is None)
-        credentials = secrets.get(reference.name, {}) if reference else self._environ
+        environment = inherited({**os.environ, **self._own.environ}, identity=run.spec.storage.secret_ref is None)
+        credentials = storage_credentials(run, secrets, self._own)
         store = await asyncio.to_thread(Store.open, run.spec.storage, credentials)
         async with Machine(self._place(run, environment, secrets)) as machine:
             while True:
@@ -100,5 +98,5 @@ class Supervisor:
         scope = run.metadata.uid or run.metadata.name
         # Unix sockets stand in pods' volumes, and their paths hold 107 bytes: the folder's own path may be too long.
         short = hashlib.blake2b(f"{self._folder.path}{scope}".encode(), digest_size=6).hexdigest()
-        folder = Path(self._environ.get("TMPDIR", tempfile.gettempdir())) / f"dagger-{short}"
+        folder = Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / f"dagger-{short}"
         return Place(scope=scope, folder=folder, logs=self._folder.logs, environment=environment, secrets=secrets)

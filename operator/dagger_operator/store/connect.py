@@ -1,9 +1,8 @@
-"""From a run's `storage` and an environment to obstore's configuration; nothing here touches the network.
+"""From a run's `storage` and credentials to obstore's configuration; nothing here touches the network.
 
 obstore refuses variables that it does not know (`AWS_PROFILE`, `GOOGLE_CLOUD_PROJECT`), so only those that it does know are handed on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -11,17 +10,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dagger_operator.api import Storage
+from dagger_operator.store.credentials import ENDPOINTS, Credentials, Keys
 
-_AWS = """access_key_id secret_access_key session_token region default_region endpoint endpoint_url endpoint_url_s3 endpoint_url_sts
+_AWS = """access_key_id secret_access_key session_token token region default_region endpoint endpoint_url endpoint_url_s3 endpoint_url_sts
     role_arn role_session_name web_identity_token_file container_credentials_relative_uri container_credentials_full_uri
     container_authorization_token_file metadata_endpoint imdsv1_fallback skip_signature unsigned_payload request_payer s3_express
-    virtual_hosted_style_request checksum_algorithm disable_tagging server_side_encryption sse_kms_key_id sse_bucket_key_enabled
-    sse_customer_key_base64"""
+    virtual_hosted_style_request checksum_algorithm disable_tagging conditional_put disable_bulk_delete server_side_encryption
+    sse_kms_key_id sse_bucket_key_enabled sse_customer_key_base64"""
 _GOOGLE = "service_account service_account_path service_account_key application_credentials skip_signature base_url bearer_token"
 _AZURE = """storage_account_name storage_account_key storage_access_key storage_master_key storage_client_id storage_client_secret
     storage_tenant_id storage_authority_id storage_sas_key storage_sas_token storage_token storage_endpoint storage_use_emulator
-    client_id client_secret tenant_id authority_id authority_host federated_token_file endpoint msi_endpoint identity_endpoint object_id
-    msi_resource_id use_azure_cli skip_signature disable_tagging"""
+    storage_authority_host storage_encryption_key client_id client_secret tenant_id authority_id authority_host federated_token_file
+    endpoint msi_endpoint identity_endpoint object_id msi_resource_id use_azure_cli credential_type use_fabric_endpoint
+    fabric_token_service_url fabric_workload_host fabric_session_token fabric_cluster_identifier skip_signature disable_tagging"""
 
 
 def _names(prefix: str, names: str) -> frozenset[str]:
@@ -48,6 +49,8 @@ class Connection:
     """Credentials among them: never printed."""
     client: dict[str, Any] = field(default_factory=dict, repr=False)
     retry: dict[str, Any] = field(default_factory=dict)
+    named_server: bool = False
+    """Whether the run or its Secret says which server to ask: then it may be anybody's, else it is the cloud's or this process's choice."""
 
     @property
     def bucket(self) -> str:
@@ -60,8 +63,11 @@ class Connection:
         return f"{path}/" if path else ""
 
 
-def connection(storage: Storage, environ: Mapping[str, str]) -> Connection:
-    """Reads a CA bundle (`AWS_CA_BUNDLE`) if one is named; raises OSError where that cannot be read."""
+def connection(storage: Storage, credentials: Credentials) -> Connection:
+    """Reads a CA bundle (`AWS_CA_BUNDLE`) if the own identity names one.
+
+    Raises OSError where that cannot be read, and ValueError for keys that do not do.
+    """
     url = storage.url.replace("s3a://", "s3://", 1)
     scheme = url.split("://", 1)[0]
     if scheme == "file":
@@ -69,23 +75,29 @@ def connection(storage: Storage, environ: Mapping[str, str]) -> Connection:
     # Long enough for a server that is started again, short enough for people who gave a wrong address.
     backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2}
     retry = {"max_retries": 9, "retry_timeout": timedelta(seconds=90), "backoff": backoff}
-    config = {key.lower(): value for key, value in environ.items() if key.lower() in _KNOWN[scheme] and value}
     # One request moves at most a part of a large object. Large bodies are bounded by silence, not by their whole duration.
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=10),
         "read_timeout": timedelta(seconds=60),
         "timeout": timedelta(minutes=15),
     }
+    if isinstance(credentials, Keys):
+        config = credentials.config(scheme)
+        named_server = bool(config.keys() & ENDPOINTS)
+    else:
+        config = {key.lower(): value for key, value in credentials.environ.items() if key.lower() in _KNOWN[scheme] and value}
+        named_server = False
+        if scheme == "s3" and (bundle := credentials.environ.get("AWS_CA_BUNDLE")):
+            client["root_certificate"] = Path(bundle).read_bytes()
     if scheme == "s3":
         if storage.endpoint_url:
             for name in ("aws_endpoint_url", "aws_endpoint_url_s3"):
                 config.pop(name, None)
             config["aws_endpoint"] = storage.endpoint_url
+            named_server = True
         if storage.region:
             config["aws_region"] = storage.region
         endpoints = [value for name, value in config.items() if name.startswith("aws_endpoint") and name != "aws_endpoint_url_sts"]
         if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
             client["allow_http"] = True
-        if bundle := environ.get("AWS_CA_BUNDLE"):
-            client["root_certificate"] = Path(bundle).read_bytes()
-    return Connection(url, scheme, config=config, client=client, retry=retry)
+    return Connection(url, scheme, config=config, client=client, retry=retry, named_server=named_server)

@@ -55,14 +55,9 @@ def result(round_number: int, stage: str) -> str:
     return f"{round_prefix(round_number)}/results/{stage}.json"
 
 
-def progresses(round_number: int, stage: str) -> str:
-    """Folder where a stage's workers say how far they are."""
-    return f"{round_prefix(round_number)}/progress/{stage}/"
-
-
 def progress(round_number: int, stage: str, index: int) -> str:
     """Where one worker says how far it is; overwritten."""
-    return f"{progresses(round_number, stage)}{index:04d}.json"
+    return f"{round_prefix(round_number)}/progress/{stage}/{index:04d}.json"
 
 
 def checkpoint_prefix(round_number: int) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
@@ -24,14 +25,22 @@ from obstore.store import ObjectStore, from_url
 
 from dagger_operator.api import Storage
 from dagger_operator.store.connect import Connection, connection
+from dagger_operator.store.credentials import Credentials, Keys, OwnIdentity, own_identity
 
 T = TypeVar("T")
 _PART = 16 << 20
 """Bytes of one part of a large transfer."""
 _PARTS_AT_ONCE = 4
+_CHUNK = 64 << 10
+"""Bytes that are taken at a time of an object that has to be small."""
 _CALLS_AT_ONCE = 32
 _MOST_PARTS = 9000
 """S3 takes 10,000 parts in one upload."""
+SMALL_BYTES = 64 << 10
+"""More than an object has that says one thing: an owner, a pointer, how far a worker is."""
+_MESSAGE_CHARACTERS = 500
+_SIGNED_FOR = timedelta(minutes=15)
+"""As far as two clocks may be apart for a signed request."""
 
 
 class StoreUnavailable(Exception):
@@ -44,6 +53,11 @@ class DamagedObject(Exception):
     def __init__(self, key: str, problem: str, remedy: str = "`daggerctl store fsck` lists everything that is damaged") -> None:
         self.key, self.problem, self.remedy = key, problem, remedy
         super().__init__(f"{key}: {problem}; {remedy}")
+
+
+def oversized(key: str, size: int, most: int) -> DamagedObject:
+    """An object of `size` bytes or more that is small where it is whole."""
+    return DamagedObject(key, f"has {size} bytes or more, where {most} at most are expected")
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,14 @@ class ObjectInfo:
     """Below the run's prefix."""
     size: int
     """Bytes."""
+
+
+class Reads(Protocol):
+    """A store for those who read what is small and nothing else."""
+
+    async def get(self, key: str, most: int) -> Object | None:
+        """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
+        ...
 
 
 class Clients:
@@ -94,42 +116,53 @@ class Store:
         prefix: str = "",
         folder: Path | None = None,
         threads: ThreadPoolExecutor | None = None,
+        named_server: bool = False,
     ) -> None:
         """`prefix` is the run's within the backend, with a slash at its end."""
         self._backend, self.url, self._scheme, self._prefix, self._folder = backend, url, scheme, prefix, folder
+        self.named_server = named_server
+        """Whether its server is one that the run or its Secret names."""
         self._threads = threads or ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="store")
 
     @classmethod
     def open(
         cls,
         storage: Storage,
-        environ: Mapping[str, str] | None = None,
+        credentials: Credentials | None = None,
         threads: ThreadPoolExecutor | None = None,
         clients: Clients | None = None,
     ) -> Self:
-        """Opens a run's prefix. `environ` (default: the process's) holds credentials under their cloud's usual names. Where many
-        stores are open, they share `threads` that do the work and `clients` (default: a store's own)."""
+        """Opens a run's prefix; `credentials` default to what this process's environment says. Where many stores are open, they
+        share `threads` that do the work and `clients` (default: a store's own)."""
+        if isinstance(credentials, Keys):
+            own_identity()  # out of the way: obstore would add it to the keys
         try:
-            to = connection(storage, os.environ if environ is None else environ)
+            to = connection(storage, credentials or OwnIdentity(os.environ))
             if to.folder is not None:
                 to.folder.mkdir(parents=True, exist_ok=True)
                 return cls(from_url(to.url), to.url, scheme=to.scheme, folder=to.folder, threads=threads)
-            return cls((clients or Clients()).of(to), to.url, scheme=to.scheme, prefix=to.prefix, threads=threads)
+            backend = (clients or Clients()).of(to)
+            return cls(backend, to.url, scheme=to.scheme, prefix=to.prefix, threads=threads, named_server=to.named_server)
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from error
 
-    async def get(self, key: str) -> Object | None:
-        """The object, or None where there is none."""
+    async def get(self, key: str, most: int | None = None) -> Object | None:
+        """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
 
         def read() -> Object:
             answer = self._backend.get(self._prefix + key)
-            data = bytes(answer.bytes())
+            data = bytes(answer.bytes()) if most is None else _bounded(answer, key, most)
             return Object(data, self._etag(cast(Mapping[str, Any], answer.meta), data))
 
         try:
             return await self._run("reading", key, read, answers=(FileNotFoundError,))
         except FileNotFoundError:
             return None
+
+    async def signed(self, key: str) -> str:
+        """A URL by which whoever has it may read the object, for 15 minutes. Not of folders."""
+        backend = cast(Any, self._backend)
+        return await self._run("signing for", key, lambda: obstore.sign(backend, "GET", self._prefix + key, _SIGNED_FOR))
 
     async def exists(self, key: str) -> bool:
         try:
@@ -273,6 +306,17 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _bounded(answer: "obstore.GetResult", key: str, most: int) -> bytes:
+    if answer.meta["size"] > most:
+        raise oversized(key, answer.meta["size"], most)
+    data = bytearray()
+    for part in answer.stream(min_chunk_size=_CHUNK):
+        data += part
+        if len(data) > most:  # a server may send more than it said
+            raise oversized(key, len(data), most)
+    return bytes(data)
+
+
 def _first_line(error: Exception) -> str:
-    """obstore appends its Rust structures to every message."""
-    return str(error).split("\n\nDebug source", 1)[0].strip()
+    """obstore appends its Rust structures to every message, and a server's whole answer."""
+    return str(error).split("\n\nDebug source", 1)[0].strip()[:_MESSAGE_CHARACTERS]

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Reads, Store
 from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
@@ -39,9 +39,9 @@ async def take_prefix(store: Store, run: DAggerRun) -> Owner:
     return me
 
 
-async def read_owner(store: Store) -> Owner | None:
+async def read_owner(store: Reads) -> Owner | None:
     """The run that the prefix belongs to, or None where nobody took it."""
-    found = await store.get(layout.RUN)
+    found = await store.get(layout.RUN, SMALL_BYTES)
     if found is None:
         return None
     try:

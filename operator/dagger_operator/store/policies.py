@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Store
 from dagger_operator.store.progress import Tell, silent
 from dagger_operator.store.records import Record
 from dagger_operator.store.side_by_side import each
@@ -166,7 +166,7 @@ async def _load_file(store: Store, key: str, file: PolicyFile, path: Path) -> No
 
 async def pointed(store: Store) -> PolicyPointer | None:
     """The version that should be served, or None before the run is prepared."""
-    found = await store.get(layout.POLICY)
+    found = await store.get(layout.POLICY, SMALL_BYTES)
     return None if found is None else _pointer(found.data)
 
 
@@ -177,7 +177,7 @@ async def point_to(store: Store, policy: str, round: int) -> PolicyPointer:
     """
     wanted = PolicyPointer(policy=policy, round=round)
     while True:
-        found = await store.get(layout.POLICY)
+        found = await store.get(layout.POLICY, SMALL_BYTES)
         if found is not None:
             current = _pointer(found.data)
             if current.round > round or current == wanted:

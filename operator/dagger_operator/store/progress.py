@@ -8,7 +8,7 @@ import structlog
 from pydantic import ValidationError
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import Store, StoreUnavailable
+from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Reads, Store, StoreUnavailable
 from dagger_operator.store.results import StageProgress
 
 REPORT_SECONDS = 5.0
@@ -55,16 +55,15 @@ class Reporter:
         return True
 
 
-async def read_progress(store: Store, round_number: int, stage: str) -> dict[int, StageProgress]:
-    """Progress by worker index; what cannot be read is left out, since nothing rests on it."""
-    folder = layout.progresses(round_number, stage)
-    keys = [info.key for info in await store.list(folder)]
-    found: dict[int, StageProgress] = {}
-    for key, entry in zip(keys, await asyncio.gather(*map(store.get, keys)), strict=True):
-        if entry is None:
-            continue
+async def read_progress(store: Reads, round_number: int, stage: str, workers: int = 1) -> dict[int, StageProgress]:
+    """Progress by index, of the first `workers` workers; what cannot be read is left out, since nothing rests on it."""
+
+    async def of(index: int) -> StageProgress | None:
         try:
-            found[int(key.removeprefix(folder).removesuffix(".json"))] = StageProgress.model_validate_json(entry.data)
-        except (ValidationError, ValueError):
-            continue
-    return found
+            entry = await store.get(layout.progress(round_number, stage, index), SMALL_BYTES)
+            return None if entry is None else StageProgress.model_validate_json(entry.data)
+        except (DamagedObject, ValidationError):
+            return None
+
+    found = await asyncio.gather(*map(of, range(workers)))
+    return {index: one for index, one in enumerate(found) if one is not None}

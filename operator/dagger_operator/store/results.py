@@ -8,10 +8,12 @@ from pydantic import ValidationError
 
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary
 from dagger_operator.store import layout
-from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.objects import DamagedObject, Reads, Store
 from dagger_operator.store.records import Record
 
 R = TypeVar("R", bound=Record)
+RESULT_BYTES = 4 << 20
+"""No result has more: 100,000 tasks by name are 3 MiB, and 100,000 optimiser steps' losses 2 MiB."""
 
 
 class PrepareResult(Record):
@@ -99,10 +101,10 @@ async def save_result(store: Store, round_number: int, stage: str, result: Recor
     return await store.create(layout.result(round_number, stage), result.model_dump_json(indent=1).encode())
 
 
-async def read_result(store: Store, round_number: int, stage: str, kind: type[R]) -> R | None:
+async def read_result(store: Reads, round_number: int, stage: str, kind: type[R]) -> R | None:
     """The result of a stage, or None where it is not done. `DamagedObject` where it cannot be read."""
     key = layout.result(round_number, stage)
-    found = await store.get(key)
+    found = await store.get(key, RESULT_BYTES)
     if found is None:
         return None
     try:

@@ -23,6 +23,7 @@ from pathlib import Path
 import structlog
 
 from dagger_operator.api import DAggerRun, InvalidRun, load
+from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
 
@@ -80,7 +81,7 @@ class Stage:
             worker=environ.get("DAGGER_WORKER") or environ.get("DAGGER_POD") or f"local-{os.getpid()}",
             policy=environ.get("DAGGER_POLICY", ""),
             scratch=_scratch(environ),
-            store=Store.open(run.spec.storage, environ),
+            store=Store.open(run.spec.storage, OwnIdentity(environ)),
             environ=environ,
         )
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dagger_operator.api import SourceType, Storage, Tasks, TaskSource
 from dagger_operator.api.errors import explain
+from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.tasks import swe
@@ -96,7 +97,7 @@ async def _bytes(source: TaskSource, store: Store, environ: Mapping[str, str]) -
             storage = Storage(url=folder)
         except ValidationError as error:
             raise _invalid(source, "it is no file, and no URL of object storage such as s3://bucket/tasks.jsonl") from error
-        found = await Store.open(storage, environ).get(name)
+        found = await Store.open(storage, OwnIdentity(environ)).get(name)
     if found is None:
         raise _invalid(source, "there is no such object")
     return found.data

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from dagger_operator.api import Storage
+from dagger_operator.store.credentials import Keys
 from dagger_operator.store.objects import Store
 from fixtures.scripted import scripted_policies
 
@@ -162,5 +163,6 @@ async def _upload(installation: Any, tasks: bytes) -> None:
     secret = json.loads(installation.kubectl("get", "secret", SECRET, "-o", "json"))["data"]
     where = installation.kubectl("--namespace", installation.system, "get", "service", SECRET, "-o", "jsonpath={.spec.clusterIP}")
     storage = Storage(url="s3://dagger/one", endpoint_url=f"http://{where}:7070", region="us-east-1")
-    store = Store.open(storage, {key: base64.b64decode(value).decode() for key, value in secret.items()})
+    keys = {key: base64.b64decode(value).decode() for key, value in secret.items()}
+    store = Store.open(storage, Keys(keys, f"Secret {SECRET}"))
     await store.put("inputs/tasks.jsonl", tasks)

@@ -1,0 +1,82 @@
+"""Reading from a storage server that a run names, by a process that has to outlive whatever it answers.
+
+obstore takes the whole of an answer that is no success into memory, several times over, and goes wherever it is sent. So here it signs
+requests and no more; of an answer to them a bounded part is taken, and of what it says a word is told on.
+"""
+
+import asyncio
+import re
+import ssl
+
+import aiohttp
+from yarl import URL
+
+from dagger_operator.store.credentials import own_identity
+from dagger_operator.store.objects import Object, Store, StoreUnavailable, oversized
+
+_PAUSES = (0.2, 1.0)
+"""Seconds between tries, where another may go better. A look at the run that comes later is one more."""
+_PASSING = frozenset({429, 500, 502, 503, 504})
+_SECONDS = 30.0
+"""For one try, however slowly the server goes on."""
+_SAID_BYTES = 4096
+_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
+
+
+def session() -> aiohttp.ClientSession:
+    """Trusts whom this machine trusts, and `AWS_CA_BUNDLE`. Raises `StoreUnavailable` where that cannot be read."""
+    trust = ssl.create_default_context()
+    if bundle := own_identity().environ.get("AWS_CA_BUNDLE"):
+        try:
+            trust.load_verify_locations(bundle)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"AWS_CA_BUNDLE {bundle!r} of the operator cannot be read: {error}: name a file of certificates"
+            ) from None
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=trust, limit_per_host=16),
+        timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=10.0),
+        headers={"Accept-Encoding": "identity", "User-Agent": "dagger-operator"},
+        auto_decompress=False,
+        trust_env=True,
+    )
+
+
+class NamedServer:
+    """`Reads` of a store whose server is anybody's."""
+
+    def __init__(self, store: Store, http: aiohttp.ClientSession) -> None:
+        self._store, self._http = store, http
+
+    async def get(self, key: str, most: int) -> Object | None:
+        """As `Store.get`."""
+        url = URL(await self._store.signed(key), encoded=True)
+        for pause in (*_PAUSES, None):
+            try:
+                async with self._http.get(url, allow_redirects=False) as answer:
+                    if answer.status == 404:
+                        return None
+                    if answer.status == 200:
+                        return Object(await _bounded(answer, key, most), answer.headers.get("ETag", ""))
+                    code = _CODE.search(await answer.content.read(_SAID_BYTES))
+                    problem = f"the server answers {answer.status} {code[1].decode() if code else ''}".rstrip()
+                    passes = answer.status in _PASSING
+            except (aiohttp.ClientError, TimeoutError) as error:
+                # Of the others some have the signed URL in their text.
+                problem = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
+                passes = True
+            if pause is None or not passes:
+                break
+            await asyncio.sleep(pause)
+        raise StoreUnavailable(f"reading {key} in {self._store.url}: {problem}")
+
+
+async def _bounded(answer: aiohttp.ClientResponse, key: str, most: int) -> bytes:
+    if (answer.content_length or 0) > most:
+        raise oversized(key, answer.content_length or 0, most)
+    data = bytearray()
+    async for part in answer.content.iter_any():
+        data += part
+        if len(data) > most:  # a server may send more than it said
+            raise oversized(key, len(data), most)
+    return bytes(data)

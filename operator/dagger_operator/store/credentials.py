@@ -1,0 +1,127 @@
+"""By whose right a store is opened: by this process's own identity, or by exactly the keys of a Secret."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from dagger_operator.api.storage import ENDPOINT_PATTERN, REGION_PATTERN
+
+IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
+"""Of the variables that say who a process is in a cloud, and that the storage client reads."""
+
+
+@dataclass(frozen=True)
+class OwnIdentity:
+    """This process's own: what its environment says, and where that says nothing what its machine gives it."""
+
+    environ: Mapping[str, str] = field(repr=False)
+
+
+@cache
+def own_identity() -> OwnIdentity:
+    """This process's own identity. The first call takes it out of the process's environment.
+
+    obstore adds what it finds there to whatever it is told. So a process that opens stores with others' keys must not have its own
+    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any.
+    """
+    return OwnIdentity({name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IDENTITY_PREFIXES)})
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Exactly these, whatever this process could be itself."""
+
+    values: Mapping[str, str] = field(repr=False)
+    """By their cloud's usual names. What is not for the storage client, such as HF_TOKEN, is left aside."""
+    source: str
+    """Where they are from, for messages: the Secret."""
+
+    def config(self, scheme: str) -> dict[str, str]:
+        """obstore's configuration for a cloud (`s3`, `gs`, `az`, `abfs`, `abfss`).
+
+        Raises ValueError, which names the Secret, its keys and what it needs, and no value: without a whole key obstore would ask for
+        the identity of the process or of its node.
+        """
+        cloud = _CLOUDS[scheme]
+        config = {name: value for key, value in self.values.items() if value and (name := key.lower()) in cloud.names}
+        if not any(all(config.keys() & aliases for aliases in key) for key in cloud.keys):
+            there = ", ".join(sorted(name for name, value in self.values.items() if value)) or "no keys"
+            raise ValueError(f"{self.source} has no whole key for {scheme}://: it needs {cloud.needs}, and has {there}")
+        for name in config:
+            for pattern, such_as, names in _PATTERNS:
+                if name in names and not re.fullmatch(pattern, config[name]):
+                    raise ValueError(f"{self.source}, key {name.upper()} does not do: write {such_as}")
+        if account := config.get("google_service_account_key"):
+            self._check_account(account)
+        if cloud is _BLOB and config.keys() & ENDPOINTS and not config.keys() & _ACCOUNT_KEY:
+            raise ValueError(f"{self.source} has AZURE_STORAGE_ENDPOINT: beside it goes AZURE_STORAGE_ACCOUNT_KEY and no other kind of key")
+        return config
+
+    def _check_account(self, account: str) -> None:
+        where = f"{self.source}, key GOOGLE_SERVICE_ACCOUNT_KEY"
+        try:
+            told = json.loads(account).keys()
+        except (ValueError, AttributeError):
+            raise ValueError(f"{where} is no JSON object: write the file that `gcloud iam service-accounts keys create` made") from None
+        if foreign := sorted(told & {"gcs_base_url", "disable_oauth"}):
+            raise ValueError(f"{where} has the field {foreign[0]}: leave it out; only Google's own servers are asked")
+
+
+Credentials = OwnIdentity | Keys
+
+
+def _aws(names: str) -> frozenset[str]:
+    return frozenset(f"aws_{name}" for name in names.split())
+
+
+def _azure(names: str) -> frozenset[str]:
+    return frozenset(f"azure_{name}" for name in names.split())
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    keys: tuple[tuple[frozenset[str], ...], ...]
+    """What makes a whole key: one of these, and of it one alias of each part."""
+    more: frozenset[str]
+    """What may stand beside it. Nothing that names a file, a service that gives tokens, or who a process is."""
+    needs: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.more.union(*(aliases for key in self.keys for aliases in key))
+
+
+ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint")
+"""Names by which a Secret says which server to ask."""
+_S3 = _Cloud(
+    ((_aws("access_key_id"), _aws("secret_access_key")),),
+    _aws(
+        """session_token region default_region endpoint endpoint_url endpoint_url_s3 virtual_hosted_style_request s3_express
+        unsigned_payload checksum_algorithm request_payer disable_tagging server_side_encryption sse_kms_key_id sse_bucket_key_enabled
+        sse_customer_key_base64"""
+    ),
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+)
+_GCS = _Cloud(((frozenset({"google_service_account_key"}),),), frozenset(), "GOOGLE_SERVICE_ACCOUNT_KEY")
+_ACCOUNT_KEY = _azure("storage_account_key storage_access_key storage_master_key")
+_CLIENT = (
+    _azure("client_id storage_client_id"),
+    _azure("client_secret storage_client_secret"),
+    _azure("tenant_id authority_id storage_tenant_id storage_authority_id"),
+)
+_BLOB = _Cloud(
+    ((_ACCOUNT_KEY,), (_azure("storage_sas_key storage_sas_token"),), _CLIENT),
+    _azure("storage_account_name storage_endpoint endpoint disable_tagging"),
+    "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, or AZURE_CLIENT_ID with AZURE_CLIENT_SECRET and AZURE_TENANT_ID",
+)
+_CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB)}
+
+# obstore makes host names of these.
+_PATTERNS = (
+    (REGION_PATTERN, "a region such as eu-west-1", _aws("region default_region")),
+    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query or a fragment", ENDPOINTS),
+    (r"[a-z0-9-]+", "the name of a storage account", _azure("storage_account_name")),
+)
