@@ -31,7 +31,7 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
     progress = shown(observed.progress, moving, previous.progress, observed.now)
     # Where nothing was gained, nothing that follows from it is written anew either.
     unchanged = (progress, situation.phase, situation.round) == (previous.progress, previous.phase, previous.round)
-    end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, progress, observed.now)
+    end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, observed.progress, observed.now)
     hours = previous.gpu_hours if unchanged else f"{gpu_hours(run, observed.progress, observed.results):.1f}"
     return RunStatus(
         observed_generation=run.metadata.generation,
