@@ -22,7 +22,12 @@ def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
             return Exit.BAD_INPUT
         results.append(result)
     confidence = ours.spec.evaluation.confidence
-    outcome = compare(results[1], results[0], confidence=confidence)  # second argument less first
+    try:
+        outcome = compare(results[1], results[0], confidence=confidence)  # second argument less first
+    except ValueError:
+        both = f"round {first} of run {ours.metadata.name!r} and round {second} of run {theirs.metadata.name!r}"
+        print(f"error: {both} have no graded task in common: compare evaluations of the same tasks.heldOut", file=sys.stderr)
+        return Exit.BAD_INPUT
     ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
     difference = f"{100 * outcome.difference:+.1f} points, {confidence:.0%} interval {ends} (paired bootstrap)"
     print(f"{ours.metadata.name} round {first}: {outcome.second_rate:.1%} resolved")
