@@ -71,3 +71,29 @@ def test_an_unknown_run_is_named_beside_those_that_there_are(ctl: Any, command: 
     answer = ctl(*command)
     assert answer.returncode == 2
     assert "no run 'absent'" in answer.stderr and "runs there: none" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("spec: {2026-01-01: x}", "spec.2026-01-01: unknown field"),
+        ("spec: {!!binary eA==: x}", "unknown field"),
+        ("spec: {? [a] : x}", "is no YAML"),
+        ("---\nkind: [DAggerRun]", "holds"),
+        ("---\nkind: Secret\nmetadata: [x]", "Secret.metadata.name: missing: a Secret needs a name"),
+        ("---\nkind: Secret\nmetadata: {name: key}\nstringData: [x]", "Secret key.stringData: is no mapping"),
+        ("---\nkind: Secret\nmetadata: {name: key}\ndata: x", "Secret key.data: is no mapping"),
+    ],
+)
+def test_whatever_yaml_makes_of_a_file_ends_in_a_message(ctl: Any, tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"kind: DAggerRun\nmetadata: {{name: small}}\n{text}\n")
+    answer = ctl("validate", "run.yaml")
+    assert answer.returncode == 2
+    assert said in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_home_that_cannot_be_written_is_named(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / ".dagger").write_text("a file")
+    answer = ctl("run", "run.yaml", documents=[document])
+    assert answer.returncode == 2
+    assert ".dagger/runs/small: Not a directory" in answer.stderr and "Traceback" not in answer.stderr

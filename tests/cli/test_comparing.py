@@ -7,6 +7,7 @@ from typing import Any
 from dagger_operator.api import EvaluationSummary, load
 from dagger_operator.local.acceptance import accept
 from dagger_operator.local.folder import RunFolder
+from dagger_operator.store import layout
 from dagger_operator.store.objects import Store
 from dagger_operator.store.results import EvaluationResult, save_result
 
@@ -54,3 +55,30 @@ def test_a_round_without_evaluation_is_named(ctl: Any, document: dict[str, Any],
     _finished_run(tmp_path, document)
     answer = ctl("compare", "small", "3", "1")
     assert answer.returncode == 2 and "round 3 of run 'small' has no evaluation" in answer.stderr
+
+
+def test_evaluations_without_a_common_task_are_not_compared(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    _finished_run(tmp_path, document)
+    store = Store.open(accept(load(document), None, tmp_path).spec.storage)
+    others = _evaluation(5).model_copy(update={"resolved_tasks": ("other",), "unresolved_tasks": ()})
+    asyncio.run(save_result(store, 3, "evaluation", others))
+    answer = ctl("compare", "small", "3", "1")
+    assert answer.returncode == 2
+    assert "round 3 of run 'small' and round 1 of run 'small' have no graded task in common" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_result_that_is_damaged_is_named_with_its_remedy(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    _finished_run(tmp_path, document)
+    store = Store.open(accept(load(document), None, tmp_path).spec.storage)
+    key = layout.result(2, "evaluation")
+    asyncio.run(store.put(key, b"{}"))
+    answer = ctl("compare", "small", "2", "1")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith(f"error: {key}: is no EvaluationResult") and "delete it and start the stage again" in answer.stderr
+
+
+def test_the_interval_is_named_by_the_confidence_that_was_asked_for(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    document["spec"]["evaluation"] = {"confidence": 0.999}
+    _finished_run(tmp_path, document)
+    assert "points, 99.9% interval" in ctl("compare", "small", "2", "1").stdout

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Storage, TrainingSummary, load
-from dagger_operator.local.folder import RunFolder
+from dagger_operator.local.folder import RunFolder, locked
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import save_policy
 from dagger_operator.store.results import PrepareResult, TrainingResult, save_result
@@ -92,3 +93,35 @@ def test_a_rounds_student_comes_out_as_it_was_stored(ctl: Any, make_run: Any, tm
     assert answer.stdout.strip() == f"out/{versions[2]}"
     assert (tmp_path / "out" / versions[2] / "adapter" / "adapter_model.safetensors").read_text() == "adapter of round 2"
     assert ctl("export", "small", "--round", "3", "--to", "out").returncode == 2
+
+
+@pytest.mark.parametrize(("to", "reason"), [("/proc/nowhere", "No such file or directory"), ("taken", "Not a directory")])
+@pytest.mark.parametrize("arguments", [(), ("--adapters",)])
+def test_a_folder_that_cannot_be_written_is_named_and_nothing_that_is_stored_is_blamed(
+    ctl: Any, make_run: Any, tmp_path: Path, to: str, reason: str, arguments: tuple[str, ...]
+) -> None:
+    make_run(2, rank=12)
+    (tmp_path / "taken").write_text("a file")
+    answer = ctl("export", "small", "--to", f"{to}/out", *arguments)
+    assert answer.returncode == 2
+    assert f"error: {to}" in answer.stderr and reason in answer.stderr
+    assert "storage" not in answer.stderr and "delete" not in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_of_two_exports_into_one_folder_the_second_is_told_to_wait(ctl: Any, make_run: Any, tmp_path: Path) -> None:
+    (base, *_) = make_run(1, rank=12)
+    with locked(tmp_path / "out" / ".daggerctl.lock", "out is being written", "wait"):
+        for arguments in ((), ("--adapters",)):
+            answer = ctl("export", "small", "--to", "out", *arguments)
+            assert answer.returncode == 2
+            assert f"error: out is being written by process {os.getpid()}; wait until that export is done" in answer.stderr
+    assert not list((tmp_path / "out").glob("r*"))
+    assert ctl("export", "small", "--round", "0", "--to", "out").stdout == f"out/{base}\n"
+
+
+def test_a_version_that_is_damaged_is_named_with_its_remedy(ctl: Any, make_run: Any, tmp_path: Path) -> None:
+    (*_, last) = make_run(1, rank=None)
+    (tmp_path / "store" / "policies" / last / "model.safetensors").unlink()
+    answer = ctl("export", "small", "--to", "out")
+    assert answer.returncode == 1
+    assert f"{last}/model.safetensors: is not there although the manifest names it" in answer.stderr and "Traceback" not in answer.stderr

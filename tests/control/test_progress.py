@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dagger_operator.api import DAggerRun
-from dagger_operator.control import Results, StageName, Step, read_progress
+from dagger_operator.api.course import gpus_held
+from dagger_operator.control import ChildState, Results, StageName, Step, next_steps, read_progress
 from dagger_operator.store.objects import Store
 from dagger_operator.store.progress import report
 from dagger_operator.store.results import PreflightResult, PrepareResult, StageProgress
@@ -58,6 +59,54 @@ def test_gpu_hours_are_those_of_finished_stages_and_of_the_one_at_work(story: Ca
     assert tale.plan(progress={Step(1, StageName.ROLLOUT): {0: at(50, 3600.0)}}).status.gpu_hours == "2.0"
     tale.done("rollout", "training", round_number=1)  # 9 s of 2 GPUs, 1 s of 16: rounded
     assert tale.plan().status.gpu_hours == "0.0"
+
+
+def test_the_wait_of_training_for_an_evaluation_is_paid_for_and_foreseen(story: Callable[..., Story]) -> None:
+    tale = story(rounds=3, gpuSharing="TimeShared", training={"gpusPerNode": 8})
+    tale.into_rollouts()
+    tale.done("rollout", "training", "publish", round_number=1)
+    tale.done("rollout", round_number=2)
+    evaluation = Step(1, StageName.EVALUATION)
+    early, late = (tale.plan(told=False, progress={evaluation: {0: at(100, hours * 3600.0)}}).status for hours in (1, 11))
+    assert float(late.gpu_hours) - float(early.gpu_hours) == pytest.approx(2 * 10, abs=0.1), "the student's two servers stay up for it"
+    assert early.estimated_completion_time is None, "no evaluation was seen to its end"
+    tale.done("evaluation", round_number=1)
+    tale.results[2, "evaluation"] = tale.results.pop((1, "evaluation"))  # as if that one had been seen
+    ends = [
+        tale.plan(told=False, progress={evaluation: {0: at(100, seconds)}}).status.estimated_completion_time for seconds in (60.0, 600.0)
+    ]
+    assert ends[1] - ends[0] == timedelta(seconds=540), "all that is left waits for it"
+
+
+@pytest.mark.parametrize("overlap", ["NextRound", "None"])
+@pytest.mark.parametrize("sharing", ["TimeShared", "Dedicated"])
+def test_gpus_that_are_counted_are_those_that_the_plan_asks_for(story: Callable[..., Story], sharing: str, overlap: str) -> None:
+    teacher = {"model": "t", "serving": {"gpus": 2, "replicas": 2}}
+    tale = story(rounds=3, gpuSharing=sharing, teacher=teacher, training={"gpusPerNode": 8, "nodes": 2}, evaluation={"overlap": overlap})
+    while (work := next_steps(tale.run.spec, Results(dict(tale.results)))) is not None:
+        for _ in range(6):  # until what is to stop has stopped, and servers are ready
+            planned = tale.plan()
+            tale.carry_out(planned)
+            up = [one.component for one in tale.children.values() if one.kind == "Deployment" and one.state is not ChildState.SUSPENDED]
+            for component in up:
+                tale.see(component, state=ChildState.READY)
+        waits = work.beside is not None and work.step.stage in (
+            StageName.PUBLISH,
+            *([StageName.TRAINING] if sharing == "TimeShared" else []),
+        )
+        counted = Step(work.step.round, StageName.PUBLISH) if waits else work.step
+        assert sum(map(_gpus, planned.objects)) == gpus_held(tale.run.spec, counted), work
+        finished = work.beside if waits else work.step
+        tale.done(finished.stage, round_number=finished.round)
+
+
+def _gpus(manifest: dict[str, Any]) -> int:
+    spec = manifest.get("spec", {})
+    pods = {"Deployment": "replicas", "Job": "parallelism"}.get(manifest["kind"])
+    if pods is None or spec.get("suspend"):
+        return 0
+    limits = [one.get("resources", {}).get("limits", {}) for one in spec["template"]["spec"]["containers"]]
+    return int(spec[pods]) * sum(int(one.get("nvidia.com/gpu", 0)) for one in limits)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

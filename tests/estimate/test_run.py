@@ -1,6 +1,7 @@
 """The estimate of a run follows its resource: every sample, every setting that changes what is paid."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dagger_operator.control.progress import gpu_hours
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step
 from dagger_operator.estimate import GPUS, KNOWN, Assumptions, Estimate, Shape, as_data, estimate
+from dagger_operator.estimate.time import Pace, side_by_side
 from dagger_operator.store.results import StageProgress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,20 +92,90 @@ def test_time_shared_gpus_are_fewer_and_cost_less() -> None:
     assert shared.gpu_hours is not None and dedicated.gpu_hours is not None and shared.gpu_hours < dedicated.gpu_hours
 
 
+@pytest.mark.parametrize("overlap", ["NextRound", "None"])
 @pytest.mark.parametrize("sharing", ["TimeShared", "Dedicated"])
-def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str) -> None:
-    spec = _spec({"gpuSharing": sharing})
-    run = load({**PAPER, "spec": spec.wire()})
+def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str, overlap: str) -> None:
+    spec = _spec({"gpuSharing": sharing, "evaluation.overlap": overlap})
     found = _estimate(spec, change_seconds=0)
     worked: dict[Step, dict[int, StageProgress]] = {}
-    before = 0.0
     for one in found.rounds:
-        # Rollouts end when the evaluation beside them has ended too.
-        stages = {StageName.ROLLOUT: max(one.rollout_seconds or 0, before), StageName.TRAINING: one.training_seconds or 0}
-        before = one.evaluation_seconds or 0
-        for stage, seconds in {**stages, StageName.EVALUATION: before}.items():
-            worked[Step(one.round, stage)] = {0: StageProgress(done=1, total=1, unit="", seconds=seconds)}
-    assert found.gpu_hours == pytest.approx(gpu_hours(run, worked, Results()))
+        stages = {
+            StageName.ROLLOUT: one.rollout_seconds,
+            StageName.TRAINING: one.training_seconds,
+            StageName.EVALUATION: one.evaluation_seconds,
+        }
+        for stage, seconds in stages.items():
+            worked[Step(one.round, stage)] = {0: StageProgress(done=1, total=1, unit="", seconds=seconds or 0.0)}
+    assert found.gpu_hours == pytest.approx(gpu_hours(load({**PAPER, "spec": spec.wire()}), worked, Results()))
+
+
+def test_an_evaluation_beside_rollouts_slows_both_and_is_not_free() -> None:
+    apart, beside = (_estimate(_spec({"evaluation.overlap": overlap})) for overlap in ("None", "NextRound"))
+    for number in range(4):
+        assert (beside.rounds[number].evaluation_seconds or 0) > 1.3 * (apart.rounds[number].evaluation_seconds or 0)
+        assert (beside.rounds[number + 1].rollout_seconds or 0) > 1.2 * (apart.rounds[number + 1].rollout_seconds or 0)
+    for stage in ("rollout_seconds", "evaluation_seconds"):
+        alone = 0 if stage == "rollout_seconds" else 4
+        assert getattr(beside.rounds[alone], stage) == getattr(apart.rounds[alone], stage), "nothing goes beside it"
+
+
+def test_what_goes_side_by_side_takes_no_longer_than_one_after_the_other_where_every_prefix_is_held() -> None:
+    apart, beside = (_estimate(_spec({"evaluation.overlap": overlap, "rollouts.concurrency": 3})) for overlap in ("None", "NextRound"))
+    assert (beside.hours or 0) < (apart.hours or 0)
+
+
+def test_a_rollout_that_asks_no_student_is_not_slowed_by_an_evaluation() -> None:
+    teachers = {"mixing.beta": {"type": "Constant", "value": 1.0}}
+    apart, beside = (_estimate(_spec({**teachers, "evaluation.overlap": overlap})) for overlap in ("None", "NextRound"))
+    assert [one.rollout_seconds for one in beside.rounds] == [one.rollout_seconds for one in apart.rounds]
+    assert [one.evaluation_seconds for one in beside.rounds] == [one.evaluation_seconds for one in apart.rounds]
+
+
+@given(st.floats(1, 1e5), st.floats(1, 1e5), st.floats(1, 10), st.floats(1, 10))
+def test_two_stages_that_slow_each_other_end_between_alone_and_all_slowed(one: float, other: float, slower: float, also: float) -> None:
+    took = side_by_side(Pace(one, one * slower), Pace(other, other * also))
+    for seconds, pace in zip(took, (Pace(one, one * slower), Pace(other, other * also)), strict=True):
+        assert pace.alone * (1 - 1e-9) <= seconds <= pace.beside * (1 + 1e-9)
+    assert took == side_by_side(Pace(other, other * also), Pace(one, one * slower))[::-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_flight"),
+    [
+        ({}, 96),
+        ({"evaluation.overlap": "None"}, None),
+        ({"rounds": 1}, None),
+        ({"evaluation.mode": "LastRound"}, None),
+        ({"training.mode": "Disabled"}, None),
+        ({"mixing.beta": {"type": "Constant", "value": 1.0}}, None),
+        ({"tasks.heldOut.count": 20}, 68),
+    ],
+)
+def test_conversations_of_an_evaluation_beside_rollouts_count_among_those_in_flight(changes: dict[str, Any], in_flight: int | None) -> None:
+    """The student's servers hold 48 prefixes, and 48 rollouts are in flight in each stage."""
+    spec = {"evaluation.overlap": "NextRound", **changes}
+    told = [finding for finding in _estimate(_spec(spec)).findings if finding.field == "rollouts.concurrency"]
+    assert [finding.why.split()[0] for finding in told] == ([] if in_flight is None else [str(in_flight)])
+    if told:
+        assert "evaluation.overlap: None" in told[0].remedy
+        value = int(told[0].remedy.split()[1].rstrip(","))
+        for remedy in ({"rollouts.concurrency": value}, {"evaluation.overlap": "None"}):
+            mended = _estimate(_spec({**spec, **remedy}))
+            assert not any(finding.field == "rollouts.concurrency" for finding in mended.findings)
+
+
+def test_the_page_says_what_the_estimate_says_of_an_evaluation_beside_rollouts() -> None:
+    page = (ROOT / "docs/estimate.md").read_text()
+    sample = (ROOT / "manifests/samples/paper-qwen3-4b-dagger.yaml").read_text()
+    rows = re.findall(r"^\|(?: (`'s/.*'`))? \| .+? \| ([\d.]+) \| (\d+) \| ([\d.]+) h \|$", page, re.M)
+    assert len(rows) == 3
+    for edits, *told in rows:
+        text = sample
+        for old, new in re.findall(r"'s/(.+?)/(.+?)/'", edits):
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        found = _estimate(_spec(document=yaml.safe_load(text)))
+        assert [f"{found.hours:.1f}", f"{found.gpu_hours:.0f}", f"{(found.rounds[1].evaluation_seconds or 0) / 3600:.2f}"] == told
 
 
 def test_rollouts_that_the_kv_cache_holds_are_quicker_than_eight_times_as_many() -> None:
@@ -139,8 +211,9 @@ def test_the_share_of_memory_that_vllm_is_given_sets_the_room_for_kv_cache() -> 
     default, more = (_estimate(_spec({"student.serving.extraArgs": args})).student for args in ([], ["--gpu-memory-utilization=0.95"]))
     assert default is not None and more is not None
     assert more.kv_memory - default.kv_memory == pytest.approx(0.05 * H100.memory)
-    with pytest.raises(InvalidRun, match=r"serving.extraArgs: got 'most'"):
-        _estimate(_spec({"student.serving.extraArgs": ["--gpu-memory-utilization", "most"]}))
+    for wrong in ("most", "nan", "90"):
+        with pytest.raises(InvalidRun, match=rf"serving.extraArgs: got '{wrong}'"):
+            _estimate(_spec({"student.serving.extraArgs": ["--gpu-memory-utilization", wrong]}))
 
 
 def test_a_context_beyond_the_models_own_is_refused_as_vllm_does() -> None:
@@ -171,6 +244,27 @@ def test_no_sample_parts_a_tree_or_crowds_the_kv_cache(document: dict[str, Any])
 def test_assumptions_that_make_no_sense_are_refused_by_name(assumed: dict[str, float], option: str) -> None:
     with pytest.raises(InvalidRun, match=option):
         Assumptions.of(_spec(), **assumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "assumed", "said"),
+    [
+        ({"scaffold.maxTurns": 20}, {"turns": 21}, "--turns: got 21: scaffold.maxTurns is 20: write at most that, or raise it in the run"),
+        ({"teacher.serving.maxModelLen": 30_000}, {"end_tokens": 30_001}, "--end-tokens: got 30001: teacher.serving.maxModelLen is 30000"),
+        ({"teacher.sampling.maxTokens": 5000}, {"turn_tokens": 5001}, "--turn-tokens: got 5001: teacher.sampling.maxTokens is 5000"),
+        ({"tasks.heldOut.count": 30}, {"held_out": 31}, "--held-out: got 31: tasks.heldOut.count is 30"),
+    ],
+)
+def test_an_assumption_that_the_run_forbids_is_refused_and_the_most_that_it_allows_is_taken(
+    changes: dict[str, Any], assumed: dict[str, int], said: str
+) -> None:
+    spec = _spec({"student.sampling.maxTokens": 400, **changes})
+    with pytest.raises(InvalidRun) as refused:
+        Assumptions.of(spec, **assumed)
+    assert str(refused.value.problems[0]).startswith(said)
+    ((name, value),) = assumed.items()
+    fewer_turns = {"turns": 2} if name == "turn_tokens" else {}
+    assert getattr(Assumptions.of(spec, **{name: value - 1}, **fewer_turns), name) == value - 1
 
 
 def test_turns_that_do_not_fit_into_a_rollout_are_refused() -> None:

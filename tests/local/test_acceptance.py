@@ -7,7 +7,7 @@ import pytest
 
 from dagger_operator.api import DAggerRun, InvalidRun, load
 from dagger_operator.local.acceptance import accept, annotated, as_used_here
-from dagger_operator.local.folder import RunFolder, RunInUse, UnknownRun
+from dagger_operator.local.folder import InUse, RunFolder, UnknownRun
 
 
 def _run(**spec: Any) -> DAggerRun:
@@ -64,7 +64,7 @@ def test_secrets_are_kept_for_this_user_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_has_one_supervisor(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, "one").locked(), pytest.raises(RunInUse, match="daggerctl status one"), RunFolder(tmp_path, "one").locked():
+    with RunFolder(tmp_path, "one").locked(), pytest.raises(InUse, match="daggerctl status one"), RunFolder(tmp_path, "one").locked():
         pass
 
 

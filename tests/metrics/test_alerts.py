@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+
+from dagger_operator.cluster.metrics import Metrics
+from dagger_operator.policy.metrics import GatewayMetrics
+from dagger_operator.rollout.metrics import WorkerMetrics
+from dagger_operator.store.layout import Kind
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "helm/dagger-operator/files/alerts.yaml"
@@ -26,6 +32,18 @@ def test_an_alert_rests_on_documented_metrics_and_is_documented_itself(alert: di
             assert closed is None or set(values.split("|")) <= closed, f"{name}: no {label} is {negated}{values}"
     severity, _ = documented_metrics.tables["Alerts"][alert["alert"]]
     assert severity == alert["labels"]["severity"]
+
+
+def test_what_an_alert_takes_an_increase_of_is_there_from_the_start() -> None:
+    """A counter that appears at 16 has no increase."""
+    workers, operator = CollectorRegistry(), Metrics().registry
+    WorkerMetrics(workers, Kind.ROLLOUT)
+    GatewayMetrics(workers)
+    there = generate_latest(workers).decode() + generate_latest(operator).decode()
+    taken = {use for alert in ALERTS for use in re.findall(r"(?:increase|rate)\((\w+)(?:\{([^}]*)\})?", alert["expr"])}
+    assert len(taken) > 3
+    for name, matcher in taken:
+        assert re.search(rf"^{name}(\{{.*{matcher}.*\}})? 0\.0$", there, re.M), f"{name}{{{matcher}}} appears with its first event"
 
 
 def test_every_documented_alert_exists(documented_metrics: Any) -> None:

@@ -96,6 +96,8 @@ async def test_runs_of_an_older_version_are_taken_over_and_none_is_lost(
     checked = subprocess.run(validate, input=old, capture_output=True, text=True)
     assert checked.returncode == 2
     assert "spec.rollouts.perTask: unknown field" in checked.stderr
+    fields = {line.split(": ")[1] for line in checked.stderr.splitlines()}
+    assert fields == {"apiVersion", "spec.rollouts.perTask", "status.phase"}, "what else kubectl writes can be read"
 
     # The new release's CRD alone is refused while runs are stored that it could not read.
     with pytest.raises(RuntimeError, match=r"storedVersions.*v1alpha0.*missing from spec.versions"):

@@ -58,7 +58,8 @@ class Bench:
             retries=retries,
             most_backoff_seconds=0.05,
         )
-        return Pool(share, WorkerMetrics(CollectorRegistry(), Kind.ROLLOUT), self.attempt, self.excluded, self.recovered)
+        self.registry = CollectorRegistry()
+        return Pool(share, WorkerMetrics(self.registry, Kind.ROLLOUT), self.attempt, self.excluded, self.recovered)
 
     async def attempt(self, assignment: Assignment, tries: int) -> Trajectory:
         self.started[assignment.rollout_id] += 1
@@ -240,3 +241,18 @@ async def test_progress_counts_the_whole_stage_and_this_workers_part(bench: Benc
     await bench.pool().run()  # started again, it finds all done: none of it says how fast it is
     again = (await read_progress(bench.store, 1, "rollout"))[0]
     assert (again.done, again.before, again.counters["turns"]) == (20, 20, 0)
+
+
+async def test_prometheus_is_told_of_every_try_and_of_how_it_ended(bench: Bench) -> None:
+    bench.failing["t00001-a0"] = 2
+    pool = bench.pool()
+
+    def counted(name: str, **labels: str) -> float | None:
+        return bench.registry.get_sample_value(name, {"kind": "rollout", **labels})
+
+    assert counted("dagger_rollout_seconds_count", outcome="Broken") == 0, "before anything was broken"
+    await pool.run()
+    assert counted("dagger_rollout_seconds_count", outcome="Done") == 20
+    assert counted("dagger_rollout_seconds_count", outcome="Broken") == 2
+    assert counted("dagger_infrastructure_failures_total", reason="Unreachable") == 2
+    assert (counted("dagger_rollout_seconds_sum", outcome="Broken") or 0) >= 2 * bench.seconds

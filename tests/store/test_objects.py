@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -131,9 +132,30 @@ async def test_an_empty_file_comes_back_as_it_was(store: Store, tmp_path: Path) 
 async def test_a_failed_download_leaves_no_file(store: Store, tmp_path: Path) -> None:
     await store.put("file", b"x")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(StoreUnavailable, match="file"):
+    with pytest.raises(OSError, match="taken"):
         await store.download("file", tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/file", "/dev/null/file"])
+async def test_a_place_that_cannot_be_written_is_blamed_and_not_the_storage(store: Store, place: str) -> None:
+    await store.put("file", b"x")
+    with pytest.raises(OSError, match=place):
+        await store.download("file", Path(place))
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["for a part of it", "for nothing"])
+async def test_a_full_disk_is_blamed_and_not_the_storage(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    def full(*_: object) -> int:
+        if room:
+            return 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    await store.put("file", b"some")
+    monkeypatch.setattr(objects.os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*down"):
+        await store.download("file", tmp_path / "down")
+    assert not list(tmp_path.glob(".*partial"))
 
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:

@@ -247,7 +247,9 @@ def load(document: Mapping[str, Any]) -> DAggerRun:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        # Of keys JSON takes texts and numbers alone; YAML makes dates of some.
+        pairs = ((key if isinstance(key, str | int | float) else str(key), inner) for key, inner in value.items())
+        return {key: _without_nulls(inner) for key, inner in pairs if inner is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

@@ -155,8 +155,8 @@ def store_fsck(run: Known, deep: Annotated[bool, typer.Option(help="Read every o
 
 def main() -> None:
     """Entry point: bad input and missing services end with one clear message, never a traceback."""
-    from dagger_operator.local.folder import RunInUse, UnknownRun
-    from dagger_operator.store.objects import StoreUnavailable
+    from dagger_operator.local.folder import InUse, UnknownRun
+    from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 
     try:
         app()
@@ -168,9 +168,21 @@ def main() -> None:
         cluster = "kubectl get daggerrun NAME -o yaml, piped in with - as the name"
         print(f"error: {error}. A run of a cluster: {cluster}; docs/operating.md says how it is resumed", file=sys.stderr)
         sys.exit(Exit.BAD_INPUT)
-    except RunInUse as error:
+    except InUse as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.BAD_INPUT)
     except StoreUnavailable as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(Exit.UNAVAILABLE)
+    except DamagedObject as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(Exit.FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # What storage refuses is `StoreUnavailable`: this is a file of this machine.
+        print(
+            f"error: {error.filename}: {error.strerror}: see that you may use it and that there is room, or name another place",
+            file=sys.stderr,
+        )
+        sys.exit(Exit.BAD_INPUT)

@@ -4,14 +4,16 @@ import asyncio
 import json
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.storing import stored_run
+from dagger_operator.local.folder import locked
 from dagger_operator.store import layout
 from dagger_operator.store.manifest import read_manifest, read_shard
 from dagger_operator.store.objects import Store
-from dagger_operator.store.policies import load_adapter, load_policy
+from dagger_operator.store.policies import load_adapter, load_policy, policy_manifest
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -47,20 +49,24 @@ async def _policy(store: Store, to: Path, number: int) -> int:
     if version is None:
         print(f"error: --round: {number}: no student was made in that round", file=sys.stderr)
         return Exit.BAD_INPUT
-    await load_policy(store, version, to / version)
+    with _alone(to):
+        await load_policy(store, version, to / version)
     print(to / version)
     return Exit.OK
 
 
 async def _adapters(store: Store, to: Path, rounds: int) -> int:
     base, versions = await _version(store, 0), [await _version(store, number) for number in range(1, rounds + 1)]
-    made = {version: to / "adapters" / version for version in versions if version is not None}
-    adapted = {version: folder for version, folder in made.items() if await load_adapter(store, version, folder)}
+    made = {version: await policy_manifest(store, version) for version in versions if version is not None}
+    adapted = {version: to / "adapters" / version for version, manifest in made.items() if manifest.adapter}
     if base is None or not adapted:
         why = "its rounds train all weights: training.lora makes adapters" if made else "no round of it is trained yet"
         print(f"error: --adapters: the run has none; {why}", file=sys.stderr)
         return Exit.BAD_INPUT
-    await load_policy(store, base, to / base)
+    with _alone(to):
+        for version, folder in adapted.items():
+            await load_adapter(store, version, folder)
+        await load_policy(store, base, to / base)
     rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapted.values())
     command = ["vllm", "serve", str(to / base), "--served-model-name", base, "--enable-lora"]
     # One place more than adapters: on the CPU vLLM 0.32 answers for the first student with what is in the last place (vllm #48421).
@@ -84,9 +90,15 @@ async def _data(store: Store, to: Path, number: int) -> int:
     if manifest is None:
         print(f"error: --round: {number}: that round's rollouts are not done", file=sys.stderr)
         return Exit.BAD_INPUT
-    for shard in manifest.shards:
-        await read_shard(store, number, shard)  # verifies it against its digest
-        path = to / f"round-{number:04d}" / f"{shard.digest}.parquet"
-        await store.download(layout.shard(number, shard.digest), path)
-        print(path)
+    with _alone(to):
+        for shard in manifest.shards:
+            await read_shard(store, number, shard)  # verifies it against its digest
+            path = to / f"round-{number:04d}" / f"{shard.digest}.parquet"
+            await store.download(layout.shard(number, shard.digest), path)
+            print(path)
     return Exit.OK
+
+
+def _alone(to: Path) -> AbstractContextManager[None]:
+    """Two exports side by side would take each other's files away."""
+    return locked(to / ".daggerctl.lock", f"{to} is being written", "wait until that export is done, or name another folder")

@@ -38,7 +38,8 @@ def resume(name: str) -> int:
     run = folder.require()
     with folder.locked():
         if run.status is not None and run.status.phase is Phase.FAILED:
-            run = annotated(run, RETRY, str(int(run.metadata.annotations.get(RETRY, "0")) + 1))
+            tries = run.metadata.annotations.get(RETRY, "0")  # any other value means a new attempt; people write what they like
+            run = annotated(run, RETRY, str(int(tries) + 1 if tries.isdecimal() else 1))
         return _supervise(folder, run.model_copy(update={"spec": run.spec.model_copy(update={"suspend": False})}))
 
 

@@ -3,11 +3,10 @@
 import json
 import sys
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dagger_operator.cli.documents import known
+from dagger_operator.cli.documents import known, written
 from dagger_operator.cli.exits import Exit
 from dagger_operator.cli.report import NOTHING, report
 from dagger_operator.local.folder import RunFolder, home
@@ -22,7 +21,7 @@ def show(which: str, output: str) -> int:
         case "json":
             print(json.dumps(run.wire(), indent=2))
         case "yaml":
-            print(yaml.safe_dump(run.wire(), sort_keys=False), end="")
+            print(written(run), end="")
         case _:
             print(f"error: --output: {output!r}: write table, json or yaml", file=sys.stderr)
             return Exit.BAD_INPUT

@@ -39,6 +39,8 @@ class Metrics:
         PlatformCollector(registry=own)
         Gauge("dagger_operator_build_info", "Which operator this is.", ["version"], registry=own).labels(__version__).set(1)
         self._reconcile = Histogram("dagger_operator_reconcile_seconds", "One look at one run.", ["outcome"], buckets=_QUICK, registry=own)
+        for outcome in ("Done", "Failed"):
+            self._reconcile.labels(outcome)
         self._stages = Histogram(
             "dagger_stage_seconds", "From a stage's Job to its end.", ["stage", "outcome"], buckets=_STAGE, registry=own
         )

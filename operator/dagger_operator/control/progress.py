@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
-from dagger_operator.api import DAggerRun, GpuSharing, Overlap
+from dagger_operator.api import DAggerRun
 from dagger_operator.api import Progress as ProgressShown
+from dagger_operator.api.course import cost
 from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.results import Results
-from dagger_operator.control.rounds import StageName, Step, Work, next_steps, steps
+from dagger_operator.control.rounds import Step, Work, next_steps, settled, steps
 from dagger_operator.store.objects import Reads, StoreUnavailable
 from dagger_operator.store.progress import read_progress as read_reports
 from dagger_operator.store.results import EvaluationResult, PublishResult, RolloutResult, StageProgress, TrainingResult
@@ -33,41 +34,44 @@ async def read_progress(store: Reads, run: DAggerRun, results: Results) -> Progr
 def shown(progress: Progress, work: Work | None, previous: ProgressShown | None, now: datetime) -> ProgressShown | None:
     """The step that a run shows. What was shown before stands until a percent is gained, so that a status is not written for less."""
     for step in work or ():
-        furthest = max(progress.get(step, {}).values(), key=lambda one: one.done, default=None)  # each worker sees the whole
-        if furthest is None or furthest.total <= 0:
+        if (furthest := _furthest(progress, step)) is None:
             continue
         percent = min(100, 100 * furthest.done // furthest.total)
         fresh = ProgressShown(stage=step.stage, done=furthest.done, total=furthest.total, unit=furthest.unit, percent=percent)
         known = ("stage", "total", "percent")
         if previous is not None and [getattr(previous, one) for one in known] == [getattr(fresh, one) for one in known]:
             return previous
-        if (gained := furthest.done - furthest.before) > 0:
-            left = furthest.seconds * (furthest.total - furthest.done) / gained
+        if (left := _left(furthest)) is not None:
             fresh = fresh.model_copy(update={"estimated_completion_time": _rounded(now + timedelta(seconds=left))})
         return fresh
     return None
 
 
-def run_end(run: DAggerRun, results: Results, work: Work | None, stage: ProgressShown | None, now: datetime) -> datetime | None:
+def run_end(run: DAggerRun, results: Results, work: Work | None, progress: Progress, now: datetime) -> datetime | None:
     """When the run ends, if every stage left takes as long as it took last; None where one was never seen."""
     if work is None:
         return None
     every = list(steps(run.spec))
     newest = {step.stage: took for step in every if (took := seconds_of(results, step)) is not None}
-    overlapped = run.spec.evaluation.overlap is Overlap.NEXT_ROUND
-    left = [
-        step.stage
-        for step in every[every.index(work.step) + 1 :]
-        if not (step.stage is StageName.EVALUATION and overlapped and step.round < run.spec.rounds)
-    ]
-    at = stage.estimated_completion_time if stage is not None and stage.stage == work.step.stage else None
-    if at is None:
-        if work.step.stage not in newest:
-            return None
-        at = now + timedelta(seconds=newest[work.step.stage])
-    if any(one not in newest for one in left):
+    left = {step: newest.get(step.stage) for step in every if not settled(step, results)}
+    for step in work:
+        if (furthest := _furthest(progress, step)) is not None and (seconds := _left(furthest)) is not None:
+            left[step] = seconds
+    if None in left.values():
         return None
-    return _rounded(at + timedelta(seconds=sum(newest[one] for one in left)))
+    return _rounded(now + timedelta(seconds=cost(run.spec, lambda step: left.get(step) or 0.0).seconds))
+
+
+def _furthest(progress: Progress, step: Step) -> StageProgress | None:
+    """Each worker sees the whole; one that has reported how much there is."""
+    furthest = max(progress.get(step, {}).values(), key=lambda one: one.done, default=None)
+    return furthest if furthest is not None and furthest.total > 0 else None
+
+
+def _left(furthest: StageProgress) -> float | None:
+    """Seconds until a step is done if it goes on as it has so far; None where nothing was gained yet."""
+    gained = furthest.done - furthest.before
+    return furthest.seconds * (furthest.total - furthest.done) / gained if gained > 0 else None
 
 
 def seconds_of(results: Results, step: Step) -> float | None:
@@ -81,29 +85,13 @@ def seconds_of(results: Results, step: Step) -> float | None:
 
 
 def gpu_hours(run: DAggerRun, progress: Progress, results: Results) -> float:
-    """GPUs times the hours of every step that asked for them. An evaluation beside rollouts shares their servers."""
-    total = 0.0
-    for step in steps(run.spec):
+    """GPUs times the hours for which the steps so far have held them."""
+
+    def seconds(step: Step) -> float:
         took = seconds_of(results, step)
-        if took is None:
-            took = max((one.seconds for one in progress.get(step, {}).values()), default=0.0)
-        total += took * _gpus(run, step)
-    return total / 3600
+        return took if took is not None else max((one.seconds for one in progress.get(step, {}).values()), default=0.0)
 
-
-def _gpus(run: DAggerRun, step: Step) -> int:
-    student, teacher = run.spec.student.served, run.spec.teacher.serving
-    serving = (student.gpus * student.replicas if student else 0) + (teacher.gpus * teacher.nodes * teacher.replicas if teacher else 0)
-    match step.stage:
-        case StageName.PREPARE:
-            return 0
-        case StageName.TRAINING:
-            held = 0 if run.spec.gpu_sharing is GpuSharing.TIME_SHARED else serving
-            return held + run.spec.training.nodes * run.spec.training.gpus_per_node
-        case StageName.EVALUATION:
-            alone = step.round == run.spec.rounds or run.spec.evaluation.overlap is Overlap.NONE
-            return (student.gpus * student.replicas if student else 0) if alone else 0
-    return serving
+    return cost(run.spec, seconds).gpu_seconds / 3600
 
 
 def _rounded(at: datetime) -> datetime:

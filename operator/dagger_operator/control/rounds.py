@@ -2,43 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 
-from dagger_operator.api import Overlap, RunSpec, TrainingMode
+from dagger_operator.api import Overlap, RunSpec
+from dagger_operator.api.course import StageName, Step, rollouts_remain, steps
 from dagger_operator.control.results import Results
 
-
-class StageName(StrEnum):
-    """A stage is one command; its result in object storage proves that it is done."""
-
-    PREPARE = "prepare"
-    PREFLIGHT = "preflight"
-    ROLLOUT = "rollout"
-    TRAINING = "training"
-    PUBLISH = "publish"
-    EVALUATION = "evaluation"
-
-
-@dataclass(frozen=True, order=True)
-class Step:
-    """One stage of one round; prepare and preflight belong to round 0."""
-
-    round: int
-    stage: StageName
-
-
-def steps(spec: RunSpec) -> Iterator[Step]:
-    """Every step of a run, in order of rounds."""
-    yield Step(0, StageName.PREPARE)
-    yield Step(0, StageName.PREFLIGHT)
-    for number in range(1, spec.rounds + 1):
-        yield Step(number, StageName.ROLLOUT)
-        if spec.training.mode is TrainingMode.DISABLED:
-            continue
-        yield Step(number, StageName.TRAINING)
-        yield Step(number, StageName.PUBLISH)
-        if spec.evaluation.at(number, spec.rounds):
-            yield Step(number, StageName.EVALUATION)
+__all__ = ["StageName", "Step", "Work", "before", "next_steps", "rollouts_remain", "settled", "steps"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +28,7 @@ def next_steps(spec: RunSpec, results: Results) -> Work | None:
 
     An evaluation can be made up for until the next student is published: then this one is served no more.
     """
-    left = [step for step in steps(spec) if not _settled(step, results)]
+    left = [step for step in steps(spec) if not settled(step, results)]
     if not left:
         return None
     first, rest = left[0], left[1:]
@@ -68,8 +37,8 @@ def next_steps(spec: RunSpec, results: Results) -> Work | None:
     return Work(first)
 
 
-def _settled(step: Step, results: Results) -> bool:
-    """Done, or too late."""
+def settled(step: Step, results: Results) -> bool:
+    """Whether a step is done, or too late."""
     too_late = step.stage is StageName.EVALUATION and results.has(step.round + 1, StageName.PUBLISH)
     return too_late or results.has(step.round, step.stage)
 
@@ -83,8 +52,3 @@ def before(spec: RunSpec, work: Work | None) -> frozenset[Step]:
         passed.append(step)
     evaluations = [step for step in passed if step.stage is StageName.EVALUATION]
     return frozenset([*passed[-1:], *[step for step in passed if step.stage is not StageName.EVALUATION][-1:], *evaluations[-1:]])
-
-
-def rollouts_remain(spec: RunSpec, step: Step) -> bool:
-    """Whether the teacher will be asked again."""
-    return step.round < spec.rounds or step.stage in (StageName.PREPARE, StageName.PREFLIGHT, StageName.ROLLOUT)

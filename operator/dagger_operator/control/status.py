@@ -31,7 +31,7 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
     progress = shown(observed.progress, moving, previous.progress, observed.now)
     # Where nothing was gained, nothing that follows from it is written anew either.
     unchanged = (progress, situation.phase, situation.round) == (previous.progress, previous.phase, previous.round)
-    end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, progress, observed.now)
+    end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, observed.progress, observed.now)
     hours = previous.gpu_hours if unchanged else f"{gpu_hours(run, observed.progress, observed.results):.1f}"
     return RunStatus(
         observed_generation=run.metadata.generation,
@@ -63,9 +63,11 @@ def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
 
 
 def refused(run: DAggerRun, problems: Sequence[Problem], now: datetime) -> RunStatus:
-    """The status of a resource that cannot be run, or was edited as it must not be; nothing else about it changes."""
+    """The status of a resource that cannot be run, or was edited as it must not be: it stands still where it was."""
     message = "\n".join(map(str, problems))
-    return _overlaid(run, now, Reason.INVALID_SPEC, [condition(ConditionType.ACCEPTED, False, Reason.INVALID_SPEC, message)])
+    ended = run.status is not None and run.status.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    untrue = (ConditionType.ACCEPTED,) if ended else (ConditionType.ACCEPTED, ConditionType.PROGRESSING)
+    return _overlaid(run, now, Reason.INVALID_SPEC, [condition(kind, False, Reason.INVALID_SPEC, message) for kind in untrue])
 
 
 def blind(run: DAggerRun, problem: str, now: datetime, late: Trouble | None) -> RunStatus:

@@ -1,6 +1,6 @@
 """What of a run does not fit its hardware, and what to write instead."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from dagger_operator.api import PodSettings, RunSpec
@@ -26,13 +26,15 @@ def findings(
     teacher: Pool | None,
     needs: Iterable[tuple[str, PodSettings, Need]],
     talk: Conversation,
+    wanted: Mapping[str, int],
 ) -> tuple[Finding, ...]:
-    """All of them, the fatal ones first. `needs` are those of pods on GPUs, with the field of their settings."""
+    """All of them, the fatal ones first. `needs` are those of pods on GPUs, with the field of their settings; `wanted`
+    conversations in flight at once, by policy."""
     found = list(_training(spec, gpu, shape, memory)) if memory is not None else []
     pools = {role: pool for role, pool in (("student", student), ("teacher", teacher)) if pool is not None}
     for role, pool in pools.items():
         found += _serving(role, pool)
-    found += in_flight(spec, pools, talk)
+    found += in_flight(spec, pools, talk, wanted)
     for field, settings, need in needs:
         found += too_little(f"{field}.resources", settings.resources, need)
     if memory is not None:

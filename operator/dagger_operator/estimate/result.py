@@ -31,10 +31,12 @@ class RoundEstimate:
     per_label: Tokens
     """The same with a sequence for each label."""
     rollout_seconds: float | None
+    """With the evaluation that goes beside them, of the student of the round before."""
     training_seconds: float | None
     """In the packing that the run asks for."""
     training_seconds_per_label: float | None
     evaluation_seconds: float | None
+    """With the rollouts of the next round, where it goes beside them."""
 
     @property
     def saved(self) -> float:

@@ -1,9 +1,10 @@
 """The estimate of a whole run: each round, all rounds, and what does not fit."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 
-from dagger_operator.api import Aggregation, BatchUnit, GpuSharing, Overlap, PodSettings, RunSpec, Serving, TrainingMode
+from dagger_operator.api import Aggregation, BatchUnit, PodSettings, RunSpec, Serving, TrainingMode
+from dagger_operator.api.course import StageName, Step, cost, gpus_held, spans
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.fit import findings
 from dagger_operator.estimate.hardware import Gpu
@@ -12,7 +13,7 @@ from dagger_operator.estimate.memory import Setup, training_memory
 from dagger_operator.estimate.models import Shape
 from dagger_operator.estimate.result import Estimate, RoundEstimate
 from dagger_operator.estimate.serving import Pool
-from dagger_operator.estimate.time import Acting, training_seconds
+from dagger_operator.estimate.time import NOTHING, Acting, Load, Pace, side_by_side, training_seconds
 from dagger_operator.estimate.workload import Conversation, Tokens, teacher_share
 
 
@@ -32,11 +33,12 @@ class _Planner:
         most = spec.training.micro_batch_tokens
         self.trees = {share: self.talk.trees(share, most, self.labels_of_a_step) for share in set(self.shares)}
         self.per_label = self.talk.per_label()
-        in_flight = spec.rollouts.workers * spec.rollouts.concurrency
-        self.acting = Acting(self.talk, in_flight, self.student, self.teacher, assumed)
+        self.acting = Acting(self.talk, spec.rollouts.workers * spec.rollouts.concurrency, self.student, self.teacher, assumed)
 
     def estimate(self) -> Estimate:
-        rounds = tuple(self._round(number) for number in range(1, self.spec.rounds + 1))
+        took = self._seconds()
+        rounds = tuple(self._round(number, took) for number in range(1, self.spec.rounds + 1))
+        costs = None if None in took.values() else cost(self.spec, lambda step: took[step] or 0.0)
         on_gpus = self.trains and self.spec.training.gpus_per_node > 0
         memory = training_memory(self.shape, Setup.of(self.spec.training)) if on_gpus else None
         node = training_node(self.shape, self.spec.training, memory, self._label_tokens()) if memory is not None else None
@@ -45,10 +47,6 @@ class _Planner:
         for role, pool, pod in (("student", self.student, student), ("teacher", self.teacher, teacher)):
             if pool is not None and pod is not None:
                 needs.append((f"{role}.serving.pod", pool.serving.pod, pod))
-        training = self.spec.training.nodes * self.spec.training.gpus_per_node if on_gpus else 0
-        serving = sum(pool.gpus for pool in (self.student, self.teacher) if pool is not None)
-        shared = self.spec.gpu_sharing is GpuSharing.TIME_SHARED
-        hours, gpu_hours = self._hours(rounds, serving, training, shared)
         return Estimate(
             assumed=self.assumed,
             gpu=self.gpu,
@@ -59,10 +57,10 @@ class _Planner:
             teacher_pod=teacher,
             student=self.student,
             teacher=self.teacher,
-            gpus=max(serving, training) if shared else serving + training,
-            hours=hours,
-            gpu_hours=gpu_hours,
-            findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk),
+            gpus=max(gpus_held(self.spec, step) for step in took),
+            hours=costs.seconds / 3600 if costs else None,
+            gpu_hours=costs.gpu_seconds / 3600 if costs else None,
+            findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk, self._in_flight()),
         )
 
     def _pool(self, serving: Serving | None, shape: Shape | None) -> Pool | None:
@@ -71,12 +69,11 @@ class _Planner:
     def _pod(self, pool: Pool | None, versions: int) -> ServingPod | None:
         return serving_pod(pool.shape, pool.serving, versions) if pool is not None else None
 
-    def _round(self, number: int) -> RoundEstimate:
+    def _round(self, number: int, took: Mapping[Step, float | None]) -> RoundEstimate:
         share = self.shares[number - 1]
         rollouts = self._rollouts(number)
         turns = rollouts * self.talk.turns
         steps, trees, per_label = self._training(number)
-        as_trees = str(getattr(self.spec.training, "packing", "Trees")) == "Trees"
         return RoundEstimate(
             round=number,
             teacher_share=share,
@@ -88,10 +85,10 @@ class _Planner:
             steps=steps,
             trees=trees,
             per_label=per_label,
-            rollout_seconds=self._rollout_seconds(rollouts, share),
-            training_seconds=self._training_seconds(trees if as_trees else per_label, steps),
+            rollout_seconds=took[Step(number, StageName.ROLLOUT)],
+            training_seconds=took.get(Step(number, StageName.TRAINING), 0.0),
             training_seconds_per_label=self._training_seconds(per_label, steps),
-            evaluation_seconds=self._evaluation_seconds(number),
+            evaluation_seconds=took.get(Step(number, StageName.EVALUATION), 0.0),
         )
 
     def _rollouts(self, number: int) -> int:
@@ -133,39 +130,56 @@ class _Planner:
         took = training_seconds(self.shape, self.spec.training, self.gpu, self.assumed.utilisation, work, steps)
         return took + self.assumed.change_seconds
 
-    def _rollout_seconds(self, rollouts: int, share: float) -> float | None:
-        unknown = (share < 1 and self._on_cpu(self.spec.student.served)) or self._on_cpu(self.spec.teacher.serving)
-        return None if unknown else self.acting.rollout_seconds(self.spec, rollouts, share)
+    def _seconds(self) -> dict[Step, float | None]:
+        """Of every step; None where it is not known."""
+        took: dict[Step, float | None] = {}
+        for span in spans(self.spec):
+            took |= {step: self._pace(step) for step in span.steps}
+            if span.beside is not None:
+                first = span.steps[0]
+                took[first], took[span.beside] = self._together(first, span.beside)
+        return took
 
-    def _evaluation_seconds(self, number: int) -> float | None:
-        evaluation = self.spec.evaluation
-        if not self.trains or not evaluation.at(number, self.spec.rounds):
-            return 0.0
-        if self._on_cpu(self.spec.student.served):
-            return None
-        return self.acting.evaluation_seconds(self.assumed.held_out, evaluation.max_turns)
+    def _together(self, rollout: Step, evaluation: Step) -> tuple[float | None, float | None]:
+        alone = self._pace(rollout), self._pace(evaluation)
+        slowed = self._pace(rollout, self._load(evaluation)), self._pace(evaluation, self._load(rollout))
+        if alone[0] is None or alone[1] is None or slowed[0] is None or slowed[1] is None:
+            return alone
+        return side_by_side(Pace(alone[0], slowed[0]), Pace(alone[1], slowed[1]))
+
+    def _pace(self, step: Step, beside: Load = NOTHING) -> float | None:
+        """Seconds of one step, while others ask so much of the student."""
+        student, teacher = self._on_cpu(self.spec.student.served), self._on_cpu(self.spec.teacher.serving)
+        match step.stage:
+            case StageName.ROLLOUT:
+                rollouts, share = self._rollouts(step.round), self.shares[step.round - 1]
+                return None if teacher or (student and share < 1) else self.acting.rollout_seconds(self.spec, rollouts, share, beside)
+            case StageName.EVALUATION:
+                most_turns = self.spec.evaluation.max_turns
+                return None if student else self.acting.evaluation_seconds(self.assumed.held_out, most_turns, beside)
+            case StageName.TRAINING:
+                steps, trees, per_label = self._training(step.round)
+                as_trees = str(getattr(self.spec.training, "packing", "Trees")) == "Trees"
+                return self._training_seconds(trees if as_trees else per_label, steps)
+            case StageName.PREFLIGHT | StageName.PUBLISH:
+                return self.assumed.change_seconds
+        return 0.0
+
+    def _load(self, step: Step) -> Load:
+        """What a step asks of the student."""
+        match step.stage:
+            case StageName.ROLLOUT:
+                return self.acting.rollout_load(self._rollouts(step.round), self.shares[step.round - 1])
+            case StageName.EVALUATION:
+                return self.acting.evaluation_load(self.assumed.held_out)
+        return NOTHING
+
+    def _in_flight(self) -> dict[str, int]:
+        """Conversations at once, by the policy that is to keep their prefixes."""
+        student = max(
+            self._load(span.steps[0]).in_flight + (self._load(span.beside).in_flight if span.beside else 0) for span in spans(self.spec)
+        )
+        return {"student": student, "teacher": min(self.acting.most, max(map(self._rollouts, range(1, self.spec.rounds + 1))))}
 
     def _on_cpu(self, serving: Serving | None) -> bool:
         return serving is not None and serving.gpus == 0
-
-    def _hours(self, rounds: tuple[RoundEstimate, ...], serving: int, training: int, shared: bool) -> tuple[float | None, float | None]:
-        """Hours on the clock, and GPU-hours as `control.progress.gpu_hours` counts them. An evaluation beside the next round's rollouts
-        asks for no GPUs of its own, and lengthens the run only where it outlasts them."""
-        wall = paid = 0.0
-        student = self.student.gpus if self.student else 0
-        for before, this in _with_previous(rounds):
-            rollout, trained, evaluated = this.rollout_seconds, this.training_seconds, this.evaluation_seconds
-            if rollout is None or trained is None or evaluated is None:
-                return None, None
-            change = self.assumed.change_seconds if self.trains or this is rounds[0] else 0.0
-            overlaps = self.spec.evaluation.overlap is Overlap.NEXT_ROUND
-            beside = (before.evaluation_seconds or 0.0) if before is not None and overlaps else 0.0
-            alone = evaluated if not overlaps or this is rounds[-1] else 0.0
-            serves = change + max(rollout, beside)
-            wall += serves + trained + alone
-            paid += serves * serving + trained * (training + (0 if shared else serving)) + alone * student
-        return wall / 3600, paid / 3600
-
-
-def _with_previous(rounds: tuple[RoundEstimate, ...]) -> Iterator[tuple[RoundEstimate | None, RoundEstimate]]:
-    return zip((None, *rounds[:-1]), rounds, strict=True)

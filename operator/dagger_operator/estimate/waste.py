@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from dagger_operator.api import BatchUnit, RunSpec
+from dagger_operator.api.course import spans
 from dagger_operator.estimate.finding import Finding
 from dagger_operator.estimate.hardware import GIB, Gpu
 from dagger_operator.estimate.memory import Setup, training_memory
@@ -13,19 +14,23 @@ from dagger_operator.estimate.serving import Pool
 from dagger_operator.estimate.workload import Conversation, teacher_share
 
 
-def in_flight(spec: RunSpec, pools: Mapping[str, Pool], talk: Conversation) -> Iterator[Finding]:
-    """Rollouts beyond the KV cache lose their prefix between turns, and read it again at each (Concur, arXiv 2601.22705)."""
-    rollouts, tasks = spec.rollouts, spec.tasks.per_round * spec.tasks.rollouts_per_task
-    at_once = min(rollouts.workers * rollouts.concurrency, tasks)
+def in_flight(spec: RunSpec, pools: Mapping[str, Pool], talk: Conversation, wanted: Mapping[str, int]) -> Iterator[Finding]:
+    """Rollouts beyond the KV cache lose their prefix between turns, and read it again at each (Concur, arXiv 2601.22705). `wanted` are
+    those in flight at once, by the policy that is to keep their prefixes."""
+    rollouts = spec.rollouts
     held = {role: pool.holds(talk.mean_state) for role, pool in pools.items()}
-    role = min(held, key=lambda role: held[role], default=None)
-    if role is None or not 0 < held[role] < at_once:
+    role = max(held, key=lambda role: wanted[role] / max(1, held[role]), default=None)
+    if role is None or not 0 < held[role] < wanted[role]:
         return
+    beside = role == "student" and any(span.beside is not None for span in spans(spec))
+    which = "rollouts, those of an evaluation beside them included," if beside else "rollouts"
     why = (
-        f"{at_once} rollouts of {talk.mean_state:,.0f} tokens are in flight and the {role}'s servers hold {held[role]}: "
+        f"{wanted[role]} {which} of {talk.mean_state:,.0f} tokens are in flight and the {role}'s servers hold {held[role]}: "
         "prefixes are lost between turns and read again"
     )
-    remedy = f"write {max(1, held[role] // rollouts.workers)}, or more replicas"
+    remedy = f"write {max(1, held[role] // (rollouts.workers * (2 if beside else 1)))}, or more replicas"
+    if beside and rollouts.workers * rollouts.concurrency <= held[role]:
+        remedy += ", or evaluation.overlap: None"
     yield Finding("rollouts.concurrency", f"{rollouts.concurrency} in {rollouts.workers} workers", why, remedy, fatal=False)
 
 

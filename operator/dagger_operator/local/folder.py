@@ -11,8 +11,8 @@ from pathlib import Path
 from dagger_operator.api import DAggerRun, load
 
 
-class RunInUse(Exception):
-    """Another process of this machine is working on the run."""
+class InUse(Exception):
+    """Another process of this machine is at work on the same thing."""
 
 
 class UnknownRun(Exception):
@@ -72,19 +72,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by the one process that works on the run; raises `RunInUse` at once."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise RunInUse(
-                    f"run {self.name!r} is being worked on by process {lock.read().strip() or '?'}; `daggerctl status {self.name}` shows it"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+        """Held by the one process that works on the run; raises `InUse` at once."""
+        with locked(self.path / "lock", f"run {self.name!r} is being worked on", f"`daggerctl status {self.name}` shows it"):
             yield
 
     def _write(self, name: str, text: str) -> None:
@@ -93,3 +82,19 @@ class RunFolder:
         with os.fdopen(handle, "w") as file:
             file.write(text)
         Path(partial).replace(self.path / name)
+
+
+@contextlib.contextmanager
+def locked(path: Path, doing: str, remedy: str) -> Iterator[None]:
+    """Held by one process at a time, whose number is in the file; raises `InUse` at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InUse(f"{doing} by process {lock.read().strip() or '?'}; {remedy}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

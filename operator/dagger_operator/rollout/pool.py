@@ -134,8 +134,10 @@ class Pool:
         """One try at a rollout that is ours: recorded where it ended, given back where infrastructure broke it and tries are left."""
         try:
             async with lease:
-                with self._metrics.under_way.track_inprogress(), self._metrics.rollout_seconds.time():
+                started = time.monotonic()
+                with self._metrics.under_way.track_inprogress():
                     trajectory, failure = await self._try(assignment, lease)
+                self._metrics.tried(time.monotonic() - started, failure.reason if failure else None)
                 if failure is not None:
                     # Under the lease: while a policy is away nobody spends a second try on this rollout.
                     await self._recovered()
@@ -159,7 +161,6 @@ class Pool:
             except InfrastructureFailed as error:
                 failure = error.failure
             last = lease.failures >= self._share.retries
-        self._metrics.broken(failure.reason)
         self._counts["broken_tries"] += 1
         log.warning("infrastructure broke a rollout", reason=failure.reason, problem=failure.message, excluded=last)
         return (self._excluded(assignment, lease.tries, failure) if last else None), failure

@@ -5,6 +5,7 @@ Every call is asynchronous and raises `StoreUnavailable` where the store cannot 
 """
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,6 +59,10 @@ class DamagedObject(Exception):
 def oversized(key: str, size: int, most: int) -> DamagedObject:
     """An object of `size` bytes or more that is small where it is whole."""
     return DamagedObject(key, f"has {size} bytes or more, where {most} at most are expected")
+
+
+class _NotThere(Exception):
+    """There is no such object. Not `FileNotFoundError`, which a local file may raise beside it."""
 
 
 @dataclass(frozen=True)
@@ -253,29 +258,43 @@ class Store:
     async def download(self, key: str, path: Path) -> bool:
         """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all. One caller a file.
 
-        False where there is no such object. Parts are read side by side and each is retried alone.
+        False where there is no such object. Parts are read side by side and each is retried alone. Raises `OSError`, which names `path`,
+        where the file cannot be written: that is not the storage's fault.
         """
 
         def fetch() -> None:
-            size = self._backend.head(self._prefix + key)["size"]
-            path.parent.mkdir(parents=True, exist_ok=True)
+            size = of_storage(lambda: self._backend.head(self._prefix + key)["size"])
             partial = path.with_name(f".{path.name}.partial")
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with partial.open("wb") as file, ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
 
                     def part(start: int) -> None:
-                        read = self._backend.get_range(self._prefix + key, start=start, end=min(start + _PART, size))
-                        os.pwrite(file.fileno(), read, start)
+                        end = min(start + _PART, size)
+                        read = of_storage(lambda: self._backend.get_range(self._prefix + key, start=start, end=end))
+                        if os.pwrite(file.fileno(), read, start) < len(read):  # the first that a disk says when it is full
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
                     deque(threads.map(part, range(0, size, _PART)), maxlen=0)
                 partial.replace(path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
             finally:
-                partial.unlink(missing_ok=True)
+                with suppress(OSError):  # says nothing that was not said
+                    partial.unlink()
+
+        def of_storage(call: Callable[[], T]) -> T:
+            try:
+                return call()
+            except FileNotFoundError as error:
+                raise _NotThere from error
+            except (BaseError, OSError) as error:
+                raise self._unavailable("downloading", key, error) from error
 
         try:
-            await self._run("downloading", key, fetch, answers=(FileNotFoundError,))
+            await self._run("downloading", key, fetch, answers=(_NotThere, OSError))
             return True
-        except FileNotFoundError:
+        except _NotThere:
             return False
 
     async def _run(self, doing: str, key: str, work: Callable[[], T], *, answers: tuple[type[Exception], ...] = ()) -> T:

@@ -55,6 +55,11 @@ class PolicyManifest(Record):
     digest: str
     """SHA-256 over files, round, parent and data digest; the version is named after it."""
 
+    @property
+    def adapter(self) -> dict[str, PolicyFile]:
+        """Files of its low-rank adapter by itself; none where it has none."""
+        return {name: file for name, file in self.files.items() if name.startswith(f"{ADAPTER}/")}
+
 
 class PolicyPointer(Record):
     """Which version should be served."""
@@ -145,8 +150,7 @@ async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifes
 
 async def load_adapter(store: Store, version: str, folder: Path) -> bool:
     """Puts a version's adapter alone into `folder`, every file verified as by `load_policy`. False where it has none."""
-    manifest = await policy_manifest(store, version)
-    files = {name: file for name, file in manifest.files.items() if name.startswith(f"{ADAPTER}/")}
+    files = (await policy_manifest(store, version)).adapter
     for name, file in files.items():
         await _load_file(store, layout.policy(version) + name, file, folder / name.removeprefix(f"{ADAPTER}/"))
     return bool(files)

@@ -1,0 +1,107 @@
+"""The course of a run, as its spec alone decides it: its steps in order, what goes side by side, and the GPUs that are held meanwhile."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dagger_operator.api.evaluation import Overlap
+from dagger_operator.api.run import GpuSharing, RunSpec
+from dagger_operator.api.training import TrainingMode
+
+
+class StageName(StrEnum):
+    """A stage is one command; its result in object storage proves that it is done."""
+
+    PREPARE = "prepare"
+    PREFLIGHT = "preflight"
+    ROLLOUT = "rollout"
+    TRAINING = "training"
+    PUBLISH = "publish"
+    EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True, order=True)
+class Step:
+    """One stage of one round; prepare and preflight belong to round 0."""
+
+    round: int
+    stage: StageName
+
+
+def steps(spec: RunSpec) -> Iterator[Step]:
+    """Every step of a run, in order of rounds."""
+    yield Step(0, StageName.PREPARE)
+    yield Step(0, StageName.PREFLIGHT)
+    for number in range(1, spec.rounds + 1):
+        yield Step(number, StageName.ROLLOUT)
+        if spec.training.mode is TrainingMode.DISABLED:
+            continue
+        yield Step(number, StageName.TRAINING)
+        yield Step(number, StageName.PUBLISH)
+        if spec.evaluation.at(number, spec.rounds):
+            yield Step(number, StageName.EVALUATION)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps that go one after the other and, beside all of them, an evaluation for which the next span waits."""
+
+    steps: tuple[Step, ...]
+    beside: Step | None = None
+
+
+def spans(spec: RunSpec) -> Iterator[Span]:
+    """Every step of a run once. An evaluation goes beside the next round's rollouts and, where GPUs are dedicated, its training."""
+    overlaps, shared = spec.evaluation.overlap is Overlap.NEXT_ROUND, spec.gpu_sharing is GpuSharing.TIME_SHARED
+    beside: Step | None = None
+    held_back: tuple[Step, ...] = ()
+    for step in steps(spec):
+        if overlaps and step.stage is StageName.EVALUATION and step.round < spec.rounds:
+            beside = step
+        elif beside is not None and step.stage is StageName.ROLLOUT and not shared:
+            held_back = (step,)
+        else:
+            yield Span((*held_back, step), beside)
+            beside, held_back = None, ()
+
+
+def rollouts_remain(spec: RunSpec, step: Step) -> bool:
+    """Whether the teacher will be asked again."""
+    return step.round < spec.rounds or step.stage in (StageName.PREPARE, StageName.PREFLIGHT, StageName.ROLLOUT)
+
+
+def gpus_held(spec: RunSpec, step: Step) -> int:
+    """GPUs that a run holds while a step is at work."""
+    if step.stage is StageName.PREPARE:
+        return 0
+    serving = _serving(spec, teacher=rollouts_remain(spec, step))
+    if step.stage is not StageName.TRAINING:
+        return serving
+    training = spec.training.nodes * spec.training.gpus_per_node
+    return training if spec.gpu_sharing is GpuSharing.TIME_SHARED else training + serving
+
+
+def _serving(spec: RunSpec, *, teacher: bool) -> int:
+    served = (spec.student.served, spec.teacher.serving if teacher else None)
+    return sum(one.gpus * one.nodes * one.replicas for one in served if one is not None)
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    """On the clock."""
+    gpu_seconds: float
+    """GPUs times the seconds for which they are held."""
+
+
+def cost(spec: RunSpec, seconds: Callable[[Step], float]) -> Cost:
+    """Of steps that take so many seconds each. An evaluation beside others has no GPUs of its own; where it outlasts them, the run waits,
+    and holds the servers that the next step finds."""
+    clock = paid = 0.0
+    for span in spans(spec):
+        took = {step: seconds(step) for step in span.steps}
+        waits = max(0.0, (seconds(span.beside) if span.beside is not None else 0.0) - sum(took.values()))
+        clock += sum(took.values()) + waits
+        paid += sum(took[step] * gpus_held(spec, step) for step in took)
+        paid += waits * _serving(spec, teacher=span.steps[-1].round < spec.rounds)
+    return Cost(clock, paid)
