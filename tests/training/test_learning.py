@@ -70,11 +70,12 @@ async def test_prometheus_scrapes_a_training(
         address = f"127.0.0.2:{free.getsockname()[1]}"
 
     async def everything_is_there() -> bool:
-        return not documented_metrics.differences(await asyncio.to_thread(prometheus.series, "trainer"), "Trainer")
+        differences = documented_metrics.differences(await asyncio.to_thread(prometheus.series, "trainer"), "Trainer")
+        return not differences and bool(await asyncio.to_thread(prometheus.value, "max(dagger_training_steps_total)"))
 
     with setting.started(POD_IP="127.0.0.2", DAGGER_METRICS_PORT=address.rpartition(":")[2]) as process:
         prometheus.watch("trainer", address)
-        await until(everything_is_there, process, 120)
+        await until(everything_is_there, process, 240)
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             exposition = answer.read()
     assert prometheus.lint(exposition) == ""

@@ -1,5 +1,6 @@
 """What the trainer tells Prometheus (docs/metrics.md): rank 0 speaks for all ranks."""
 
+import math
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -34,6 +35,8 @@ class TrainerMetrics:
         self._rate = Gauge("dagger_training_learning_rate", "Learning rate of the last step.", registry=registry)
         self._norm = Gauge("dagger_training_gradient_norm", "Gradient norm of the last step, before clipping.", registry=registry)
         self._progress = Gauge("dagger_training_progress_ratio", "Steps taken, by the steps of the round.", registry=registry)
+        for of_a_step in (self._loss, self._rate, self._norm):
+            of_a_step.set(math.nan)  # 0 would be one, and the norm may never be told
         self._steps = Counter("dagger_training_steps", "Optimiser steps of this process.", registry=registry)
         self._labels = Counter("dagger_training_labels", "Labels trained on.", registry=registry)
         self._tokens = Counter("dagger_training_tokens", "Tokens of forward passes, padding left out.", registry=registry)
@@ -46,8 +49,12 @@ class TrainerMetrics:
             "dagger_training_checkpoint_seconds", "Until a checkpoint was in storage.", buckets=_SECONDS, registry=registry
         )
 
+    def begun(self, progress: float) -> None:
+        """`progress`: share of the round's steps that are done, by this process and those before it."""
+        self._progress.set(progress)
+
     def stepped(self, step: Step, progress: float) -> None:
-        """`progress`: share of the round's steps that are done."""
+        """`progress` as above."""
         self._loss.set(step.loss)
         self._rate.set(step.learning_rate)
         if step.gradient_norm is not None:

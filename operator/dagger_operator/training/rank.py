@@ -196,6 +196,7 @@ class _Observer:
 
     async def begin(self, tally: "Tally") -> None:
         if self._metrics is not None:
+            self._metrics.begun(tally.steps / self._steps)
             await self._reporter.tell(tally.steps, self._steps, seconds=tally.seconds)
 
     async def observe(self, tally: "Tally", step: Step) -> None:
