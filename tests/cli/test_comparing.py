@@ -76,3 +76,9 @@ def test_a_result_that_is_damaged_is_named_with_its_remedy(ctl: Any, document: d
     answer = ctl("compare", "small", "2", "1")
     assert answer.returncode == 1
     assert answer.stderr.startswith(f"error: {key}: is no EvaluationResult") and "delete it and start the stage again" in answer.stderr
+
+
+def test_the_interval_is_named_by_the_confidence_that_was_asked_for(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    document["spec"]["evaluation"] = {"confidence": 0.999}
+    _finished_run(tmp_path, document)
+    assert "points, 99.9% interval" in ctl("compare", "small", "2", "1").stdout

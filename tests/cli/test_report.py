@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from dagger_operator.api import DAggerRun, load
@@ -85,3 +86,9 @@ def test_progress_of_a_stage_adds_up_what_its_workers_did(document: dict[str, An
     assert (progress.done, progress.total, progress.counters) == (8, 16, {"turns": 22, "Resolved": 3})
     assert line(_run(document), progress).endswith("8/16 rollouts, turns 22, Resolved 3")
     assert merged({}) is None
+
+
+@pytest.mark.parametrize(("confidence", "said"), [(0.95, "95%"), (0.999, "99.9%"), (0.9999, "99.99%"), (0.57, "57%")])
+def test_an_interval_is_as_sure_as_it_was_asked_to_be(document: dict[str, Any], confidence: float, said: str) -> None:
+    document["spec"]["evaluation"] = {"confidence": confidence}
+    assert f"with its {said} interval" in " ".join(_shown(_run(document)).split())

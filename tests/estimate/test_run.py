@@ -211,8 +211,9 @@ def test_the_share_of_memory_that_vllm_is_given_sets_the_room_for_kv_cache() -> 
     default, more = (_estimate(_spec({"student.serving.extraArgs": args})).student for args in ([], ["--gpu-memory-utilization=0.95"]))
     assert default is not None and more is not None
     assert more.kv_memory - default.kv_memory == pytest.approx(0.05 * H100.memory)
-    with pytest.raises(InvalidRun, match=r"serving.extraArgs: got 'most'"):
-        _estimate(_spec({"student.serving.extraArgs": ["--gpu-memory-utilization", "most"]}))
+    for wrong in ("most", "nan", "90"):
+        with pytest.raises(InvalidRun, match=rf"serving.extraArgs: got '{wrong}'"):
+            _estimate(_spec({"student.serving.extraArgs": ["--gpu-memory-utilization", wrong]}))
 
 
 def test_a_context_beyond_the_models_own_is_refused_as_vllm_does() -> None:
@@ -243,6 +244,27 @@ def test_no_sample_parts_a_tree_or_crowds_the_kv_cache(document: dict[str, Any])
 def test_assumptions_that_make_no_sense_are_refused_by_name(assumed: dict[str, float], option: str) -> None:
     with pytest.raises(InvalidRun, match=option):
         Assumptions.of(_spec(), **assumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "assumed", "said"),
+    [
+        ({"scaffold.maxTurns": 20}, {"turns": 21}, "--turns: got 21: scaffold.maxTurns is 20: write at most that, or raise it in the run"),
+        ({"teacher.serving.maxModelLen": 30_000}, {"end_tokens": 30_001}, "--end-tokens: got 30001: teacher.serving.maxModelLen is 30000"),
+        ({"teacher.sampling.maxTokens": 5000}, {"turn_tokens": 5001}, "--turn-tokens: got 5001: teacher.sampling.maxTokens is 5000"),
+        ({"tasks.heldOut.count": 30}, {"held_out": 31}, "--held-out: got 31: tasks.heldOut.count is 30"),
+    ],
+)
+def test_an_assumption_that_the_run_forbids_is_refused_and_the_most_that_it_allows_is_taken(
+    changes: dict[str, Any], assumed: dict[str, int], said: str
+) -> None:
+    spec = _spec({"student.sampling.maxTokens": 400, **changes})
+    with pytest.raises(InvalidRun) as refused:
+        Assumptions.of(spec, **assumed)
+    assert str(refused.value.problems[0]).startswith(said)
+    ((name, value),) = assumed.items()
+    fewer_turns = {"turns": 2} if name == "turn_tokens" else {}
+    assert getattr(Assumptions.of(spec, **{name: value - 1}, **fewer_turns), name) == value - 1
 
 
 def test_turns_that_do_not_fit_into_a_rollout_are_refused() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import sys
 
 from dagger_operator.cli.exits import Exit
+from dagger_operator.cli.report import level
 from dagger_operator.cli.storing import stored_run
 from dagger_operator.store.results import EvaluationResult, read_result
 
@@ -29,7 +30,7 @@ def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
         print(f"error: {both} have no graded task in common: compare evaluations of the same tasks.heldOut", file=sys.stderr)
         return Exit.BAD_INPUT
     ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
-    difference = f"{100 * outcome.difference:+.1f} points, {confidence:.0%} interval {ends} (paired bootstrap)"
+    difference = f"{100 * outcome.difference:+.1f} points, {level(confidence)} interval {ends} (paired bootstrap)"
     print(f"{ours.metadata.name} round {first}: {outcome.second_rate:.1%} resolved")
     print(f"{theirs.metadata.name} round {second}: {outcome.first_rate:.1%} resolved")
     print(f"difference on {outcome.tasks} common tasks: {difference}")

@@ -1,6 +1,7 @@
 """`daggerctl estimate`: what a run takes, before anything of it runs."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def gpu(name: str, memory: float | None, tflops: float | None, bandwidth: float 
     """A GPU by name, with what was stated of it instead: GiB, TFLOP/s, TB/s. All three describe one that is not known here."""
     stated = {"--gpu-memory": memory, "--gpu-tflops": tflops, "--gpu-bandwidth": bandwidth}
     wrong = [
-        Problem(option, f"got {value}", "write a number above 0") for option, value in stated.items() if value is not None and value <= 0
+        Problem(option, f"got {value}", "write a number above 0")
+        for option, value in stated.items()
+        if value is not None and not 0 < value < math.inf
     ]
     if wrong:
         raise InvalidRun(wrong)

@@ -53,10 +53,15 @@ def report(run: DAggerRun) -> RenderableType:
 
 def _caption(run: DAggerRun) -> str:
     return (
-        f"resolved: by the round's student alone, greedy, with its {run.spec.evaluation.confidence:.0%} interval. "
+        f"resolved: by the round's student alone, greedy, with its {level(run.spec.evaluation.confidence)} interval. "
         "false submits: declared done, and not resolved. teacher's turns, tokens: the mix that was delivered. "
         "agreement: share of the student's own turns that equal the teacher's label."
     )
+
+
+def level(confidence: float) -> str:
+    """Of an interval, as exact as it was written: 99.9% is not 100%."""
+    return f"{100 * confidence:.10g}%"
 
 
 def _percent(share: float | None) -> str:

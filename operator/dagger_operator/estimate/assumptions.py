@@ -1,6 +1,8 @@
 """What a resource does not say: how long conversations are, and how well hardware is used."""
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -47,7 +49,7 @@ class Assumptions:
 
     @classmethod
     def of(cls, spec: RunSpec, **given: Any) -> Self:
-        """Defaults for a run; `given` are those that were stated. Raises `InvalidRun` where they contradict each other."""
+        """Defaults for a run; `given` are those that were stated. Raises `InvalidRun` where they contradict each other or the run."""
         stated = {name: value for name, value in given.items() if value is not None}
         turns = stated.get("turns", max(1, spec.scaffold.max_turns // 2))
         lengths = [spec.training.max_sequence_tokens]
@@ -58,27 +60,34 @@ class Assumptions:
         writes = min(300, spec.student.sampling.max_tokens, max(1, int(growth / 3)))
         defaults = {"turns": turns, "first_tokens": first, "end_tokens": end, "turn_tokens": writes, "held_out": _held_out(spec)}
         made = cls(**{**defaults, **stated})
-        made._refuse_nonsense()
+        made._refuse_nonsense(_most(spec))
         return made
 
     def with_(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
-    def _refuse_nonsense(self) -> None:
+    def _refuse_nonsense(self, most: Mapping[str, tuple[int, str]]) -> None:
+        """`most`: what the run allows, and the field that says so."""
+        seconds = [field.name for field in fields(self) if field.name.endswith("_seconds")]
         problems = [
             Problem(option(field.name), f"got {value}", "write a number above 0")
             for field in fields(self)
-            if (value := getattr(self, field.name)) <= 0 and not field.name.endswith("_seconds")
+            if field.name not in seconds and not 0 < (value := getattr(self, field.name)) < math.inf
         ]
         problems += [
             Problem(option(name), f"got {value}", "this is a share: write a number up to 1")
             for name in ("utilisation", "prefill_utilisation", "decode_efficiency", "cached")
-            if (value := getattr(self, name)) > 1
+            if 1 < (value := getattr(self, name)) < math.inf
         ]
         problems += [
             Problem(option(name), f"got {value}", "write 0 or more seconds")
-            for name in ("command_seconds", "rollout_seconds", "endpoint_seconds", "change_seconds")
-            if (value := getattr(self, name)) < 0
+            for name in seconds
+            if not 0 <= (value := getattr(self, name)) < math.inf
+        ]
+        problems += [
+            Problem(option(name), f"got {value}", f"{field} is {limit}: write at most that, or raise it in the run")
+            for name, (limit, field) in most.items()
+            if limit < (value := getattr(self, name))
         ]
         if not problems and self.turn_growth < self.turn_tokens:
             least = self.first_tokens + self.turns * self.turn_tokens
@@ -92,6 +101,22 @@ class Assumptions:
 def option(name: str) -> str:
     """The option of `daggerctl estimate` that states an assumption."""
     return f"--{name.replace('_', '-')}"
+
+
+def _most(spec: RunSpec) -> dict[str, tuple[int, str]]:
+    """The largest number that a run allows for an assumption, and the field that says so."""
+    served = {"student": spec.student.served, "teacher": spec.teacher.serving}
+    contexts = [(serving.max_model_len, f"{role}.serving.maxModelLen") for role, serving in served.items() if serving is not None]
+    writes = [
+        (spec.student.sampling.max_tokens, "student.sampling.maxTokens"),
+        (spec.teacher.sampling.max_tokens, "teacher.sampling.maxTokens"),
+    ]
+    most = {"turns": (spec.scaffold.max_turns, "scaffold.maxTurns"), "turn_tokens": max(writes)}
+    if contexts:
+        most["end_tokens"] = min(contexts)
+    if (count := spec.tasks.held_out.count) is not None:
+        most["held_out"] = (count, "tasks.heldOut.count")
+    return most
 
 
 _BENCHMARKS = {SourceType.SWE_BENCH: 500, SourceType.SWE_GYM: 2438}

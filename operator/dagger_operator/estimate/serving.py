@@ -69,10 +69,13 @@ class Pool:
         if not given:
             return UTILISATION
         try:
-            return float(given[-1])
+            share = float(given[-1])
         except ValueError:
+            share = math.nan
+        if not 0 < share <= 1:
             remedy = "--gpu-memory-utilization is a share: write a number such as 0.9"
-            raise InvalidRun([Problem("serving.extraArgs", f"got {given[-1]!r}", remedy)]) from None
+            raise InvalidRun([Problem("serving.extraArgs", f"got {given[-1]!r}", remedy)])
+        return share
 
     def call_seconds(self, calls: float, new_tokens: float, context: float) -> float:
         """How long one replica takes for `calls` turns at once, after a context of so many tokens, of which `new_tokens` a call are not
