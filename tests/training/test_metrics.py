@@ -24,7 +24,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture
 def observer(tmp_path: Path, registry: CollectorRegistry) -> Any:
     """Of a round of 100 steps."""
-    stage: Any = SimpleNamespace(store=Store.open(Storage(url=f"file://{tmp_path}/store"), {}), round=1)
+    stage: Any = SimpleNamespace(store=Store.open(Storage(url=f"file://{tmp_path}/store")), round=1)
     return _Observer(stage, 0, 100, registry)
 
 
