@@ -1,10 +1,16 @@
 """The chart's and the manifests' files belong together, and every sample is a valid run."""
 
 import json
+import runpy
+import ssl
+import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +73,25 @@ def test_every_value_is_explained() -> None:
                 yield name
 
     assert explained == list(leaves(VALUES))
+
+
+@pytest.mark.parametrize(("host", "server"), [("10.96.0.1", "https://10.96.0.1:443"), ("fd00:10:96::1", "https://[fd00:10:96::1]:443")])
+def test_helm_test_finds_the_api_server_of_every_family(monkeypatch: pytest.MonkeyPatch, host: str, server: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: urllib.request.Request, **_: Any) -> Any:
+        asked.append(request.full_url)
+        return nullcontext(SimpleNamespace(status=200))
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: None)
+    monkeypatch.setattr(Path, "read_text", lambda _: "token")
+    monkeypatch.setattr(sys, "argv", ["check.py", "operator.dagger-system.svc:8081", "lab"])
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    runpy.run_path(str(CHART / "files" / "check.py"))
+    runs_of_lab = f"{server}/apis/dagger-operator.dev/v1alpha1/namespaces/lab/daggerruns?limit=1"
+    assert asked == ["http://operator.dagger-system.svc:8081/readyz", runs_of_lab]
 
 
 def runs(path: Path) -> list[DAggerRun]:
