@@ -66,6 +66,7 @@ def edit(path: str, value: Any) -> Callable[[Json], None]:
 
 
 MAIN = "spec.containers.0"
+ROOTS = {"apiVersion": "v1", "kind": "ConfigMap", "name": "kube-root-ca.crt"}
 ESCAPES = [
     (edit("spec.hostNetwork", True), "leave out hostNetwork, hostPID and hostIPC"),
     (edit("spec.hostPID", True), "leave out hostNetwork, hostPID and hostIPC"),
@@ -87,7 +88,10 @@ ESCAPES = [
     (edit(f"{MAIN}.ports", [{"containerPort": 80, "hostPort": 80}]), "leave out hostPort"),
     (edit(f"{MAIN}.resources.limits.memory", None), "resources.limits of cpu, memory and ephemeral-storage"),
     (edit("spec.activeDeadlineSeconds", None), "set activeDeadlineSeconds"),
+    (edit("spec.activeDeadlineSeconds", 30 * 365 * 86400), "set activeDeadlineSeconds, to 612600 at most"),
     (edit("metadata.ownerReferences", None), "owned by its worker's Lease"),
+    (edit("metadata.ownerReferences.0.apiVersion", "example.com/v1"), "owned by its worker's Lease and by nothing else"),
+    (edit("metadata.ownerReferences", [{**ROOTS, "uid": "d3b3f1c8-0000-4000-8000-000000000001"}]), "and by nothing else"),
 ]
 
 
@@ -122,6 +126,26 @@ def test_a_worker_makes_and_removes_what_is_its_own_namespaces(release: Any, wor
     taken = release.kubectl("replace", "-f", "-", "--as", workers["other"], input=yaml.safe_dump(relabelled))
     assert taken.returncode and "only what belongs to runs of its namespace" in taken.stderr
     assert release.kubectl("delete", *mine, "--as", workers["mine"]).returncode == 0
+
+
+@pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "dagger-operator.dev/run"])
+def test_what_a_worker_makes_can_be_found(release: Any, workers: dict[str, str], label: str) -> None:
+    for made in sandbox(release), lease(release, "mine"):
+        del made["metadata"]["labels"][label]
+        refused = release.create(made, user=workers["mine"])
+        assert refused.returncode and "find by its labels" in refused.stderr, refused.stderr
+
+
+def test_a_workers_lease_goes_when_it_is_deleted(release: Any, workers: dict[str, str]) -> None:
+    kept = lease(release, "mine")
+    held = lease(release, "mine")
+    held["metadata"]["finalizers"] = ["example.com/stay"]
+    assert "leave out finalizers" in release.create(held, user=workers["mine"]).stderr
+    assert release.create(kept, user=workers["mine"], keep=True).returncode == 0
+    refused = release.kubectl("replace", "-f", "-", "--as", workers["mine"], input=yaml.safe_dump(held))
+    assert refused.returncode and "leave out finalizers" in refused.stderr, refused.stderr
+    there = ["lease/mine-lease", f"--namespace={release.sandboxes}"]
+    assert release.kubectl("delete", *there, "--as", workers["mine"]).returncode == 0
 
 
 def test_labels_of_runs_are_for_controllers(release: Any) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
+from annotated_types import Le
 from jsonschema import Draft7Validator
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, load
+from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, Rollouts, Sandbox, load
 from dagger_operator.cli.app import app
+from dagger_operator.rollout.sandboxes import lifetime_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "dagger-operator"
@@ -92,6 +95,20 @@ def test_helm_test_finds_the_api_server_of_every_family(monkeypatch: pytest.Monk
     runpy.run_path(str(CHART / "files" / "check.py"))
     runs_of_lab = f"{server}/apis/dagger-operator.dev/v1alpha1/namespaces/lab/daggerruns?limit=1"
     assert asked == ["http://operator.dagger-system.svc:8081/readyz", runs_of_lab]
+
+
+def test_a_sandbox_may_live_for_as_long_as_a_run_can_ask_and_no_longer() -> None:
+    def most(model: type[BaseModel], field: str) -> int:
+        return next(bound.le for bound in model.model_fields[field].metadata if isinstance(bound, Le))  # type: ignore[misc]
+
+    asked = lifetime_seconds(
+        Sandbox(
+            create_timeout_seconds=most(Sandbox, "create_timeout_seconds"), grade_timeout_seconds=most(Sandbox, "grade_timeout_seconds")
+        ),
+        Rollouts(timeout_seconds=most(Rollouts, "timeout_seconds")),
+    )
+    policy = (CHART / "templates" / "admission" / "sandbox-pods.yaml").read_text()
+    assert f"object.spec.activeDeadlineSeconds <= {asked}\n" in policy and f"to {asked} at most" in policy
 
 
 def runs(path: Path) -> list[DAggerRun]:
