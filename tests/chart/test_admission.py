@@ -1,6 +1,7 @@
 """What the chart's admission policies refuse and what they let through, on a real API server."""
 
 import copy
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,70 @@ def test_labels_of_runs_are_for_controllers(release: Any) -> None:
     assert by_the_operator.returncode == 0, by_the_operator.stderr
     service["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "me"}
     assert release.create(service).returncode == 0
+
+
+WORN = {"app.kubernetes.io/managed-by": "dagger-operator", "dagger-operator.dev/run": "theirs"}
+
+
+def workload(release: Any, kind: str, worn: Json, own: Json | None = None) -> Json:
+    """An object that makes pods with the labels `worn`; `own`: its own."""
+    pods = {"metadata": {"labels": {"app": "mine", **worn}}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+    ending = {**pods, "spec": {**pods["spec"], "restartPolicy": "Never"}}
+    selected = {"selector": {"matchLabels": {"app": "mine"}}, "template": pods}
+    api_version, spec = {
+        "Deployment": ("apps/v1", selected),
+        "ReplicaSet": ("apps/v1", selected),
+        "StatefulSet": ("apps/v1", {**selected, "serviceName": "mine"}),
+        "DaemonSet": ("apps/v1", selected),
+        "ReplicationController": ("v1", {"selector": {"app": "mine"}, "template": pods}),
+        "Job": ("batch/v1", {"template": ending}),
+        "CronJob": ("batch/v1", {"schedule": "@daily", "jobTemplate": {"spec": {"template": ending}}}),
+    }[kind]
+    metadata = {"name": "worn", "namespace": release.runs, "labels": own or {"team": "agents"}}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def applied(release: Any, manifest: Json, *, user: str | None = None) -> "subprocess.CompletedProcess[str]":
+    """What a user is told who applies an object and has every right: the policies alone speak."""
+    arguments = ["apply", "--server-side", "--force-conflicts", "-f", "-", *(["--as", user, "--as-group=system:masters"] if user else [])]
+    return release.kubectl(*arguments, input=yaml.safe_dump(manifest))
+
+
+WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob")
+
+
+@pytest.mark.parametrize("kind", WORKLOADS)
+def test_no_pod_wears_a_runs_labels_because_a_person_wrote_them_into_a_template(release: Any, kind: str) -> None:
+    refused = applied(release, workload(release, kind, WORN))
+    assert refused.returncode and "leave that label out" in refused.stderr, refused.stderr
+    # The operator makes Deployments and Jobs, and controllers make of its objects what is theirs to make.
+    for user in release.operator, "system:serviceaccount:kube-system:some-controller", "system:serviceaccount:lws-system:lws":
+        for made in workload(release, kind, WORN, WORN), workload(release, kind, WORN, {**WORN, "again": "yes"}):
+            done = applied(release, made, user=user)
+            assert done.returncode == 0, done.stderr
+        assert release.kubectl("delete", kind.lower(), "worn", f"--namespace={release.runs}").returncode == 0
+    assert release.create(workload(release, kind, {})).returncode == 0
+
+
+def test_a_cron_jobs_jobs_wear_no_runs_labels_either(release: Any) -> None:
+    made = workload(release, "CronJob", {})
+    made["spec"]["jobTemplate"]["metadata"] = {"labels": WORN}
+    assert "leave that label out" in release.create(made).stderr
+
+
+def test_labels_of_runs_are_not_put_on_later(release: Any) -> None:
+    there = f"--namespace={release.runs}"
+    assert applied(release, workload(release, "Deployment", {})).returncode == 0
+    put_on = release.kubectl("label", "deployment/worn", *(f"{key}={value}" for key, value in WORN.items()), there)
+    assert put_on.returncode and "leave that label out" in put_on.stderr, put_on.stderr
+    assert "leave that label out" in applied(release, workload(release, "Deployment", WORN)).stderr
+    # Other edits, of one's own and of what the operator made, are everyone's who has the right.
+    for user in None, release.operator:
+        if user:
+            assert applied(release, workload(release, "Deployment", WORN, WORN), user=user).returncode == 0
+        edited = release.kubectl("label", "deployment/worn", "edited=yes", there)
+        assert edited.returncode == 0, edited.stderr
+        assert release.kubectl("delete", "deployment/worn", there).returncode == 0
 
 
 def run(release: Any, **spec: Any) -> Json:
