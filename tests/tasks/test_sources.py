@@ -1,6 +1,7 @@
 """Task sources: what is read, and what is refused in which words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ async def test_a_mirror_stands_in_the_place_of_docker_hub_alone(tmp_path: Path, 
         image_prefix=f"mirror.example:5000/hub{slash}",
     )
     assert {task.image for task in (*await load_training(spec, store, {}), *await load_held_out(spec, store, {}))} == {pulled}
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def test_a_row_as_the_documents_have_it_is_a_task_with_every_field_that_they_name(tmp_path: Path, store: Store) -> None:
+    section = (ROOT / "docs" / "data-format.md").read_text().partition("\n## Tasks\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", section, re.M)
+    assert [name for name, _, _ in rows] == list(Task.model_fields)
+    assert {name for name, kind, _ in rows if "required" in kind} == {n for n, field in Task.model_fields.items() if field.is_required()}
+    assert f"default `{Task.model_fields['workdir'].default}`" in {name: meaning for name, _, meaning in rows}["workdir"]
+    (line,) = re.findall(r"^```json\n(.*)\n```$", section, re.M)
+    assert list(json.loads(line)) == list(Task.model_fields)
+    (tmp_path / "tasks.jsonl").write_text(line)
+    (task,) = await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})
+    assert task.model_fields_set == set(Task.model_fields) and isinstance(task.grading, ScriptGrading)
 
 
 def test_a_script_grading_needs_nothing_but_a_command() -> None:
