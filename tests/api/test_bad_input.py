@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.api import InvalidRun, Problem, load
+from dagger_operator.api import InvalidRun, Problem, Tasks, load
 from dagger_operator.api.run import IMMUTABLE, SPEC_BYTES, refused_edits
 
 Json = dict[str, Any]
@@ -120,7 +120,11 @@ EDITS: dict[str, Any] = {
     "student.endpoint.model": "another",
     "teacher.model": "another",
     "teacher.endpoint.model": "another",
-    "tasks": {"source": {"type": "JSONL", "uri": "another"}, "heldOut": {"source": {"type": "JSONL", "uri": "h"}}},
+    "tasks.source": {"type": "JSONL", "uri": "another"},
+    "tasks.perRound": 3,
+    "tasks.firstRound": 3,
+    "tasks.rolloutsPerTask": 3,
+    "tasks.heldOut": {"source": {"type": "JSONL", "uri": "another"}},
     "scaffold": {"maxTurns": 7},
     "training.mode": "Enabled",
     "training.lora": {"rank": 8},
@@ -164,4 +168,11 @@ def test_what_a_run_may_be_told_while_it_runs(document: Json) -> None:
         "training": {"learningRate": 1e-5, "pod": {"nodeSelector": {"pool": "gpu"}}},
     }
     document["spec"]["teacher"]["endpoint"]["url"] = "https://moved.example/v1"
+    document["spec"]["tasks"]["imagePrefix"] = "mirror.example/hub"
     assert refused_edits(old, load(document).spec) == []
+
+
+def test_of_tasks_nothing_may_change_but_where_their_images_come_from() -> None:
+    """A field that is added has to be named in the table, or here."""
+    fixed = {one.name.removeprefix("tasks.") for one in IMMUTABLE if one.name.startswith("tasks.")}
+    assert {field.alias for field in Tasks.model_fields.values()} - fixed == {"imagePrefix"}

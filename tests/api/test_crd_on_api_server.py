@@ -115,7 +115,11 @@ def test_an_edit_that_would_make_finished_rounds_lie_is_refused_and_others_are_n
         "student.model": "another",
         "teacher.model": "another",
         "teacher.endpoint.model": "another",
-        "tasks": {**document["spec"]["tasks"], "firstRound": 3},
+        "tasks.source": {"type": "JSONL", "uri": "another"},
+        "tasks.perRound": 3,
+        "tasks.firstRound": 3,
+        "tasks.rolloutsPerTask": 3,
+        "tasks.heldOut": {"source": {"type": "JSONL", "uri": "another"}},
         "scaffold": {"maxTurns": 7},
         "training.mode": "Disabled",
         "training.lora": {},
@@ -134,6 +138,7 @@ def test_an_edit_that_would_make_finished_rounds_lie_is_refused_and_others_are_n
         assert "make a new run" in answer
 
     document["spec"] |= {"rounds": 9, "suspend": True, "rollouts": {"workers": 4}, "training": {"learningRate": 1e-5}}
+    document["spec"]["tasks"]["imagePrefix"] = "mirror.example/hub"
     assert "serverside-applied" in said(document, "apply", "--server-side", "--force-conflicts")
 
 

@@ -1,6 +1,7 @@
 """What the chart's admission policies refuse and what they let through, on a real API server."""
 
 import copy
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,7 @@ def edit(path: str, value: Any) -> Callable[[Json], None]:
 
 
 MAIN = "spec.containers.0"
+ROOTS = {"apiVersion": "v1", "kind": "ConfigMap", "name": "kube-root-ca.crt"}
 ESCAPES = [
     (edit("spec.hostNetwork", True), "leave out hostNetwork, hostPID and hostIPC"),
     (edit("spec.hostPID", True), "leave out hostNetwork, hostPID and hostIPC"),
@@ -87,7 +89,10 @@ ESCAPES = [
     (edit(f"{MAIN}.ports", [{"containerPort": 80, "hostPort": 80}]), "leave out hostPort"),
     (edit(f"{MAIN}.resources.limits.memory", None), "resources.limits of cpu, memory and ephemeral-storage"),
     (edit("spec.activeDeadlineSeconds", None), "set activeDeadlineSeconds"),
+    (edit("spec.activeDeadlineSeconds", 30 * 365 * 86400), "set activeDeadlineSeconds, to 612600 at most"),
     (edit("metadata.ownerReferences", None), "owned by its worker's Lease"),
+    (edit("metadata.ownerReferences.0.apiVersion", "example.com/v1"), "owned by its worker's Lease and by nothing else"),
+    (edit("metadata.ownerReferences", [{**ROOTS, "uid": "d3b3f1c8-0000-4000-8000-000000000001"}]), "and by nothing else"),
 ]
 
 
@@ -124,6 +129,26 @@ def test_a_worker_makes_and_removes_what_is_its_own_namespaces(release: Any, wor
     assert release.kubectl("delete", *mine, "--as", workers["mine"]).returncode == 0
 
 
+@pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "dagger-operator.dev/run"])
+def test_what_a_worker_makes_can_be_found(release: Any, workers: dict[str, str], label: str) -> None:
+    for made in sandbox(release), lease(release, "mine"):
+        del made["metadata"]["labels"][label]
+        refused = release.create(made, user=workers["mine"])
+        assert refused.returncode and "find by its labels" in refused.stderr, refused.stderr
+
+
+def test_a_workers_lease_goes_when_it_is_deleted(release: Any, workers: dict[str, str]) -> None:
+    kept = lease(release, "mine")
+    held = lease(release, "mine")
+    held["metadata"]["finalizers"] = ["example.com/stay"]
+    assert "leave out finalizers" in release.create(held, user=workers["mine"]).stderr
+    assert release.create(kept, user=workers["mine"], keep=True).returncode == 0
+    refused = release.kubectl("replace", "-f", "-", "--as", workers["mine"], input=yaml.safe_dump(held))
+    assert refused.returncode and "leave out finalizers" in refused.stderr, refused.stderr
+    there = ["lease/mine-lease", f"--namespace={release.sandboxes}"]
+    assert release.kubectl("delete", *there, "--as", workers["mine"]).returncode == 0
+
+
 def test_labels_of_runs_are_for_controllers(release: Any) -> None:
     worn = {"name": "worn", "namespace": release.runs, "labels": {"app.kubernetes.io/managed-by": "dagger-operator"}}
     service: Json = {"apiVersion": "v1", "kind": "Service", "metadata": worn, "spec": {"ports": [{"port": 80}]}}
@@ -133,6 +158,70 @@ def test_labels_of_runs_are_for_controllers(release: Any) -> None:
     assert by_the_operator.returncode == 0, by_the_operator.stderr
     service["metadata"]["labels"] = {"app.kubernetes.io/managed-by": "me"}
     assert release.create(service).returncode == 0
+
+
+WORN = {"app.kubernetes.io/managed-by": "dagger-operator", "dagger-operator.dev/run": "theirs"}
+
+
+def workload(release: Any, kind: str, worn: Json, own: Json | None = None) -> Json:
+    """An object that makes pods with the labels `worn`; `own`: its own."""
+    pods = {"metadata": {"labels": {"app": "mine", **worn}}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+    ending = {**pods, "spec": {**pods["spec"], "restartPolicy": "Never"}}
+    selected = {"selector": {"matchLabels": {"app": "mine"}}, "template": pods}
+    api_version, spec = {
+        "Deployment": ("apps/v1", selected),
+        "ReplicaSet": ("apps/v1", selected),
+        "StatefulSet": ("apps/v1", {**selected, "serviceName": "mine"}),
+        "DaemonSet": ("apps/v1", selected),
+        "ReplicationController": ("v1", {"selector": {"app": "mine"}, "template": pods}),
+        "Job": ("batch/v1", {"template": ending}),
+        "CronJob": ("batch/v1", {"schedule": "@daily", "jobTemplate": {"spec": {"template": ending}}}),
+    }[kind]
+    metadata = {"name": "worn", "namespace": release.runs, "labels": own or {"team": "agents"}}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def applied(release: Any, manifest: Json, *, user: str | None = None) -> "subprocess.CompletedProcess[str]":
+    """What a user is told who applies an object and has every right: the policies alone speak."""
+    arguments = ["apply", "--server-side", "--force-conflicts", "-f", "-", *(["--as", user, "--as-group=system:masters"] if user else [])]
+    return release.kubectl(*arguments, input=yaml.safe_dump(manifest))
+
+
+WORKLOADS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController", "Job", "CronJob")
+
+
+@pytest.mark.parametrize("kind", WORKLOADS)
+def test_no_pod_wears_a_runs_labels_because_a_person_wrote_them_into_a_template(release: Any, kind: str) -> None:
+    refused = applied(release, workload(release, kind, WORN))
+    assert refused.returncode and "leave that label out" in refused.stderr, refused.stderr
+    # The operator makes Deployments and Jobs, and controllers make of its objects what is theirs to make.
+    for user in release.operator, "system:serviceaccount:kube-system:some-controller", "system:serviceaccount:lws-system:lws":
+        for made in workload(release, kind, WORN, WORN), workload(release, kind, WORN, {**WORN, "again": "yes"}):
+            done = applied(release, made, user=user)
+            assert done.returncode == 0, done.stderr
+        assert release.kubectl("delete", kind.lower(), "worn", f"--namespace={release.runs}").returncode == 0
+    assert release.create(workload(release, kind, {})).returncode == 0
+
+
+def test_a_cron_jobs_jobs_wear_no_runs_labels_either(release: Any) -> None:
+    made = workload(release, "CronJob", {})
+    made["spec"]["jobTemplate"]["metadata"] = {"labels": WORN}
+    assert "leave that label out" in release.create(made).stderr
+
+
+def test_labels_of_runs_are_not_put_on_later(release: Any) -> None:
+    there = f"--namespace={release.runs}"
+    assert applied(release, workload(release, "Deployment", {})).returncode == 0
+    put_on = release.kubectl("label", "deployment/worn", *(f"{key}={value}" for key, value in WORN.items()), there)
+    assert put_on.returncode and "leave that label out" in put_on.stderr, put_on.stderr
+    assert "leave that label out" in applied(release, workload(release, "Deployment", WORN)).stderr
+    # Other edits, of one's own and of what the operator made, are everyone's who has the right.
+    for user in None, release.operator:
+        if user:
+            assert applied(release, workload(release, "Deployment", WORN, WORN), user=user).returncode == 0
+        edited = release.kubectl("label", "deployment/worn", "edited=yes", there)
+        assert edited.returncode == 0, edited.stderr
+        assert release.kubectl("delete", "deployment/worn", there).returncode == 0
 
 
 def run(release: Any, **spec: Any) -> Json:

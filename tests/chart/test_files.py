@@ -1,19 +1,28 @@
 """The chart's and the manifests' files belong together, and every sample is a valid run."""
 
 import json
+import runpy
+import ssl
+import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from annotated_types import Le
 from jsonschema import Draft7Validator
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, load
+from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, Rollouts, Sandbox, load
 from dagger_operator.cli.app import app
+from dagger_operator.rollout.sandboxes import lifetime_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "dagger-operator"
@@ -67,6 +76,39 @@ def test_every_value_is_explained() -> None:
                 yield name
 
     assert explained == list(leaves(VALUES))
+
+
+@pytest.mark.parametrize(("host", "server"), [("10.96.0.1", "https://10.96.0.1:443"), ("fd00:10:96::1", "https://[fd00:10:96::1]:443")])
+def test_helm_test_finds_the_api_server_of_every_family(monkeypatch: pytest.MonkeyPatch, host: str, server: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: urllib.request.Request, **_: Any) -> Any:
+        asked.append(request.full_url)
+        return nullcontext(SimpleNamespace(status=200))
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: None)
+    monkeypatch.setattr(Path, "read_text", lambda _: "token")
+    monkeypatch.setattr(sys, "argv", ["check.py", "operator.dagger-system.svc:8081", "lab"])
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    runpy.run_path(str(CHART / "files" / "check.py"))
+    runs_of_lab = f"{server}/apis/dagger-operator.dev/v1alpha1/namespaces/lab/daggerruns?limit=1"
+    assert asked == ["http://operator.dagger-system.svc:8081/readyz", runs_of_lab]
+
+
+def test_a_sandbox_may_live_for_as_long_as_a_run_can_ask_and_no_longer() -> None:
+    def most(model: type[BaseModel], field: str) -> int:
+        return next(int(str(bound.le)) for bound in model.model_fields[field].metadata if isinstance(bound, Le))
+
+    asked = lifetime_seconds(
+        Sandbox(
+            create_timeout_seconds=most(Sandbox, "create_timeout_seconds"), grade_timeout_seconds=most(Sandbox, "grade_timeout_seconds")
+        ),
+        Rollouts(timeout_seconds=most(Rollouts, "timeout_seconds")),
+    )
+    policy = (CHART / "templates" / "admission" / "sandbox-pods.yaml").read_text()
+    assert f"object.spec.activeDeadlineSeconds <= {asked}\n" in policy and f"to {asked} at most" in policy
 
 
 def runs(path: Path) -> list[DAggerRun]:

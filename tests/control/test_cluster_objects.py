@@ -5,9 +5,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, PodSettings
 from dagger_operator.control import Results, Role, StageName, Step, steps
-from dagger_operator.control.identity import build_identity
+from dagger_operator.control.identity import WORKER_ROLE, build_identity
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.servers import build_server, build_service, served
 from dagger_operator.store.results import PrepareResult
@@ -102,9 +102,18 @@ def test_workers_make_sandbox_pods_in_their_own_name_and_only_there(make_run: Ma
     account, binding = build_identity(run, "sandboxes")
     assert (account["kind"], account["metadata"]["name"]) == ("ServiceAccount", "demo-worker")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "demo-worker", "namespace": "lab"}]
-    own = make_run(sandbox={"namespace": "sandboxes"}, rollouts={"pod": {"serviceAccountName": "cloud"}})
-    (binding,) = build_identity(own, "sandboxes")
-    assert binding["subjects"][0]["name"] == "cloud"
+
+
+def test_a_named_accounts_token_is_where_its_description_says(make_run: Make) -> None:
+    run = make_run(sandbox={"namespace": "sandboxes"}, rollouts={"pod": {"serviceAccountName": "cloud"}})
+    (binding,) = build_identity(run, "sandboxes")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "cloud", "namespace": "lab"}]
+    pods = {step.stage: build_job(run, step, RESULTS)["spec"]["template"]["spec"] for step in steps(run.spec)}
+    assert {stage for stage, pod in pods.items() if pod.get("serviceAccountName") == "cloud"} == set(pods) - {StageName.TRAINING}
+    mounted = {stage for stage, pod in pods.items() if pod["automountServiceAccountToken"]}
+    assert mounted == {StageName.ROLLOUT, StageName.EVALUATION}
+    described = PodSettings.model_fields["service_account_name"].description or ""
+    assert all(stage.value in described for stage in mounted) and WORKER_ROLE in described
 
 
 def test_a_teacher_over_several_nodes_is_one_engine_that_the_first_node_answers_for(make_run: Make) -> None:

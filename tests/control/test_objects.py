@@ -259,6 +259,14 @@ def test_the_same_inputs_make_the_same_attempt_and_a_retry_another(make_run: Mak
     assert first["metadata"]["name"] == suspended["metadata"]["name"] != retried["metadata"]["name"]
 
 
+def test_another_mirror_of_tasks_images_begins_nothing_anew_but_what_makes_sandboxes(make_run: Make) -> None:
+    tasks = {"source": {"type": "JSONL", "uri": "t.jsonl"}, "heldOut": {"source": {"type": "JSONL", "uri": "h.jsonl"}}}
+    first, moved = ({m["metadata"]["name"]: m for m in manifests(make_run(tasks=tasks | edit))} for edit in ({}, {"imagePrefix": "mirror"}))
+    gone = {name.split("-", 1)[1].rpartition("-")[0] for name in first.keys() - moved.keys()}
+    assert {re.sub(r"^r\d+-", "", name) for name in gone} == {"rollout", "evaluation"}
+    assert all(first[name] == moved[name] for name in first.keys() & moved.keys())
+
+
 @pytest.mark.parametrize("command", sorted(READS))
 def test_what_a_command_is_told_is_a_valid_run_that_says_the_same(make_run: Make, command: str) -> None:
     run = make_run(training={"learningRate": 1e-5, "loss": "ForwardKL"}, labels={"topLogprobs": 4}, sandbox={"commandTimeoutSeconds": 7})

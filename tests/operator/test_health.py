@@ -1,6 +1,7 @@
 """What the kubelet is told, and what kopf's requests tell about its watches."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from dagger_operator.cluster.app import _serving
 from dagger_operator.cluster.health import LONGEST_SILENCE, LONGEST_STANDSTILL, Health
 from dagger_operator.cluster.streams import Streams
 
@@ -87,6 +89,16 @@ def test_a_queue_that_stands_still_is_stuck_and_a_standby_is_ready() -> None:
     assert health.idle() is None
     world.standstill = LONGEST_STANDSTILL + 1
     assert "waited" in (health.stuck() or "")
+
+
+@pytest.mark.parametrize("here", ["127.0.0.1", "[::1]"])
+async def test_the_kubelet_is_answered_where_pods_have_ipv4_and_where_they_have_ipv6(here: str) -> None:
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, leads=lambda: False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with _serving(port, health.routes()), aiohttp.ClientSession() as session, session.get(f"http://{here}:{port}/livez") as answer:
+        assert await answer.text() == "ok (standby)"
 
 
 async def test_a_blocked_event_loop_is_measured() -> None:

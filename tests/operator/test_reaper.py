@@ -14,17 +14,19 @@ Json = dict[str, Any]
 DAY = 86400.0
 
 
-def made(kind: str, name: str, run_namespace: str = "lab") -> Json:
-    labels = {"dagger-operator.dev/run": "gone", "dagger-operator.dev/run-namespace": run_namespace}
+def made(kind: str, name: str, run_namespace: str = "lab", run: str = "gone") -> Json:
+    labels = {"dagger-operator.dev/run": run, "dagger-operator.dev/run-namespace": run_namespace}
     api_version = {"Lease": "coordination.k8s.io/v1", "RoleBinding": "rbac.authorization.k8s.io/v1"}[kind]
     return {"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": "sandboxes", "labels": labels}}
 
 
 @pytest.fixture
 def objects() -> Objects:
-    """Two bindings of runs that are gone, and two Leases that nobody renews."""
+    """Two bindings of runs that are gone, and two Leases of one that is there, which nobody renews."""
     held = Objects()
-    for one in (made("RoleBinding", "a", "theirs"), made("RoleBinding", "b"), made("Lease", "a"), made("Lease", "b")):
+    held.put({"apiVersion": "dagger-operator.dev/v1alpha1", "kind": "DAggerRun", "metadata": {"name": "there", "namespace": "lab"}})
+    leases = (made("Lease", name, run="there") for name in ("a", "b"))
+    for one in (made("RoleBinding", "a", "theirs"), made("RoleBinding", "b"), *leases):
         held.put(one)
     return held
 
@@ -35,7 +37,7 @@ def reaper(objects: Any) -> Reaper:
 
 
 def left(objects: Objects) -> set[tuple[str, str]]:
-    return {(kind, name) for kind, _, name in objects.there}
+    return {(kind, name) for kind, _, name in objects.there if kind != "DAggerRun"}
 
 
 FORBIDDEN = (403, {"reason": "Forbidden", "message": "the operator cannot get daggerruns in theirs"})
@@ -75,12 +77,22 @@ async def test_leases_go_first_since_their_pods_cost_something(objects: Objects)
     order: list[str] = []
     objects.fault = lambda verb, place: order.append(place[0]) if verb == "delete" else None
     one = reaper(objects)
-    objects.there = {place: one for place, one in objects.there.items() if place[0] == "Lease"}
+    objects.there = {place: one for place, one in objects.there.items() if place[0] != "RoleBinding"}
     await one.reap()
     await one.reap()
     objects.put(made("RoleBinding", "b"))
     await one.reap()
     assert order == ["Lease", "Lease", "RoleBinding"]
+
+
+async def test_a_lease_goes_with_its_run_however_often_it_is_renewed(objects: Objects) -> None:
+    """A worker that was taken over, and its like, may renew it for as long as they run."""
+    one = reaper(objects)
+    for _ in range(3):
+        objects.put(made("Lease", "of a run that is gone"))
+        objects.put(made("Lease", "a", run="there"))
+        await one.reap()
+    assert left(objects) == {("Lease", "a")}
 
 
 async def test_an_api_server_that_is_away_ends_the_look(objects: Objects) -> None:

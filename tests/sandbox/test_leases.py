@@ -35,7 +35,7 @@ class Watch:
         return names(self.witness.dead(leases, grace=grace))
 
 
-@given(grace=st.sampled_from([0.0, 60.0]), duration=st.integers(1, 120))
+@given(grace=st.sampled_from([0.0, 60.0]), duration=st.integers(1, DURATION_SECONDS))
 def test_a_lease_that_stands_still_is_dead_once_it_did_so_for_longer_than_it_lasts(grace: float, duration: int) -> None:
     watch, stale = Watch(), lease("stale", 1, leaseDurationSeconds=duration)
     for looks in range(30):
@@ -50,6 +50,13 @@ def test_what_a_lease_says_of_the_time_counts_for_nothing() -> None:
     for _ in range(7):
         assert not watch.look(lease("fast", 1, renewTime="9999-01-01T00:00:00Z"))
     assert watch.look(lease("fast", 1, renewTime="9999-01-01T00:00:00Z")) == ["fast"]
+
+
+def test_a_lease_that_says_that_it_lasts_for_decades_is_not_believed() -> None:
+    """A worker that was taken over writes what it likes into its Lease, and then is gone."""
+    watch, left = Watch(), lease("left", 1, leaseDurationSeconds=2**31 - 1)
+    found = [bool(watch.look(left)) for _ in range(9)]
+    assert found.index(True) == DURATION_SECONDS // 10 + 1
 
 
 def test_a_lease_that_says_nothing_lasts_as_long_as_a_workers() -> None:

@@ -1,6 +1,7 @@
 """Task sources: what is read, and what is refused in which words."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ async def test_held_out_tasks_in_the_training_set_are_refused(tmp_path: Path, st
         image_prefix="mirror.example/x/",
     )
     assert [(task.id, task.image) for task in await load_training(spec, store, {})] == [
-        ("t0", "mirror.example/x/repo:tag"),
-        ("t1", "mirror.example/x/repo:tag"),
+        ("t0", "mirror.example/x/library/repo:tag"),
+        ("t1", "mirror.example/x/library/repo:tag"),
     ]
     assert [task.id for task in await load_held_out(spec, store, {})] == ["t2"]
     with pytest.raises(StageFailure, match=r"InvalidTasks: 1 tasks .* are held out too, such as t2.*different splits"):
@@ -195,6 +196,49 @@ async def test_a_tasks_environment_is_read_and_a_row_without_one_stays_as_it_was
     assert (one.env, other.env, without.env) == (env, env, {})
     assert json.loads(one.model_dump_json())["env"] == env
     assert "env" not in json.loads(without.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("image", "pulled"),
+    [
+        # As ECR's pull-through caches, Harbor's proxies and Artifact Registry's remote repositories name images of Docker Hub.
+        ("docker.io/swebench/sweb.eval:latest", "mirror.example:5000/hub/swebench/sweb.eval:latest"),
+        ("index.docker.io/swebench/sweb.eval:latest", "mirror.example:5000/hub/swebench/sweb.eval:latest"),
+        ("swebench/sweb.eval:latest", "mirror.example:5000/hub/swebench/sweb.eval:latest"),
+        ("docker.io/python:3.12", "mirror.example:5000/hub/library/python:3.12"),
+        ("python:3.12", "mirror.example:5000/hub/library/python:3.12"),
+        # What a mirror of Docker Hub does not have.
+        ("ghcr.io/owner/image:1", "ghcr.io/owner/image:1"),
+        ("localhost/image", "localhost/image"),
+        ("registry:5000/image", "registry:5000/image"),
+    ],
+)
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_a_mirror_stands_in_the_place_of_docker_hub_alone(tmp_path: Path, store: Store, image: str, pulled: str, slash: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(lines(*({**row, "image": image} for row in OWN)))
+    spec = Tasks(
+        source=source(SourceType.JSONL, path, "train"),
+        held_out=HeldOut(source=source(SourceType.JSONL, path, "heldout")),
+        image_prefix=f"mirror.example:5000/hub{slash}",
+    )
+    assert {task.image for task in (*await load_training(spec, store, {}), *await load_held_out(spec, store, {}))} == {pulled}
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+async def test_a_row_as_the_documents_have_it_is_a_task_with_every_field_that_they_name(tmp_path: Path, store: Store) -> None:
+    section = (ROOT / "docs" / "data-format.md").read_text().partition("\n## Tasks\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", section, re.M)
+    assert [name for name, _, _ in rows] == list(Task.model_fields)
+    assert {name for name, kind, _ in rows if "required" in kind} == {n for n, field in Task.model_fields.items() if field.is_required()}
+    assert f"default `{Task.model_fields['workdir'].default}`" in {name: meaning for name, _, meaning in rows}["workdir"]
+    (line,) = re.findall(r"^```json\n(.*)\n```$", section, re.M)
+    assert list(json.loads(line)) == list(Task.model_fields)
+    (tmp_path / "tasks.jsonl").write_text(line)
+    (task,) = await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})
+    assert task.model_fields_set == set(Task.model_fields) and isinstance(task.grading, ScriptGrading)
 
 
 def test_a_script_grading_needs_nothing_but_a_command() -> None:

@@ -17,7 +17,8 @@ def get(url: str, **headers: str) -> None:
 
 get(f"http://{sys.argv[1]}/readyz")
 token = (ACCOUNT / "token").read_text()
-server = f"https://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
+host = os.environ["KUBERNETES_SERVICE_HOST"]
+server = f"https://{f'[{host}]' if ':' in host else host}:{os.environ['KUBERNETES_SERVICE_PORT']}"
 for namespace in sys.argv[2:] or [""]:
     scope = f"/namespaces/{namespace}" if namespace else ""
     get(f"{server}/apis/dagger-operator.dev/v1alpha1{scope}/daggerruns?limit=1", Authorization=f"Bearer {token}")

@@ -129,7 +129,10 @@ class PodSettings(ApiModel):
     image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16, json_schema_extra=list_map("name"))] = []
     """Secrets with which images are pulled."""
     service_account_name: ObjectName | None = None
-    """ServiceAccount of the pods, as a cloud's workload identity wants it. Its token is not mounted."""
+    """ServiceAccount of the pods, as a cloud's workload identity wants it. Its token is not mounted, but for one case: with Pod sandboxes
+    that of `rollouts.pod` is the workers' own, is mounted into rollout and evaluation pods, and is bound to the Role
+    `dagger-sandbox-worker`, with which it makes pods in the sandbox namespace and runs commands in all that are there. So name one there
+    that no other pod runs as."""
     resources: Resources = Resources()
     """Requests and limits of the main container."""
     env: Annotated[list[EnvVar], Field(max_length=32, json_schema_extra=list_map("name"))] = []

@@ -89,7 +89,11 @@ IMMUTABLE = (
     Immutable("student.?endpoint.?model", "it is who acted in finished rounds"),
     Immutable("teacher.model", "labels of two teachers would stand in one data set"),
     Immutable("teacher.?endpoint.?model", "labels of two teachers would stand in one data set"),
-    Immutable("tasks", "finished rounds were dealt from them"),
+    # All but `imagePrefix`, which says where images are pulled from and not what is in them.
+    *(
+        Immutable(f"tasks.{field}", "finished rounds were dealt by it")
+        for field in ("source", "perRound", "?firstRound", "rolloutsPerTask", "heldOut")
+    ),
     Immutable("scaffold", "finished trajectories were made with it"),
     Immutable("training.mode", "rounds with and without training do not make one run"),
     Immutable("training.?lora", "each round's adapter goes on from the one before it"),

@@ -47,7 +47,8 @@ class Tasks(ApiModel):
     held_out: HeldOut
     """The tasks that evaluation uses."""
     image_prefix: Annotated[str, Field(max_length=512)] | None = None
-    """Mirror put before the tasks' image names."""
+    """Mirror of Docker Hub, such as `registry.example.com/docker-hub`: stands in the place of `docker.io/` in the names of tasks' images,
+    or before them. Images of other registries keep their names. It may be changed in a run."""
 
     def count_at(self, round_number: int) -> int:
         """Tasks of a round; rounds count from 1."""

@@ -116,7 +116,8 @@ async def _serving(port: int, routes: Iterable[web.RouteDef]) -> AsyncIterator[N
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "0.0.0.0", port).start()  # noqa: S104 - the kubelet and Prometheus come from outside the pod
+        # On every address, IPv4's and IPv6's: the kubelet and Prometheus come from outside the pod.
+        await web.TCPSite(runner, None, port).start()
         yield
     finally:
         await runner.cleanup()

@@ -1,4 +1,4 @@
-"""What no owner reference can clear: in the sandbox namespace, bindings of runs that are gone, and Leases of workers that are.
+"""What no owner reference can clear: in the sandbox namespace, Leases and bindings of runs that are gone, and Leases of workers that are.
 
 Sandbox pods belong to their worker's Lease, so the garbage collector takes them with it.
 """
@@ -46,7 +46,9 @@ class Reaper:
     async def reap(self) -> int:
         """How many objects were removed; Leases go first, since their pods cost something."""
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
-        removed = [await self._cleared(one) for one in self._witness.dead(leases, grace=GRACE)]
+        dead = self._witness.dead(leases, grace=GRACE)
+        removed = [await self._cleared(one) for one in dead]
+        removed += [await self._cleared(one, key) for one in leases if one not in dead and (key := run_key(one)) is not None]
         bindings = [one async for one in self._labelled("rbac.authorization.k8s.io/v1", "RoleBinding")]
         self._notice(bindings)
         removed += [await self._cleared(one, key) for one in bindings if (key := run_key(one)) is not None]

@@ -46,6 +46,8 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
     for section in (spec.get("rollouts"), spec.get("training"), *(spec[role].get("serving") for role in Role)):
         if section is not None:
             section.pop("pod", None)  # where a pod runs is no business of what runs in it
+    if "sandbox" not in kept:  # where tasks' images are pulled from concerns nobody else, and may be changed
+        spec["tasks"].pop("imagePrefix", None)
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
     if "training" not in kept and (part := _of_training(run, command)):

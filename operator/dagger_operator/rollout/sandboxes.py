@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import TypedDict
 
-from dagger_operator.api import SandboxBackend, ScaffoldType
+from dagger_operator.api import Rollouts, Sandbox, SandboxBackend, ScaffoldType
 from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
 from dagger_operator.sandbox.process import NO_NAMESPACES, ProcessSandboxes
 from dagger_operator.store.stage import Stage, StageFailure
@@ -69,13 +69,16 @@ def _pods(stage: Stage) -> SandboxProvider:
         life=sha256(f"{run_namespace}/{environ.get('DAGGER_POD') or secrets.token_hex()}".encode()).hexdigest()[:8],
         helper_image=helper_image,
         limits=spec.sandbox.limits,
-        lifetime_seconds=spec.sandbox.create_timeout_seconds
-        + max(spec.rollouts.timeout_seconds, spec.sandbox.grade_timeout_seconds)
-        + _SPARE_SECONDS,
+        lifetime_seconds=lifetime_seconds(spec.sandbox, spec.rollouts),
         image=spec.sandbox.image,
         pod=spec.sandbox.pod,
     )
     return PodSandboxes(setting, namespace, most_alive=2 * spec.rollouts.concurrency)
+
+
+def lifetime_seconds(sandbox: Sandbox, rollouts: Rollouts) -> int:
+    """For how long a sandbox pod may be there, whoever forgot it. The chart's admission policy takes no more than what this can be."""
+    return sandbox.create_timeout_seconds + max(rollouts.timeout_seconds, sandbox.grade_timeout_seconds) + _SPARE_SECONDS
 
 
 def gateway_place(stage: Stage) -> GatewayPlace:

@@ -20,6 +20,8 @@ from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_manifest import Setting
 
 DURATION_SECONDS = 60
+"""For how long a worker's Lease lasts; one that says that it lasts longer is not believed, since whoever wrote it may have been the
+commands of a model."""
 _FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -47,7 +49,7 @@ class Witness:
         """Of the Leases that there are: version, and since when."""
 
     def dead(self, leases: Iterable[Manifest], *, grace: float = 0.0) -> list[Manifest]:
-        """One look at all that there are; those of them that stood still for longer than they last, and `grace`."""
+        """One look at all that there are; those of them that stood still for longer than they last, and `grace` (seconds)."""
         now, before, leases = self._clock(), self._seen, list(leases)
         if now - self._looked > self._late:
             before = {}
@@ -60,7 +62,7 @@ class Witness:
 
 
 def _duration(lease: Mapping[str, Any]) -> float:
-    return float((lease.get("spec") or {}).get("leaseDurationSeconds") or DURATION_SECONDS)
+    return float(min((lease.get("spec") or {}).get("leaseDurationSeconds") or DURATION_SECONDS, DURATION_SECONDS))
 
 
 class WorkerLease:

@@ -18,6 +18,7 @@ from dagger_operator.tasks import swe
 from dagger_operator.tasks.task import Task
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
+_DOCKER_HUB = ("docker.io", "index.docker.io")
 _OWN = (SourceType.JSONL, SourceType.PARQUET)
 Row = dict[str, Any]
 
@@ -70,7 +71,21 @@ async def _both(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[
 def _mirrored(tasks: tuple[Task, ...], prefix: str | None) -> tuple[Task, ...]:
     if not prefix:
         return tasks
-    return tuple(task.model_copy(update={"image": f"{prefix.rstrip('/')}/{task.image}"}) if task.image else task for task in tasks)
+    return tuple(task.model_copy(update={"image": _at_mirror(task.image, prefix)}) if task.image else task for task in tasks)
+
+
+def _at_mirror(image: str, prefix: str) -> str:
+    """An image of Docker Hub by its name at a mirror, as pull-through caches and proxies have them; of another registry its own name.
+
+    By Docker's rule: what stands before the first slash is a registry where it has a dot or a colon, or is `localhost`, and a name
+    without a slash is one of `library/`.
+    """
+    registry, slash, name = image.partition("/")
+    if slash and ("." in registry or ":" in registry or registry == "localhost"):
+        if registry not in _DOCKER_HUB:
+            return image
+        image = name
+    return f"{prefix.rstrip('/')}/{image if '/' in image else f'library/{image}'}"
 
 
 async def _rows(source: TaskSource, store: Store, environ: Mapping[str, str]) -> list[Row]:
