@@ -85,7 +85,7 @@ class Storage:
 
     def __init__(self, tale: Story) -> None:
         self.tale, self.known = tale, Results()
-        self.store = Store.open(tale.run.spec.storage, {})
+        self.store = Store.open(tale.run.spec.storage)
 
     async def done(self, *stages: str, round_number: int = 0) -> None:
         await take_prefix(self.store, self.tale.run)

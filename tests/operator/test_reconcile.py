@@ -173,7 +173,7 @@ async def test_a_run_that_failed_by_a_refusal_makes_nothing_and_goes_on_once_all
     make_run: Callable[..., DAggerRun], clock: Clock, keep: str
 ) -> None:
     run = make_run()
-    store = Store.open(run.spec.storage, {})
+    store = Store.open(run.spec.storage)
     await take_prefix(store, run)
     await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
     looks = Looks(run)
