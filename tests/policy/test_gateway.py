@@ -501,7 +501,7 @@ async def test_a_failed_turns_request_is_not_kept_while_its_rollout_goes_on(stud
         bodies = [[{"role": "user", "content": f"to be forgotten {number}"}] for number in range(2)]
         assert [status for status, _ in await asyncio.gather(*(r.ask(other, body) for body in bodies))] == [400, 400]
         gc.collect()
-        requests = [found for found in gc.get_objects() if isinstance(found, ChatRequest)]
+        requests = [found for found in gc.get_objects() if type(found) is ChatRequest]  # proxies warn when they are asked for more
         assert not [request for request in requests if request.messages[0]["content"].startswith("to be forgotten")]
         assert [(await each.finish()).policy_error.reason for each in (session, other)] == ["BadRequest", "BadRequest"]
 
