@@ -29,7 +29,7 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure
-from dagger_operator.store.trajectories import finished, read_trajectories
+from dagger_operator.store.trajectories import finished, read_trajectories, write_trajectory
 
 
 async def trajectories(store: Store, kind: Kind = Kind.ROLLOUT) -> list[Trajectory]:
@@ -124,6 +124,40 @@ async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(grou
     assert len(false_submits) == result.summary.false_submits > 0
     assert 0 < result.summary.resolved < 8
     assert result.summary.policy == stage.policy
+
+
+async def test_every_round_deals_and_holds_out_what_the_run_began_with(ground: Any) -> None:
+    run = ground.run(train=3, held_out=3)
+    await rollout(ground.stage(run))
+    ground.run(train=3, held_out=2)
+    with pytest.raises(StageFailure, match=r"TasksChanged: spec\.tasks\.heldOut.*repair-1002"):
+        await evaluate(ground.stage(run, kind="evaluation"))
+    ground.run(train=4, held_out=3)
+    with pytest.raises(StageFailure, match=r"TasksChanged: spec\.tasks\.source.*repair-3"):
+        await rollout(ground.stage(run, round_number=2))
+    assert not await finished(ground.store(run), 2, Kind.ROLLOUT)
+    ground.run(train=3, held_out=3)
+    await evaluate(ground.stage(run, kind="evaluation"))
+    await rollout(ground.stage(run, round_number=2))
+
+
+@pytest.mark.parametrize(("kind", "work"), [(Kind.ROLLOUT, rollout), (Kind.EVALUATION, evaluate)])
+async def test_a_trajectory_of_another_task_than_was_dealt_counts_for_nothing(ground: Any, kind: Kind, work: Callable[..., Any]) -> None:
+    """Whatever put it there: a count that leaves it out would be of another set of tasks."""
+    run = ground.run(train=2, held_out=2)
+    stage, store = ground.stage(run, kind=kind.value), ground.store(run)
+    other = Trajectory(
+        run="test", round=1, rollout_id="t00001-a0", task_id="of-another-deal", student="s", turns=(), outcome=Outcome.RESOLVED
+    )
+    await write_trajectory(store, kind, other)
+    with pytest.raises(
+        StageFailure, match=f"TasksChanged: {layout.trajectory(1, kind, 't00001-a0')} is of task of-another-deal, .*repair-"
+    ):
+        await work(stage)
+    assert not await store.exists(layout.result(1, kind)) and not await store.exists(layout.manifest(1))
+    await store.delete(layout.trajectory(1, kind, "t00001-a0"))
+    await work(stage)
+    assert await store.exists(layout.result(1, kind))
 
 
 def unavailable(model: str) -> Callable[[str, list[dict[str, Any]]], web.Response | None]:

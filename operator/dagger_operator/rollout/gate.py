@@ -23,12 +23,20 @@ _REMEDIES = {
 async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...], reader: ActionReader) -> tuple[Tally, list[Trajectory]]:
     """Counts a stage's finished rollouts; of the trajectories returned, turns are left out to save memory.
 
-    Raises `StageFailure` where infrastructure broke more of them than `rollouts.minValidFraction` allows. Those are then forgotten,
-    so that they are tried again when the run is resumed: what was wrong with the infrastructure may be mended by then.
+    Raises `StageFailure` where one is of another task than is dealt to it, or where infrastructure broke more of them than
+    `rollouts.minValidFraction` allows. Those are then forgotten, so that they are tried again when the run is resumed: what was wrong with
+    the infrastructure may be mended by then.
     """
     tally, trajectories = Tally(reader), list[Trajectory]()
-    ids = [assignment.rollout_id for assignment in assignments]
-    async for trajectory in read_trajectories(stage.store, stage.round, kind, rollout_ids=ids):
+    dealt = {assignment.rollout_id: assignment.task.id for assignment in assignments}
+    async for trajectory in read_trajectories(stage.store, stage.round, kind, rollout_ids=dealt):
+        if trajectory.task_id != (task := dealt.get(trajectory.rollout_id)):
+            raise StageFailure(
+                "TasksChanged",
+                f"{layout.trajectory(stage.round, kind, trajectory.rollout_id)} is of task {trajectory.task_id}, and that rollout is dealt "
+                f"{task}: spec.tasks held other tasks when it was made. Delete such trajectories and resume the run, which makes them "
+                "again, or make a new run with a new name",
+            )
         tally.add(trajectory)
         trajectories.append(trajectory.model_copy(update={"turns": ()}))
     least = stage.run.spec.rollouts.min_valid_fraction
