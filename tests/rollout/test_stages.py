@@ -279,6 +279,16 @@ async def test_who_does_what_is_said_of_low_coverage_gets_a_whole_round(ground: 
     assert {t.tries for t in await trajectories(ground.store(run(4096)))} == {1}
 
 
+async def test_a_gate_that_was_made_stricter_forgets_nothing_of_a_closed_round(ground: Any) -> None:
+    run = ground.run(train=3, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "minValidFraction": 0.5})
+    ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None
+    await rollout(ground.stage(run))
+    store, result = ground.store(run), await _result(ground.store(run))
+    await store.delete(layout.result(1, "rollout"))  # as if who closed it had died before it said so
+    await rollout(ground.stage(ground.run(train=3, rollouts={"concurrency": 2, "leaseSeconds": 4, "minValidFraction": 1.0})))
+    assert await _result(store) == result and len(await finished(store, 1, Kind.ROLLOUT)) == 3
+
+
 async def test_a_context_that_is_too_long_is_the_policys_own_error_and_not_tried_again(ground: Any) -> None:
     run = ground.run(train=2, mixing={"beta": {"type": "Constant", "value": 0.0}}, labels={"minCoverage": 0.0, "attempts": 1})
     refusal = {"error": {"message": "maximum context length is 64 tokens", "code": "context_length_exceeded"}}
