@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from dagger_operator.control import child
+from dagger_operator.local.pods import Pod
 from dagger_operator.local.processes import MARK
 
 POLICY = {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [3]}}]}
@@ -59,6 +61,38 @@ async def test_the_end_of_the_log_stands_in_for_a_missing_termination_message(la
     lab.machine.apply([job])
     await lab.until(lambda: lab.end("work"))
     assert "no such model" in lab.container_state("work")["state"]["terminated"]["message"]
+
+
+async def test_a_pod_whose_folder_cannot_be_made_is_a_failed_pod_and_tried_again_when_it_can(lab: Any) -> None:
+    lab.place.folder.write_text("in the way")  # as a disk that is full, or one that may not be written
+    lab.machine.apply([lab.job("work", "print('up', end='')", backoffLimit=6), lab.job("other", "pass", backoffLimit=0)])
+    await lab.until(lambda: lab.end("other"))
+    assert lab.end("other") == ("Failed", "BackoffLimitExceeded")
+    ended = lab.container_state("other")["state"]["terminated"]
+    assert (ended["exitCode"], ended["reason"]) == (128, "StartError") and "pods/other-0: Not a directory" in ended["message"]
+    await lab.until(lambda: lab.status("work")["failed"] == 1)
+    lab.place.folder.unlink()
+    await lab.until(lambda: lab.end("work"))
+    assert (lab.end("work"), lab.log("work-0")) == (("Complete", "CompletionsReached"), "up")
+
+
+async def test_a_job_ends_without_its_last_words_where_its_logs_were_removed(lab: Any) -> None:
+    code = f"import shutil, sys; shutil.rmtree({str(lab.place.logs)!r}); sys.exit(1)"
+    lab.machine.apply([lab.job("work", code, container={"terminationMessagePolicy": "FallbackToLogsOnError"}, backoffLimit=1)])
+    await lab.until(lambda: lab.end("work"))
+    assert (lab.end("work"), lab.status("work")["failed"]) == (("Failed", "BackoffLimitExceeded"), 2)
+
+
+async def test_a_fault_of_ours_fails_the_job_in_its_words(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(pod: Pod) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr(Pod, "run", broken)
+    lab.machine.apply([lab.job("work", "pass")])
+    await lab.until(lambda: lab.end("work"))
+    (condition,) = lab.status("work")["conditions"]
+    assert (condition["type"], condition["reason"]) == ("Failed", "RuntimeError")
+    assert condition["message"] == "ZeroDivisionError: nobody thought of this"
 
 
 async def test_an_exit_code_that_no_retry_mends_fails_the_job_at_once(lab: Any) -> None:

@@ -75,8 +75,8 @@ async def test_the_manifest_is_valid_and_its_sources_read_the_rows(tmp_path: Pat
         (run.spec.tasks.source, generate(1, 6, held_out=False)),
         (run.spec.tasks.held_out.source, generate(1, 4, held_out=True)),
     ):
-        rows = await load_tasks(source.model_copy(update={"uri": str(tmp_path / "tasks.jsonl")}), store, {})
-        assert sorted(rows, key=lambda row: row.id) == list(expected)
+        loaded = await load_tasks(source.model_copy(update={"uri": str(tmp_path / "tasks.jsonl")}), store, {})
+        assert sorted(loaded.tasks, key=lambda task: task.id) == list(expected)
 
 
 def test_what_a_check_prints_is_the_same_in_every_process(tmp_path: Path) -> None:

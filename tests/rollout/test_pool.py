@@ -1,8 +1,10 @@
 """Workers share a stage's rollouts: each is finished once, whatever happens to those who work on it."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,41 @@ async def test_a_worker_that_lost_its_claim_writes_nothing_and_goes_on(bench: Be
     await lease.release()
     await asyncio.wait_for(slow, 60)
     assert len(await bench.ended()) == 2
+
+
+async def ends_by_its_deadline(seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            asyncio.get_running_loop().call_soon(time.sleep, 3.0)
+            await asyncio.sleep(60)
+
+
+async def stands_still_itself() -> None:
+    time.sleep(3.0)  # what finds its time over without asking the event loop, such as a thread
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(lambda: ends_by_its_deadline(0.1), id="before the claim is renewed"),
+        pytest.param(lambda: ends_by_its_deadline(0.6), id="after the claim is renewed"),
+        pytest.param(lambda: ends_by_its_deadline(2.0), id="after the claim is over"),
+        pytest.param(stands_still_itself, id="unseen by the event loop"),
+    ],
+)
+async def test_deadlines_that_pass_while_a_worker_stands_still_end_no_rollout(bench: Bench, end: Callable[[], Awaitable[None]]) -> None:
+    """To its timers a loop that stands still is a process that was stopped: on waking all are due."""
+
+    async def attempt(assignment: Assignment, tries: int) -> Trajectory:
+        if tries > 1:
+            return bench.record(assignment, tries, Outcome.RESOLVED)
+        await end()
+        return bench.record(assignment, tries, Outcome.LIMIT_REACHED)
+
+    bench.assignments, bench.attempt = bench.assignments[:1], attempt  # type: ignore[method-assign]
+    await asyncio.wait_for(bench.pool(lease=1.0).run(), 60)
+    (ended,) = (await bench.ended()).values()
+    assert (ended.outcome, ended.tries) == (Outcome.RESOLVED, 2)
 
 
 async def test_progress_counts_the_whole_stage_and_this_workers_part(bench: Bench) -> None:

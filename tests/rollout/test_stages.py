@@ -29,7 +29,7 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import ExitCode, Stage, StageFailure
-from dagger_operator.store.trajectories import finished, read_trajectories
+from dagger_operator.store.trajectories import finished, read_trajectories, write_trajectory
 
 
 async def trajectories(store: Store, kind: Kind = Kind.ROLLOUT) -> list[Trajectory]:
@@ -124,6 +124,40 @@ async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(grou
     assert len(false_submits) == result.summary.false_submits > 0
     assert 0 < result.summary.resolved < 8
     assert result.summary.policy == stage.policy
+
+
+async def test_every_round_deals_and_holds_out_what_the_run_began_with(ground: Any) -> None:
+    run = ground.run(train=3, held_out=3)
+    await rollout(ground.stage(run))
+    ground.run(train=3, held_out=2)
+    with pytest.raises(StageFailure, match=r"TasksChanged: spec\.tasks\.heldOut.*repair-1002"):
+        await evaluate(ground.stage(run, kind="evaluation"))
+    ground.run(train=4, held_out=3)
+    with pytest.raises(StageFailure, match=r"TasksChanged: spec\.tasks\.source.*repair-3"):
+        await rollout(ground.stage(run, round_number=2))
+    assert not await finished(ground.store(run), 2, Kind.ROLLOUT)
+    ground.run(train=3, held_out=3)
+    await evaluate(ground.stage(run, kind="evaluation"))
+    await rollout(ground.stage(run, round_number=2))
+
+
+@pytest.mark.parametrize(("kind", "work"), [(Kind.ROLLOUT, rollout), (Kind.EVALUATION, evaluate)])
+async def test_a_trajectory_of_another_task_than_was_dealt_counts_for_nothing(ground: Any, kind: Kind, work: Callable[..., Any]) -> None:
+    """Whatever put it there: a count that leaves it out would be of another set of tasks."""
+    run = ground.run(train=2, held_out=2)
+    stage, store = ground.stage(run, kind=kind.value), ground.store(run)
+    other = Trajectory(
+        run="test", round=1, rollout_id="t00001-a0", task_id="of-another-deal", student="s", turns=(), outcome=Outcome.RESOLVED
+    )
+    await write_trajectory(store, kind, other)
+    with pytest.raises(
+        StageFailure, match=f"TasksChanged: {layout.trajectory(1, kind, 't00001-a0')} is of task of-another-deal, .*repair-"
+    ):
+        await work(stage)
+    assert not await store.exists(layout.result(1, kind)) and not await store.exists(layout.manifest(1))
+    await store.delete(layout.trajectory(1, kind, "t00001-a0"))
+    await work(stage)
+    assert await store.exists(layout.result(1, kind))
 
 
 def unavailable(model: str) -> Callable[[str, list[dict[str, Any]]], web.Response | None]:
@@ -243,6 +277,16 @@ async def test_who_does_what_is_said_of_low_coverage_gets_a_whole_round(ground: 
     assert (result.summary.rollouts, result.summary.label_coverage, result.excluded) == (3, 1.0, {})
     assert all("right 1" in str(messages) for _, messages, _ in ground.policies.requests), "whole rollouts were made again"
     assert {t.tries for t in await trajectories(ground.store(run(4096)))} == {1}
+
+
+async def test_a_gate_that_was_made_stricter_forgets_nothing_of_a_closed_round(ground: Any) -> None:
+    run = ground.run(train=3, rollouts={"concurrency": 2, "leaseSeconds": 4, "infrastructureRetries": 0, "minValidFraction": 0.5})
+    ground.policies.fault = lambda model, messages: web.Response(text="no json") if "right 1" in str(messages) else None
+    await rollout(ground.stage(run))
+    store, result = ground.store(run), await _result(ground.store(run))
+    await store.delete(layout.result(1, "rollout"))  # as if who closed it had died before it said so
+    await rollout(ground.stage(ground.run(train=3, rollouts={"concurrency": 2, "leaseSeconds": 4, "minValidFraction": 1.0})))
+    assert await _result(store) == result and len(await finished(store, 1, Kind.ROLLOUT)) == 3
 
 
 async def test_a_context_that_is_too_long_is_the_policys_own_error_and_not_tried_again(ground: Any) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Self
 
 import aiohttp
-import psutil
 import pytest
 
 from dagger_operator.api import SandboxLimits
@@ -22,7 +21,7 @@ from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.pods import PodSandboxes
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
-from fixtures.sandboxes import LIMITS
+from fixtures.sandboxes import LIMITS, Nap
 
 
 def isolations() -> dict[str, Isolation]:
@@ -62,13 +61,8 @@ async def plain(tmp_path: Path) -> AsyncIterator[ProcessSandboxes]:
 
 
 @pytest.fixture
-def alive() -> Callable[[str], int]:
-    """How many processes of the machine carry a mark in their command line."""
-
-    def count(mark: str) -> int:
-        return sum(1 for process in psutil.process_iter(["cmdline"]) if mark in (process.info["cmdline"] or ()))
-
-    return count
+def nap() -> Nap:
+    return Nap()
 
 
 class HelperAlone:

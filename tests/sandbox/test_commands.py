@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from dagger_operator.sandbox.command import BoundedOutput
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
+from fixtures.sandboxes import Nap
 
 
 async def test_the_usual_tools_work(sandbox: ProcessSandbox) -> None:
@@ -22,28 +22,28 @@ async def test_the_usual_tools_work(sandbox: ProcessSandbox) -> None:
     assert (result.output, result.returncode) == ("c\nagent\n42\n", 0)
 
 
-async def test_cancelling_again_and_again_leaves_no_process_behind(sandbox: ProcessSandbox, alive: Callable[[str], int]) -> None:
+async def test_cancelling_again_and_again_leaves_no_process_behind(sandbox: ProcessSandbox, nap: Nap) -> None:
     for delay in (0.0, 0.001, 0.005, 0.02, 0.1):
-        task = asyncio.create_task(sandbox.execute("sleep 98767", timeout=600))
+        task = asyncio.create_task(sandbox.execute(str(nap), timeout=600))
         await asyncio.sleep(delay)
         while not task.done():
             task.cancel()
             await asyncio.sleep(0)
-        assert task.cancelled() and alive("98767") == 0
+        assert task.cancelled() and nap.alive == 0
     gc.collect()  # a process that nobody waited for warns here, and a warning is an error
 
 
 async def test_closing_ends_what_runs_removes_everything_and_may_be_done_twice(
-    provider: ProcessSandboxes, tmp_path: Path, alive: Callable[[str], int]
+    provider: ProcessSandboxes, tmp_path: Path, nap: Nap
 ) -> None:
     sandbox = await provider.create(SandboxRequest("two", files={"f": "x"}), timeout=60)
-    running = asyncio.create_task(sandbox.execute("sleep 98763", timeout=600))
-    while not alive("98763"):
+    running = asyncio.create_task(sandbox.execute(str(nap), timeout=600))
+    while not nap.alive:
         await asyncio.sleep(0.02)
     await asyncio.gather(sandbox.close(), sandbox.close())
     with pytest.raises(SandboxError, match="Closed"):
         await running
-    assert alive("98763") == 0
+    assert nap.alive == 0
     await sandbox.close()
     with pytest.raises(SandboxError, match="Closed"):
         await sandbox.execute("true", timeout=60)

@@ -3,15 +3,13 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dagger_operator.sandbox.interface import Sandbox, SandboxError, SandboxProvider, SandboxRequest
-
-Alive = Callable[[str], int]
+from fixtures.sandboxes import Nap
 
 
 async def test_files_stay_between_commands_and_processes_do_not(any_sandbox: Sandbox) -> None:
@@ -28,46 +26,46 @@ async def test_exit_codes_and_both_streams_in_order(any_sandbox: Sandbox) -> Non
     assert (await any_sandbox.execute("read line || echo nothing to read", timeout=60)).output == "nothing to read\n"
 
 
-async def test_a_missed_deadline_kills_everything_the_command_started(any_sandbox: Sandbox, alive: Alive) -> None:
+async def test_a_missed_deadline_kills_everything_the_command_started(any_sandbox: Sandbox, nap: Nap) -> None:
     started = time.monotonic()
-    result = await any_sandbox.execute("(setsid sleep 98761 &); (setsid nohup sleep 98761 >/dev/null 2>&1 &) ; sleep 98761", timeout=1)
+    result = await any_sandbox.execute(f"(setsid {nap} &); (setsid nohup {nap} >/dev/null 2>&1 &) ; {nap}", timeout=1)
     assert (result.returncode, result.timed_out) == (124, True) and "did not end within 1 s" in result.output
     assert time.monotonic() - started < 30
-    assert alive("98761") == 0
+    assert nap.alive == 0
 
 
-async def test_a_cancelled_command_is_killed(any_sandbox: Sandbox, alive: Alive) -> None:
-    task = asyncio.create_task(any_sandbox.execute("touch began; sleep 98762; touch ended", timeout=600))
-    await _begun(alive, "98762")
+async def test_a_cancelled_command_is_killed(any_sandbox: Sandbox, nap: Nap) -> None:
+    task = asyncio.create_task(any_sandbox.execute(f"touch began; {nap}; touch ended", timeout=600))
+    await _begun(nap)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert alive("98762") == 0
+    assert nap.alive == 0
     assert (await any_sandbox.execute("ls", timeout=60)).output == "began\n"
 
 
-async def test_cancelling_at_any_moment_leaves_the_sandbox_ready_for_the_next_command(any_sandbox: Sandbox, alive: Alive) -> None:
+async def test_cancelling_at_any_moment_leaves_the_sandbox_ready_for_the_next_command(any_sandbox: Sandbox, nap: Nap) -> None:
     for delay in (0.0, 0.001, 0.005, 0.02, 0.1):
-        task = asyncio.create_task(any_sandbox.execute("sleep 98768", timeout=600))
+        task = asyncio.create_task(any_sandbox.execute(str(nap), timeout=600))
         await asyncio.sleep(delay)
         while not task.done():
             task.cancel()
             await asyncio.sleep(0)
-        assert task.cancelled() and alive("98768") == 0
+        assert task.cancelled() and nap.alive == 0
         assert (await any_sandbox.execute("echo next", timeout=60)).output == "next\n"
 
 
-async def test_closing_ends_what_runs_and_may_be_done_twice(any_provider: SandboxProvider, alive: Alive) -> None:
+async def test_closing_ends_what_runs_and_may_be_done_twice(any_provider: SandboxProvider, nap: Nap) -> None:
     sandbox = await any_provider.create(SandboxRequest("two", files={"f": "x"}), timeout=120)
-    running = asyncio.create_task(sandbox.execute("sleep 98763", timeout=600))
-    await _begun(alive, "98763")
+    running = asyncio.create_task(sandbox.execute(str(nap), timeout=600))
+    await _begun(nap)
     await asyncio.gather(sandbox.close(), sandbox.close())
     with pytest.raises(SandboxError, match="Closed"):
         await running
     deadline = time.monotonic() + 30
-    while alive("98763") and time.monotonic() < deadline:
+    while nap.alive and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
-    assert alive("98763") == 0
+    assert nap.alive == 0
     await sandbox.close()
     with pytest.raises(SandboxError, match="Closed"):
         await sandbox.execute("true", timeout=60)
@@ -149,12 +147,12 @@ async def test_limits_stop_a_command_and_leave_the_sandbox_well(any_sandbox: San
     assert (await any_sandbox.execute("echo alive", timeout=60)).output == "alive\n"
 
 
-async def _begun(alive: Alive, mark: str) -> None:
+async def _begun(nap: Nap) -> None:
     """A pod's processes are seen from here on our own cluster only; elsewhere some time has to do."""
     if "DAGGER_TEST_KUBECONFIG" in os.environ:
         await asyncio.sleep(3)
         return
     deadline = time.monotonic() + 60
-    while not alive(mark):
-        assert time.monotonic() < deadline, f"{mark} never began"
+    while not nap.alive:
+        assert time.monotonic() < deadline, f"{nap} never began"
         await asyncio.sleep(0.02)

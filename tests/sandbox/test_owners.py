@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dagger_operator.api import SandboxLimits
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.isolation import probe
 from dagger_operator.sandbox.process import ProcessSandboxes
+from fixtures.sandboxes import Nap
 
 OWNER = """
 import asyncio, sys
@@ -36,21 +36,21 @@ asyncio.run(main())
 
 
 async def test_an_owner_killed_leaves_no_processes_and_the_next_one_removes_its_folders(
-    provider: ProcessSandboxes, tmp_path: Path, alive: Callable[[str], int]
+    provider: ProcessSandboxes, tmp_path: Path, nap: Nap
 ) -> None:
     root = tmp_path / "shared"
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(root), "setsid -f sleep 98764; sleep 98764"], stdout=subprocess.PIPE)
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(root), f"setsid -f {nap}; {nap}"], stdout=subprocess.PIPE)
     try:
-        while alive("98764") < 2:
+        while nap.alive < 2:
             assert owner.poll() is None
             time.sleep(0.05)
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.communicate()
     deadline = time.monotonic() + 30
-    while alive("98764") and time.monotonic() < deadline:
+    while nap.alive and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert alive("98764") == 0
+    assert nap.alive == 0
     assert list(root.glob("*/*-orphan"))
     async with ProcessSandboxes(provider._limits, root) as first:
         assert not list(root.glob("*/*-orphan"))
@@ -97,7 +97,7 @@ def test_an_ordinary_user_has_namespaces_and_limits_too(tmp_path: Path) -> None:
 
 
 async def test_without_namespaces_it_says_so_once_and_still_holds_deadlines_and_limits(
-    plain: ProcessSandboxes, tmp_path: Path, alive: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+    plain: ProcessSandboxes, tmp_path: Path, nap: Nap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-worker")
     assert "WITHOUT namespaces (the test forbids it)" in plain.isolation.describe()
@@ -105,14 +105,14 @@ async def test_without_namespaces_it_says_so_once_and_still_holds_deadlines_and_
     result = await sandbox.execute("pwd; cat a/f $TMPDIR/g; env | grep -c secret", timeout=60)
     assert result.output.endswith("work\nxy0\n")
     assert await sandbox.read("/testbed/a/f") == b"x" and await sandbox.read("/tmp/g") == b"y"
-    result = await sandbox.execute("sleep 98765 & sleep 98765", timeout=1)
-    assert (result.returncode, alive("98765")) == (124, 0)
+    result = await sandbox.execute(f"{nap} & {nap}", timeout=1)
+    assert (result.returncode, nap.alive) == (124, 0)
     result = await sandbox.execute("for i in $(seq 300); do sleep 20 & done; wait", timeout=60)
     assert result.returncode == 137 and "more than 48 processes" in result.output
     assert (await sandbox.execute("head -c 100M /dev/zero > big", timeout=60)).returncode == 137
-    await sandbox.execute("setsid -f sleep 98766", timeout=60)
+    await sandbox.execute(f"setsid -f {nap}", timeout=60)
     await sandbox.close()
-    assert alive("98766") == 0
+    assert nap.alive == 0
     assert not list(tmp_path.glob("plain/*/*-plain"))
 
 

@@ -30,7 +30,7 @@ async def work(store: Store, claims: Claims, worker: str, rollout_id: str, journ
     if lease is None:
         return
     try:
-        async with lease:
+        async with lease.kept():
             await asyncio.sleep(random.uniform(0, 0.3))
             trajectory = Trajectory(
                 run="r", round=1, rollout_id=rollout_id, task_id="t", student="s", turns=(), outcome=Outcome.UNRESOLVED,

@@ -28,6 +28,11 @@ async def patiently(claims: Claims, rollout_id: str) -> Lease:
     return lease
 
 
+async def broke(lease: Lease) -> None:
+    lease.broken_by = Failure(reason="SandboxLost", message="gone")
+    await lease.release()
+
+
 async def test_a_claimed_rollout_is_nobody_elses(store: Store) -> None:
     one, other = claims(store, "rollout-0000"), claims(store, "rollout-0001")
     lease = await one.take("r")
@@ -60,10 +65,10 @@ async def test_a_silent_worker_loses_its_claim_and_the_try_is_counted(store: Sto
 
 
 async def test_a_worker_that_renews_keeps_its_claim(store: Store) -> None:
-    lease = await claims(store, "rollout-0000", lease_seconds=0.3).take("r")
+    lease = await claims(store, "rollout-0000", lease_seconds=2).take("r")
     rival = claims(store, "rollout-0001", lease_seconds=2.5)
     assert lease is not None
-    async with lease:
+    async with lease.kept():
         until = time.monotonic() + 3.5
         while time.monotonic() < until:
             assert await rival.take("r") is None
@@ -89,12 +94,12 @@ async def test_infrastructure_failures_are_counted_over_workers_and_lives(store:
     for number in range(4):
         lease = await claims(store, f"rollout-{number % 2:04d}").take("r")
         assert lease is not None and (lease.tries, lease.failures) == (number + 1, number)
-        await lease.release(Failure(reason="SandboxLost", message="gone"))
+        await broke(lease)
 
 
 async def test_leaving_the_block_gives_the_claim_back_uncounted(store: Store) -> None:
     with pytest.raises(RuntimeError, match="bug"):
-        async with await patiently(claims(store, "rollout-0000"), "r"):
+        async with (await patiently(claims(store, "rollout-0000"), "r")).kept():
             raise RuntimeError("bug")
     lease = await claims(store, "rollout-0001").take("r")
     assert lease is not None and (lease.tries, lease.failures, lease.deaths) == (2, 0, 0)
@@ -104,7 +109,7 @@ async def test_cancelling_the_body_stays_a_cancellation_and_gives_back(store: St
     lease = await patiently(claims(store, "rollout-0000"), "r")
 
     async def body() -> None:
-        async with lease:
+        async with lease.kept():
             await asyncio.sleep(LONG)
 
     task = asyncio.create_task(body())
@@ -119,18 +124,49 @@ async def test_a_worker_that_was_overtaken_is_stopped(store: Store) -> None:
     lease = await patiently(claims(store, "rollout-0000", lease_seconds=1.5), "r")
     went_on = False
     with pytest.raises(LeaseLost, match="rollout r"):
-        async with lease:
+        async with lease.kept():
             await patiently(claims(store, "rollout-0001", lease_seconds=0), "r")
             await asyncio.sleep(60)
             went_on = True
     assert lease.lost and not went_on
 
 
+async def test_a_worker_that_stood_still_for_longer_than_its_lease_begins_anew(store: Store) -> None:
+    mine = claims(store, "rollout-0000", lease_seconds=0.9)
+    lease, went_on = await patiently(mine, "r"), False
+    with pytest.raises(LeaseLost, match="rollout r"):
+        async with lease.kept():
+            # Nobody else wanted it; on waking, its renewal is due before the lease is over.
+            asyncio.get_running_loop().call_soon(time.sleep, 2.0)
+            await asyncio.sleep(2.5)
+            went_on = True
+    again = await mine.take("r")
+    assert lease.lost and not went_on and again is not None and (again.tries, again.deaths) == (2, 1)
+
+
+async def test_that_a_lease_is_over_is_known_before_any_timer_says_so(store: Store) -> None:
+    lease = await patiently(claims(store, "rollout-0000", lease_seconds=0.3), "r")
+    with pytest.raises(LeaseLost):
+        async with lease.kept():
+            lease.check()
+            time.sleep(0.5)
+            lease.check()
+            pytest.fail("what was done would be written down")
+
+
+async def test_what_the_block_itself_raises_is_not_taken_for_a_loss(store: Store) -> None:
+    lease = await patiently(claims(store, "rollout-0000"), "r")
+    with pytest.raises(TimeoutError):
+        async with lease.kept(), asyncio.timeout(0.01):
+            await asyncio.sleep(LONG)
+    assert not lease.lost and await claims(store, "rollout-0001").take("r") is not None
+
+
 async def test_an_overtaken_worker_does_not_free_the_claim_of_the_next(store: Store) -> None:
     lease = await patiently(claims(store, "rollout-0000"), "r")
     await patiently(claims(store, "rollout-0001", lease_seconds=0), "r")
     with pytest.raises(LeaseLost):
-        await lease.release(Failure(reason="SandboxLost", message="gone"))
+        await broke(lease)
     assert await claims(store, "rollout-0002").take("r") is None
 
 
@@ -160,7 +196,7 @@ def outage(store: Store) -> Outage:
 async def test_a_store_that_is_away_longer_than_the_lease_stops_the_worker(store: Store) -> None:
     away = outage(store)
     with pytest.raises(LeaseLost):
-        async with await patiently(claims(away, "rollout-0000", lease_seconds=0.3), "r"):
+        async with (await patiently(claims(away, "rollout-0000", lease_seconds=0.3), "r")).kept():
             away.away = True
             await asyncio.sleep(60)
 
@@ -173,6 +209,6 @@ async def test_a_renewal_whose_answer_was_lost_does_not_lose_the_claim(store: St
         await lease.renew()
     away.away = False
     await lease.renew()
-    await lease.release(Failure(reason="SandboxLost", message="gone"))
+    await broke(lease)
     again = await claims(store, "rollout-0001").take("r")
     assert again is not None and again.failures == 1

@@ -16,6 +16,7 @@ from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.policies import point_to, save_policy
 from dagger_operator.store.records import Outcome, Trajectory
 from dagger_operator.store.results import PrepareResult, RolloutResult, save_result
+from dagger_operator.store.task_sets import TaskSet, TaskSets, pin_task_sets
 from dagger_operator.store.trajectories import encode, finished, write_trajectory
 
 Make = Callable[..., Trajectory]
@@ -31,6 +32,7 @@ async def sound(store: Store, rollout: Make, run: DAggerRun, tmp_path: Path) -> 
     student = await save_policy(
         store, tmp_path / "student", round=0, base_model="tiny", parent=None, data_digest=None, settings={}, software={}
     )
+    await pin_task_sets(store, TaskSets(training=TaskSet(tasks={"task-1": "0" * 16}), held_out=TaskSet(tasks={})))
     await save_result(store, 0, "prepare", PrepareResult(policy=student.version, teacher="endpoint-x"))
     await point_to(store, student.version, 0)
     for rollout_id in IDS[:3]:
@@ -52,6 +54,7 @@ async def sound(store: Store, rollout: Make, run: DAggerRun, tmp_path: Path) -> 
     await save_result(store, 1, "rollout", RolloutResult(summary=summary, manifest_digest=manifest.digest, excluded=manifest.excluded))
     return {
         "owner": layout.RUN,
+        "tasks": layout.TASKS,
         "pointer": layout.POLICY,
         "weights": layout.policy(student.version) + "model.safetensors",
         "policy": layout.policy_manifest(student.version),

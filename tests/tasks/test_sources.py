@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dagger_operator.api import HeldOut, SourceType, Tasks, TaskSource
+from dagger_operator.api import HeldOut, SourceType, Storage, Tasks, TaskSource
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.tasks.sources import load_held_out, load_tasks, load_training
@@ -55,8 +55,8 @@ async def test_jsonl_is_read_from_a_path_a_file_url_and_object_storage(tmp_path:
     await store.put("inputs/tasks.jsonl", path.read_bytes())
     expected = tuple(Task.model_validate(row) for row in OWN)
     for uri in (path, f"file://{path}", f"{store.url}/inputs/tasks.jsonl"):
-        assert await load_tasks(source(SourceType.JSONL, uri), store, {}) == expected
-    (train,) = {task.split for task in await load_tasks(source(SourceType.JSONL, path, "train"), store, {})}
+        assert (await load_tasks(source(SourceType.JSONL, uri), store, {})).tasks == expected
+    (train,) = {task.split for task in (await load_tasks(source(SourceType.JSONL, path, "train"), store, {})).tasks}
     assert train == "train"
 
 
@@ -81,7 +81,7 @@ async def test_parquet_holds_the_same_tasks_as_structs_as_maps_or_as_json_text(t
     }
     for name, table in tables.items():
         pq.write_table(table, tmp_path / f"{name}.parquet")
-        assert await load_tasks(source(SourceType.PARQUET, tmp_path / f"{name}.parquet"), store, {}) == expected, name
+        assert (await load_tasks(source(SourceType.PARQUET, tmp_path / f"{name}.parquet"), store, {})).tasks == expected, name
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -91,7 +91,7 @@ async def test_swebench_rows_lose_their_solution_and_keep_their_grading(tmp_path
         path.write_text(lines(SWE))
     else:
         pq.write_table(pa.Table.from_pylist([SWE]), path)
-    (task,) = await load_tasks(source(SourceType.SWE_BENCH, path), store, {})
+    (task,) = (await load_tasks(source(SourceType.SWE_BENCH, path), store, {})).tasks
     assert (task.id, task.statement, task.workdir, task.image) == ("Owner__Repo-17", "It fails.", "/testbed", SWE["image"])
     assert isinstance(task.grading, SwebenchGrading) and task.grading.row["eval_script"] == "#!/bin/bash\n"
     assert "solution" not in task.model_dump_json()
@@ -104,7 +104,7 @@ async def test_images_are_named_by_each_data_sets_rule(tmp_path: Path, store: St
         (SourceType.SWE_BENCH, "docker.io/swebench/sweb.eval.x86_64.owner_1776_repo-17:latest"),
         (SourceType.SWE_GYM, "docker.io/xingyaoww/sweb.eval.x86_64.owner_s_repo-17:latest"),
     ):
-        (task,) = await load_tasks(source(kind, path), store, {})
+        (task,) = (await load_tasks(source(kind, path), store, {})).tasks
         assert task.image == image
         assert isinstance(task.grading, SwebenchGrading) and task.grading.row["image"] == image
 
@@ -186,13 +186,14 @@ async def test_held_out_tasks_in_the_training_set_are_refused(tmp_path: Path, st
     ]
     assert [task.id for task in await load_held_out(spec, store, {})] == ["t2"]
     with pytest.raises(StageFailure, match=r"InvalidTasks: 1 tasks .* are held out too, such as t2.*different splits"):
-        await load_training(spec.model_copy(update={"source": source(SourceType.JSONL, path)}), store, {})
+        another = Store.open(Storage(url=f"file://{tmp_path}/another-run"))
+        await load_training(spec.model_copy(update={"source": source(SourceType.JSONL, path)}), another, {})
 
 
 async def test_a_tasks_environment_is_read_and_a_row_without_one_stays_as_it_was(tmp_path: Path, store: Store) -> None:
     env = {"BASH_ENV": "/root/.bashrc"}
     (tmp_path / "tasks.jsonl").write_text(lines({**OWN[0], "env": env}, {**OWN[1], "env": json.dumps(env)}, OWN[2]))
-    one, other, without = await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})
+    one, other, without = (await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})).tasks
     assert (one.env, other.env, without.env) == (env, env, {})
     assert json.loads(one.model_dump_json())["env"] == env
     assert "env" not in json.loads(without.model_dump_json())

@@ -52,7 +52,7 @@ def row(commit: str, **changes: Any) -> dict[str, Any]:
 async def test_a_published_row_becomes_a_task_without_its_solution(tmp_path: Path, store: Store) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row("abc")) + "\n")
-    (task,) = await load_tasks(TaskSource(type=SourceType.SWE_GYM, uri=str(path)), store, {})
+    (task,) = (await load_tasks(TaskSource(type=SourceType.SWE_GYM, uri=str(path)), store, {})).tasks
     assert task.image == "docker.io/xingyaoww/sweb.eval.x86_64.project-monai_s_monai-1:latest"
     assert isinstance(task.grading, SwebenchGrading)
     assert "the solution" not in task.model_dump_json()

@@ -16,7 +16,7 @@ from dagger_operator.local.processes import Process
 TERMINATION_BYTES = 4096
 """Kubernetes keeps no more of a termination message."""
 NOT_STARTED = 128
-"""Exit code of a container whose program could not be started."""
+"""Exit code of a container whose program, or the folders that it needs, could not be made ready."""
 
 
 def now() -> str:
@@ -74,13 +74,15 @@ class Container:
         except CannotStart as error:
             self.waits(error.reason, error.message)
             raise
-        self._termination.unlink(missing_ok=True)
         self.lives += 1
         started_at, written = now(), self._written()
         try:
+            self._make_folders()
+            self._termination.unlink(missing_ok=True)
             self._process = await Process.start(argv, environment, mark=f"{self._mark}{self.name}/", log=self._log, folder=self._pod.folder)
         except OSError as error:
-            return self._ended(NOT_STARTED, started_at, f"{argv[0]}: {error.strerror or error}", reason="StartError")
+            message = f"{error.filename or argv[0]}: {error.strerror or error}"
+            return self._ended(NOT_STARTED, started_at, message, reason="StartError")
         if "terminated" in self.state:
             self.last_state = self.state
         self.state = {"running": {"startedAt": started_at}}
@@ -97,6 +99,12 @@ class Container:
             self.ready = False
             await asyncio.gather(probing, return_exceptions=True)
         return self._ended(code, started_at, self._message(code, written))
+
+    def _make_folders(self) -> None:
+        """For each life: somebody may have removed them since, and a disk that was full may have room."""
+        volumes = (self._pod.volume(mount["name"]) for mount in self._spec.get("volumeMounts", ()))
+        for folder in (self._pod.folder, *volumes, self._log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
 
     async def _probe(self, process: Process) -> None:
         startup, readiness, liveness = (
@@ -129,18 +137,19 @@ class Container:
             self._changed()
 
     def _written(self) -> int:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             return self._log.stat().st_size
         return 0
 
     def _message(self, code: int, written: int) -> str:
-        with contextlib.suppress(FileNotFoundError):
+        # Words are worth less than the end that they explain: without them it is one all the same.
+        with contextlib.suppress(OSError):
             return self._termination.read_text(errors="replace")[:TERMINATION_BYTES]
-        if code == 0 or self._spec.get("terminationMessagePolicy") != "FallbackToLogsOnError":
-            return ""
-        with self._log.open("rb") as log:
-            log.seek(max(written, self._written() - TERMINATION_BYTES // 2))
-            return log.read().decode(errors="replace")
+        if code != 0 and self._spec.get("terminationMessagePolicy") == "FallbackToLogsOnError":
+            with contextlib.suppress(OSError), self._log.open("rb") as log:
+                log.seek(max(written, self._written() - TERMINATION_BYTES // 2))
+                return log.read().decode(errors="replace")
+        return ""
 
     def _ended(self, code: int, started_at: str, message: str, *, reason: str | None = None) -> int:
         end = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "startedAt": started_at, "finishedAt": now()}

@@ -4,9 +4,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import structlog
+
 from dagger_operator.local.containers import now
 from dagger_operator.local.pods import Pod
 
+log = structlog.get_logger()
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
 """Seconds before a failed pod is made again; doubled each time."""
 
@@ -73,11 +76,12 @@ class JobRunner:
                 self._started_at = self._started_at or now()
                 await self._until_stopped()
             self._end("Complete", "CompletionsReached", "")
-        except* JobFailed as failures:
-            first = failures.exceptions[0]
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            assert isinstance(first, JobFailed)
+        except* Exception as errors:
+            first = _first(errors.subgroup(JobFailed) or errors)
+            if not isinstance(first, JobFailed):
+                # A fault of ours. The run would wait for ever for a Job that nobody works on any more.
+                log.error("job broke", job=self._name, exc_info=first)
+                first = JobFailed("RuntimeError", f"{type(first).__name__}: {first}")
             self._end("Failed", first.reason, first.message)
 
     async def _until_stopped(self) -> None:
@@ -153,6 +157,11 @@ class JobRunner:
     def _end(self, kind: str, reason: str, message: str) -> None:
         self._ended = {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": now()}
         self._changed()
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def _action(rules: Any, exit_codes: Mapping[str, int]) -> tuple[str, int]:

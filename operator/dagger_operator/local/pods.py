@@ -39,7 +39,6 @@ class Pod:
         self._init = [container(entry) for entry in spec.get("initContainers", ())]
         self._containers = [container(entry) for entry in spec["containers"]]
         self._phase = "Pending"
-        self._logs = logs
 
     @property
     def succeeded(self) -> bool:
@@ -70,11 +69,6 @@ class Pod:
 
     async def run(self) -> None:
         """Lives until every container ended for good, or for ever where the restart policy is Always."""
-        folder = self._context.folder
-        for volume in self._manifest["spec"].get("volumes", ()):
-            (folder / volume["name"]).mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._logs.mkdir(parents=True, exist_ok=True)
         try:
             for container in self._init:
                 if not await self._until_done(container, again=self._restart != "Never"):
@@ -85,7 +79,7 @@ class Pod:
                 lives = [group.create_task(self._keep(container)) for container in self._containers]
             self._say("Succeeded" if all(life.result() for life in lives) else "Failed")
         finally:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, self._context.folder, ignore_errors=True)
 
     def _say(self, phase: str) -> None:
         self._phase = phase

@@ -133,7 +133,7 @@ class Pool:
     async def _work(self, assignment: Assignment, lease: Lease) -> None:
         """One try at a rollout that is ours: recorded where it ended, given back where infrastructure broke it and tries are left."""
         try:
-            async with lease:
+            async with lease.kept():
                 started = time.monotonic()
                 with self._metrics.under_way.track_inprogress():
                     trajectory, failure = await self._try(assignment, lease)
@@ -141,12 +141,13 @@ class Pool:
                 if failure is not None:
                     # Under the lease: while a policy is away nobody spends a second try on this rollout.
                     await self._recovered()
+                lease.check()  # what a worker says that stood still is nobody's end
                 if trajectory is None:
-                    await lease.release(failure)
+                    lease.broken_by = failure
                 elif await write_trajectory(self._share.store, self._share.kind, trajectory):
                     self._count(trajectory)
         except LeaseLost as error:
-            log.warning("rollout left to another worker", problem=str(error))
+            log.warning("rollout begins anew, here or elsewhere", problem=str(error))
             return
         self._failures_in_a_row = 0 if failure is None else self._failures_in_a_row + 1
         if failure is not None:

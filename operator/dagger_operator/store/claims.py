@@ -7,8 +7,9 @@ clock. A claim only saves work. What keeps results single is that a trajectory i
 import asyncio
 import time
 import uuid
-from types import TracebackType
-from typing import Self
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import Enum, auto
 
 import structlog
 from pydantic import ValidationError
@@ -35,12 +36,14 @@ class Claim(Record):
     failures: int = 0
     """Tries that infrastructure broke."""
     deaths: int = 0
-    """Tries whose worker died or fell silent over them; one that gave its claim back did not."""
+    """Tries whose worker died, fell silent or stood still over them; one that gave its claim back did not."""
     last_failure: Failure | None = None
 
 
 class LeaseLost(Exception):
-    """Another worker took this rollout over, or the store was away for longer than the lease: stop, write nothing more."""
+    """This rollout is no longer ours: another worker took it over, or the claim was not renewed for as long as it lasts, since the store
+    was away or this process stood still. Stop, write nothing more; who finds it free begins anew.
+    """
 
 
 class Claims:
@@ -73,6 +76,7 @@ class Claims:
             return None
         counts = {"tries": claim.tries + 1, "deaths": claim.deaths + bool(claim.holder)}
         mine = claim.model_copy(update={"worker": self.worker, "holder": self.life, "beat": claim.beat + 1, **counts})
+        since = time.monotonic()
         made = await self.store.swap(key, _bytes(mine), old)
         if made is None:
             return None
@@ -81,7 +85,7 @@ class Claims:
             await self.store.delete(key)
             return None
         self._seen.pop(rollout_id, None)
-        return Lease(self, rollout_id, mine, made)
+        return Lease(self, rollout_id, mine, made, since)
 
     def _may_take_over(self, rollout_id: str, claim: Claim, now_there: Object) -> bool:
         etag, since = self._seen.get(rollout_id, ("", 0.0))
@@ -92,28 +96,31 @@ class Claims:
         # A worker's former life is gone. Only at first sight: two lives at once under one name must not steal in turns.
         return claim.worker == self.worker and not known
 
-    def _let_go(self, rollout_id: str) -> None:
-        self._held.discard(rollout_id)
-
-    def _lost_to(self, rollout_id: str, rival: Object | None) -> None:
+    def _let_go(self, rollout_id: str, rival: Object | None = None) -> None:
         self._held.discard(rollout_id)
         if rival is not None:
             self._seen[rollout_id] = (rival.etag, time.monotonic())
 
 
-class Lease:
-    """A rollout that is ours. As a context manager it renews itself, cancels its body and raises `LeaseLost` when it is lost,
-    and gives back what is still held at the end."""
+class _State(Enum):
+    HELD = auto()
+    """Until it is given back, taken over, or its time is over."""
+    TAKEN = auto()
+    """By another, or it is gone."""
+    RELEASED = auto()
 
-    def __init__(self, claims: Claims, rollout_id: str, claim: Claim, there: Object) -> None:
+
+class Lease:
+    """A rollout that is ours for as long as a claim lasts, and longer by every renewal."""
+
+    def __init__(self, claims: Claims, rollout_id: str, claim: Claim, there: Object, since: float) -> None:
         self.rollout_id = rollout_id
-        self.lost = False
+        self.broken_by: Failure | None = None
+        """What of infrastructure broke this try: counted when the rollout is given back."""
         self._claims, self._claim, self._there = claims, claim, there
-        self._renewed = time.monotonic()
-        self._released = False
-        self._stop = asyncio.Event()
-        self._heart: asyncio.Task[None] | None = None
-        self._body: asyncio.Task[object] | None = None
+        self._state = _State.HELD
+        self._until = since + claims.lease_seconds
+        self._body = asyncio.timeout_at(self._until)
 
     @property
     def tries(self) -> int:
@@ -130,101 +137,98 @@ class Lease:
         """Earlier tries whose worker died or fell silent."""
         return self._claim.deaths
 
+    @property
+    def lost(self) -> bool:
+        """Whether it ceased to be ours before it was given back.
+
+        Its time is over by our own clock, even where nobody took it: a process that stood still (stopped, frozen, swapped out) finds on
+        waking that its deadlines have passed, in any order with our renewals, and what they say is not the agent's doing.
+        """
+        over = self._body.expired() or time.monotonic() >= self._until
+        return self._state is _State.TAKEN or (self._state is _State.HELD and over)
+
+    def check(self) -> None:
+        """Raises `LeaseLost` where it is lost. Call it before what was done under the lease is written down."""
+        if self.lost:
+            raise self._loss()
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Renews the claim while the block runs, and gives back what is still held at its end. A block whose claim is lost is cancelled and
+        raises `LeaseLost`. To be used once."""
+        heart = asyncio.create_task(self._beat(), name=f"lease {self.rollout_id}")
+        try:
+            async with self._body:
+                yield
+            self.check()
+        except TimeoutError:
+            self.check()
+            raise  # the block's own
+        finally:
+            heart.cancel()
+            try:
+                await self.release()
+            except (LeaseLost, StoreUnavailable) as problem:
+                # The block's own end matters more; the claim expires by itself.
+                log.warning("claim not given back", rollout=self.rollout_id, problem=str(problem))
+            finally:
+                self._claims._let_go(self.rollout_id)
+
     async def renew(self) -> None:
         """Moves the claim on; raises `LeaseLost` where it is no longer ours, `StoreUnavailable` where the store is away."""
+        self.check()
+        since = time.monotonic()
         await self._replace(self._claim.model_copy(update={"beat": self._claim.beat + 1}))
+        self.check()  # an answer that comes too late renews nothing
+        self._until = since + self._claims.lease_seconds
 
-    async def release(self, failure: Failure | None = None) -> None:
-        """Gives the rollout back: at once free for anyone, with `failure` counted; the claim goes where the rollout is finished."""
-        if self._released or self.lost:
+    async def release(self) -> None:
+        """Gives the rollout back: at once free for anyone, with what broke it counted; the claim goes where the rollout is finished."""
+        if self._state is _State.RELEASED or self.lost:
             return
-        await self._stop_heart()
         key = layout.claim(self._claims.round, self._claims.kind, self.rollout_id)
         done = layout.trajectory(self._claims.round, self._claims.kind, self.rollout_id)
-        if failure is None and await self._claims.store.exists(done):
+        if self.broken_by is None and await self._claims.store.exists(done):
             await self._claims.store.delete(key)
         else:
             update = {"holder": "", "beat": self._claim.beat + 1}
-            if failure is not None:
-                update |= {"failures": self._claim.failures + 1, "last_failure": failure}
+            if self.broken_by is not None:
+                update |= {"failures": self._claim.failures + 1, "last_failure": self.broken_by}
             await self._replace(self._claim.model_copy(update=update))
-        self._released = True
+        self._state = _State.RELEASED
         self._claims._let_go(self.rollout_id)
 
-    async def __aenter__(self) -> Self:
-        self._body = asyncio.current_task()
-        self._stop.clear()
-        self._heart = asyncio.create_task(self._beat(), name=f"lease {self.rollout_id}")
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            await self._stop_heart()
-        except asyncio.CancelledError:
-            if not self.lost:
-                raise
-        if self.lost:
-            self._claims._let_go(self.rollout_id)
-            # As asyncio.timeout does: our own cancellation becomes LeaseLost, one from outside stays what it is.
-            only_ours = self._body is not None and self._body.uncancel() == 0
-            if error is None or isinstance(error, asyncio.CancelledError):
-                raise LeaseLost(self._explain()) if only_ours else asyncio.CancelledError
-            return
-        try:
-            await self.release()
-        except (LeaseLost, StoreUnavailable) as problem:
-            # The body's own end matters more; the claim expires by itself.
-            log.warning("claim not given back", rollout=self.rollout_id, problem=str(problem))
-            self._claims._let_go(self.rollout_id)
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._claims.lease_seconds / 3)
+            try:
+                await self.renew()
+                self._body.reschedule(self._until)
+            except LeaseLost:
+                if not self._body.expired():
+                    self._body.reschedule(0)  # now
+                return
+            except StoreUnavailable as problem:
+                log.warning("claim not renewed", rollout=self.rollout_id, problem=str(problem))
 
     async def _replace(self, claim: Claim) -> None:
         key = layout.claim(self._claims.round, self._claims.kind, self.rollout_id)
         while True:
-            started = time.monotonic()
             there = await self._claims.store.swap(key, _bytes(claim), self._there)
             if there is not None:
-                self._claim, self._there, self._renewed = claim, there, started
+                self._claim, self._there = claim, there
                 return
             current = await self._claims.store.get(key)
             if current is None or _parse(current).holder != self._claims.life:
-                self.lost = True
-                self._claims._lost_to(self.rollout_id, current)
-                raise LeaseLost(self._explain())
+                self._state = _State.TAKEN
+                self._claims._let_go(self.rollout_id, current)
+                raise self._loss()
             # A renewal that we gave up waiting for arrived after all: go on from there.
             self._there = current
             claim = claim.model_copy(update={"beat": _parse(current).beat + 1})
 
-    async def _beat(self) -> None:
-        seconds = self._claims.lease_seconds
-        while not await self._stopped_within(seconds / 3):
-            try:
-                await asyncio.wait_for(self.renew(), seconds)
-            except LeaseLost:
-                break
-            except (StoreUnavailable, TimeoutError) as problem:
-                log.warning("claim not renewed", rollout=self.rollout_id, problem=str(problem))
-                if time.monotonic() - self._renewed > seconds:
-                    self.lost = True
-                    break
-        if self.lost and self._body is not None:
-            self._body.cancel()
-
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stop.wait(), seconds)
-            return True
-        except TimeoutError:
-            return False
-
-    async def _stop_heart(self) -> None:
-        """Lets a renewal under way end, so that what it wrote is known."""
-        self._stop.set()
-        heart, self._heart = self._heart, None
-        if heart is not None:
-            await asyncio.gather(heart, return_exceptions=True)
-
-    def _explain(self) -> str:
-        return f"the claim on rollout {self.rollout_id} is no longer {self._claims.worker}'s: taken over, or not renewed in time"
+    def _loss(self) -> LeaseLost:
+        return LeaseLost(f"the claim on rollout {self.rollout_id} is no longer {self._claims.worker}'s: taken over, or not renewed in time")
 
 
 def _parse(there: Object | None) -> Claim:

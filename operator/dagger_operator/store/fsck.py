@@ -18,6 +18,7 @@ from dagger_operator.store.owner import read_owner
 from dagger_operator.store.policies import file_digest, pointed, policy_manifest
 from dagger_operator.store.records import Outcome, Trajectory
 from dagger_operator.store.results import KINDS, PrepareResult, PublishResult, RolloutResult, TrainingResult, read_result
+from dagger_operator.store.task_sets import read_task_sets
 from dagger_operator.store.trajectories import canonical, read_trajectory
 
 _AT_ONCE = 16
@@ -58,6 +59,7 @@ async def fsck(store: Store, *, deep: bool = False) -> FsckReport:
     """Verifies a run's prefix. `deep` also reads every policy file and holds it against its SHA-256."""
     check = _Fsck(store, {info.key: info.size for info in await store.list()})
     await check.owner()
+    await check.tasks()
     for number in sorted({int(match[1]) for key in check.sizes if (match := re.match(r"rounds/(\d+)/", key))}):
         await check.round(number)
     for version in sorted({match[1] for key in check.sizes if (match := re.match(r"policies/([^/]+)/", key))}):
@@ -79,6 +81,9 @@ class _Fsck:
         if layout.RUN not in self.sizes:
             self._note(layout.RUN, "is not there: nobody owns this prefix", "check storage.url; a run writes this object first")
         await self._sound(read_owner(self.store))
+
+    async def tasks(self) -> None:
+        await self._sound(read_task_sets(self.store))
 
     async def round(self, number: int) -> None:
         manifest = await self._sound(read_manifest(self.store, number)) if layout.manifest(number) in self.sizes else None

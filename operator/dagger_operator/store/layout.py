@@ -12,6 +12,8 @@ class Kind(StrEnum):
 
 RUN = "run.json"
 """Who owns the prefix; created once."""
+TASKS = "tasks.json"
+"""What the tasks of the run are; created once."""
 POLICY = "policies/student.json"
 """Pointer to the policy version that should be served; changed by compare-and-swap."""
 

@@ -52,10 +52,15 @@ def deal(tasks: Sequence[Task], spec: Tasks, *, seed: int, round: int) -> tuple[
 
 def held_out(tasks: Sequence[Task], spec: HeldOut, *, seed: int) -> tuple[Assignment, ...]:
     """The evaluation's rollouts, the same for every round: `count` tasks of a seeded shuffle, or all."""
+    return _assignments(_shuffled(tasks, f"{seed}/held-out")[: held_out_count(tasks, spec)], 1)
+
+
+def held_out_count(tasks: Sequence[Task], spec: HeldOut) -> int:
+    """How many there are. Raises `StageFailure` where `spec` asks for more than there can be."""
     count = len(tasks) if spec.count is None else spec.count
     if not 0 < count <= len(tasks):
         raise StageFailure("TooFewTasks", f"spec.tasks.heldOut.count is {count} and its source has {len(tasks)}: lower it or add tasks")
-    return _assignments(_shuffled(tasks, f"{seed}/held-out")[:count], 1)
+    return count
 
 
 def _shuffled(tasks: Sequence[Task], salt: str) -> list[Task]:

@@ -1,9 +1,15 @@
-"""Where tasks come from: this project's own rows as JSONL or Parquet, and rows of SWE-bench and SWE-Gym."""
+"""Where tasks come from: this project's own rows as JSONL or Parquet, and rows of SWE-bench and SWE-Gym.
+
+What both sets of a run are is written down by the worker that reads them first (`store.task_sets`), and every later one holds what it
+reads against that: a rollout is named by its place in a shuffle, so other tasks would give a name another meaning.
+"""
 
 import asyncio
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,13 @@ from pydantic import ValidationError
 
 from dagger_operator.api import SourceType, Storage, Tasks, TaskSource
 from dagger_operator.api.errors import explain
+from dagger_operator.store import layout
 from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
+from dagger_operator.store.task_sets import TaskSet, TaskSets, pin_task_sets, read_task_sets
 from dagger_operator.tasks import swe
+from dagger_operator.tasks.deal import held_out_count
 from dagger_operator.tasks.task import Task
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -23,22 +32,31 @@ _OWN = (SourceType.JSONL, SourceType.PARQUET)
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """All tasks of a source, in its order, and what tells them from any others."""
+
+    tasks: tuple[Task, ...]
+    content: TaskSet
+
+
 async def load_training(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
-    """The tasks to train on; refused where one of them is held out."""
+    """The tasks to train on; refused where one of them is held out, or where either set is not what it was."""
     return (await _both(spec, store, environ))[0]
 
 
 async def load_held_out(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
-    """The tasks to evaluate on; refused where one of them is trained on."""
+    """The tasks to evaluate on; refused where one of them is trained on, or where either set is not what it was."""
     return (await _both(spec, store, environ))[1]
 
 
-async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
-    """All tasks of a source, in its order. `environ` holds the credentials of object storage under their cloud's names.
+async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str], revision: str | None = None) -> Loaded:
+    """All tasks of a source. `environ` holds the credentials of object storage under their cloud's names, `revision` is the commit to take
+    of a data set on the Hugging Face hub (default: the newest).
 
     Raises `StageFailure` (`InvalidTasks`: names source, row, field and remedy) and `StoreUnavailable`.
     """
-    rows = await _rows(source, store, environ)
+    rows, revision = await _rows(source, store, environ, revision)
     if source.split is not None and (named := sorted({str(row["split"]) for row in rows if row.get("split") is not None})):
         rows = [row for row in rows if row.get("split") == source.split]
         if not rows:
@@ -53,19 +71,49 @@ async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str
                 source, f"row {number}, field id: {task.id!r} is row {first[task.id]}'s already: give every task an id of its own"
             )
         first[task.id] = number
-    return tasks
+    digests = await asyncio.to_thread(lambda: dict(sorted((task.id, _digest(row)) for task, row in zip(tasks, rows, strict=True))))
+    return Loaded(tasks, TaskSet(revision=revision, tasks=digests))
 
 
 async def _both(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    training = await load_tasks(spec.source, store, environ)
-    held_out = await load_tasks(spec.held_out.source, store, environ)
-    if shared := sorted({task.id for task in training} & {task.id for task in held_out}):
+    pinned = await read_task_sets(store)
+    training = await load_tasks(spec.source, store, environ, pinned.training.revision if pinned else None)
+    held_out = await load_tasks(spec.held_out.source, store, environ, pinned.held_out.revision if pinned else None)
+    found = TaskSets(training=training.content, held_out=held_out.content)
+    if pinned is not None:
+        _require_same("spec.tasks.source", spec.source, pinned.training, found.training)
+        _require_same("spec.tasks.heldOut.source", spec.held_out.source, pinned.held_out, found.held_out)
+    else:
+        # First, so that only sets are pinned that can be used: until then their rows may be mended.
+        _require_apart(found)
+        held_out_count(held_out.tasks, spec.held_out)
+        if not await pin_task_sets(store, found):
+            return await _both(spec, store, environ)  # another worker was first, and what it read counts
+    return _mirrored(training.tasks, spec.image_prefix), _mirrored(held_out.tasks, spec.image_prefix)
+
+
+def _require_apart(sets: TaskSets) -> None:
+    if shared := sorted(sets.training.tasks.keys() & sets.held_out.tasks.keys()):
         raise StageFailure(
             "InvalidTasks",
             f"{len(shared)} tasks of spec.tasks.source are held out too, such as {', '.join(shared[:3])}: what is trained on cannot be "
             "evaluated on. Give the two sources different splits or files",
         )
-    return _mirrored(training, spec.image_prefix), _mirrored(held_out, spec.image_prefix)
+
+
+def _require_same(field: str, source: TaskSource, was: TaskSet, now: TaskSet) -> None:
+    changes = {
+        "gone": was.tasks.keys() - now.tasks.keys(),
+        "new": now.tasks.keys() - was.tasks.keys(),
+        "changed": {id for id in was.tasks.keys() & now.tasks.keys() if was.tasks[id] != now.tasks[id]},
+    }
+    if said := [f"{len(ids)} {how}, such as {', '.join(sorted(ids)[:3])}" for how, ids in changes.items() if ids]:
+        raise StageFailure(
+            "TasksChanged",
+            f"{field} {source.uri!r} no longer holds the tasks that it held when this run first read it: {'; '.join(said)}. Its rollouts "
+            f"were dealt from those. Restore them ({layout.TASKS} below storage.url lists them) and resume the run, or make a new run with "
+            "a new name",
+        )
 
 
 def _mirrored(tasks: tuple[Task, ...], prefix: str | None) -> tuple[Task, ...]:
@@ -88,12 +136,13 @@ def _at_mirror(image: str, prefix: str) -> str:
     return f"{prefix.rstrip('/')}/{image if '/' in image else f'library/{image}'}"
 
 
-async def _rows(source: TaskSource, store: Store, environ: Mapping[str, str]) -> list[Row]:
+async def _rows(source: TaskSource, store: Store, environ: Mapping[str, str], revision: str | None) -> tuple[list[Row], str | None]:
+    """The rows, and their commit where they are on the hub."""
     if source.type not in _OWN and not source.uri.lower().endswith(_SUFFIXES):
-        return await asyncio.to_thread(_hugging_face, source)
+        return await asyncio.to_thread(_hugging_face, source, revision)
     data = await _bytes(source, store, environ)
     parquet = source.type is SourceType.PARQUET or (source.type not in _OWN and source.uri.lower().endswith(".parquet"))
-    return await asyncio.to_thread(_parquet if parquet else _jsonl, source, data)
+    return await asyncio.to_thread(_parquet if parquet else _jsonl, source, data), None
 
 
 async def _bytes(source: TaskSource, store: Store, environ: Mapping[str, str]) -> bytes:
@@ -152,9 +201,9 @@ def _without_nulls(row: Row) -> Row:
     return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in row.items() if value is not None}
 
 
-def _hugging_face(source: TaskSource) -> list[Row]:
+def _hugging_face(source: TaskSource, revision: str | None) -> tuple[list[Row], str]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
     except ImportError as error:
         raise _invalid(
             source, "data sets of the Hugging Face hub need the extra 'rollout': pip install 'dagger-operator[rollout]'"
@@ -162,16 +211,24 @@ def _hugging_face(source: TaskSource) -> list[Row]:
     if source.split is None:
         raise _invalid(source, "a data set of the Hugging Face hub needs spec.tasks.source.split, such as train or test")
     try:
-        rows = list(load_dataset(source.uri, split=source.split))
+        builder = load_dataset_builder(source.uri, revision=revision)
+        builder.download_and_prepare()
+        rows = list(builder.as_dataset(split=source.split))
     except Exception as error:  # the library raises whatever its transports raise
         raise StageFailure(
             "TasksUnavailable",
-            f"data set {source.uri!r}, split {source.split!r}: {type(error).__name__}: {error}. Check the id and the network, or export "
-            "the rows to a .parquet or .jsonl file and name that",
+            f"data set {source.uri!r}, commit {revision or 'not named'}, split {source.split!r}: {type(error).__name__}: {error}. Check "
+            "the id and the network, or export the rows to a .parquet or .jsonl file and name that",
             permanent=False,
         ) from error
     # The split was chosen already; a column of that name means something else.
-    return [{key: value for key, value in row.items() if key != "split"} for row in rows]
+    return [{key: value for key, value in row.items() if key != "split"} for row in rows], builder.hash
+
+
+def _digest(row: Row) -> str:
+    # What is no JSON, such as an image or a time, is nothing that a task is made of.
+    text = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def _task(source: TaskSource, number: int, row: Row) -> Task:

@@ -1,0 +1,38 @@
+"""What a run's two sets of tasks are: written down by the worker that reads them first, and the same from then on."""
+
+from pydantic import ValidationError
+
+from dagger_operator.store import layout
+from dagger_operator.store.objects import DamagedObject, Store
+from dagger_operator.store.records import Record
+
+
+class TaskSet(Record):
+    """The content of one task source."""
+
+    revision: str | None = None
+    """Commit of a data set on the Hugging Face hub; None of a file."""
+    tasks: dict[str, str]
+    """The first 16 hexadecimal digits of the SHA-256 of each task's row, by the task's id."""
+
+
+class TaskSets(Record):
+    training: TaskSet
+    held_out: TaskSet
+
+
+async def pin_task_sets(store: Store, sets: TaskSets) -> bool:
+    """Put-if-absent: False where other sets are this run's already."""
+    return await store.create(layout.TASKS, sets.model_dump_json(indent=1).encode())
+
+
+async def read_task_sets(store: Store) -> TaskSets | None:
+    """The sets, or None where nobody has read them yet. `DamagedObject` where they cannot be read."""
+    found = await store.get(layout.TASKS)
+    if found is None:
+        return None
+    try:
+        return TaskSets.model_validate_json(found.data)
+    except ValidationError as error:
+        remedy = "delete it: it is written anew from what spec.tasks names, so make sure that this is what it was"
+        raise DamagedObject(layout.TASKS, f"does not say what this run's tasks are: {error.errors()[0]['msg']}", remedy) from error
