@@ -109,6 +109,10 @@ class Setting:
         assert found is not None, self.log.read_text()[-4000:]
         return found
 
+    def seldom(self) -> None:
+        """From now on checkpoints are rare: nobody kills it any more."""
+        self.run["spec"]["training"]["checkpointEverySteps"] = 50
+
     def failure(self) -> dict[str, str]:
         words: dict[str, str] = json.loads(self.last_words.read_text())
         return words
