@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -96,6 +98,28 @@ def test_so_it_does_in_every_layout(
     found = under_deepspeed(after, less, policy_folder, samples, tmp_path, adam=True, goes_on=True)
     for name in names:
         assert found[name] == pytest.approx(undisturbed[name], rel=2e-3 if "bf16" in name else 1e-5), name
+
+
+def test_so_it_does_where_a_rank_holds_its_part_in_several_groups(policy_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """As ZeRO-3 does above a billion parameters: here four groups, and the count of Adam's steps is each one's own."""
+    layouts, zero = {"zero3": {**SETTINGS["zero3"], **HALF_WAY}}, {"sub_group_size": 20_000}
+    undisturbed = under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, zero=zero)
+    found = under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True, zero=zero, goes_on=True)
+    assert found["zero3"] == pytest.approx(undisturbed["zero3"], rel=1e-5)
+
+
+def test_adams_count_of_steps_goes_where_its_weights_are(tmp_path: Path) -> None:
+    """A fused Adam on a GPU takes it from nowhere else; torch's device without memory stands for one."""
+    import torch
+
+    from dagger_operator.training.resharding import load_whole
+
+    count, weights = torch.tensor(2.0), [torch.zeros(3, device="meta") for _ in range(2)]
+    adam = SimpleNamespace(state={weight: {"step": count} for weight in weights})
+    config = SimpleNamespace(load_universal_checkpoint=False)
+    load_whole(SimpleNamespace(_config=config, load_checkpoint=Mock(), optimizer=SimpleNamespace(optimizer=adam)), tmp_path, "whole")
+    counts = [state["step"] for state in adam.state.values()]
+    assert [one.device.type for one in counts] == ["meta"] * 2 and counts[0] is not counts[1]
 
 
 @pytest.mark.parametrize(
