@@ -53,6 +53,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "parted-trees",
         "recompute",
         "recompute-zero3",
+        "clipped",
+        "bf16-zero1",
         "bf16-zero2",
         "bf16-offload-zero3",
     )

@@ -85,16 +85,23 @@ async def test_it_goes_on_with_another_number_of_ranks_to_the_same_losses_but_fo
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "names"),
-    [(2, 1, ("zero0", "zero1", "bf16-zero1", "bf16-zero2", "bf16-zero3", "offload")), (1, 2, ("zero2", "bf16-zero1"))],
-    ids=["fewer", "more"],
+    ("before", "after", "names", "shared"),
+    [
+        (2, 1, ("zero0", "zero1", "bf16-zero1", "bf16-zero2", "bf16-zero3", "offload"), (1, 1)),
+        (1, 2, ("zero2", "bf16-zero1"), (1, 1)),
+        (2, 1, ("zero0", "zero1", "bf16-zero1", "zero2", "zero3"), (2, 1)),
+        (1, 2, ("zero1", "bf16-zero1", "zero2", "zero3"), (1, 2)),
+        (2, 2, ("zero1", "bf16-zero1", "zero3"), (1, 2)),
+    ],
+    ids=["fewer", "more", "fewer that shared rows", "more that share rows", "as many that share rows"],
 )
 def test_so_it_does_in_every_layout(
-    before: int, after: int, names: tuple[str, ...], policy_folder: Path, samples: list[Sample], tmp_path: Path
+    before: int, after: int, names: tuple[str, ...], shared: tuple[int, int], policy_folder: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    layouts = {name: {**SETTINGS[name], **HALF_WAY} for name in names}
+    layouts = {name: {**SETTINGS[name], **HALF_WAY, "sequenceParallel": shared[0]} for name in names}
     undisturbed = under_deepspeed(before, layouts, policy_folder, samples, tmp_path, adam=True)
-    less = {name: {**settings, "microBatchTokens": 200, "activationCheckpointing": True} for name, settings in layouts.items()}
+    change = {"microBatchTokens": 200, "activationCheckpointing": True, "sequenceParallel": shared[1]}
+    less = {name: {**settings, **change} for name, settings in layouts.items()}
     found = under_deepspeed(after, less, policy_folder, samples, tmp_path, adam=True, goes_on=True)
     for name in names:
         assert found[name] == pytest.approx(undisturbed[name], rel=2e-3 if "bf16" in name else 1e-5), name

@@ -155,6 +155,10 @@ def build(
         config=settings(training, ranks // training.sequence_parallel, device),
         mpu=groups,
     )
+    if training.deepspeed.zero_stage > 0:
+        # DeepSpeed asks `mpu` who shares rows, and from then on takes it for tensor parallelism: BF16 with ZeRO-1 leaves the gradients of
+        # all but the first of those ranks out of their norm, and checkpoints call for as many parts of each weight.
+        engine.mpu = engine.optimizer.mpu = None
     if low_precision:
         adapters.sharpen(engine, exact)
     engine.train()
