@@ -35,3 +35,23 @@ def test_every_layout_takes_the_steps_of_a_plain_loop(
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
         assert right.missed_by(made(tmp_path / name / "policy")) < (5e-2 if low_precision else 1e-5), name
+
+
+def test_in_bf16_too_gradients_are_summed_between_ranks_as_one_rank_sums_them(
+    policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Every label is a row of its own, so that the same gradients are summed: in FP32, where BF16 would drop all but eight bits."""
+    import torch
+
+    rows = {"packing": "Labels", "microBatchTokens": 64, "steps": {"type": "Constant", "value": 1}}
+    layouts = {name: {**settings, **rows} for name, settings in SETTINGS.items() if name.startswith("bf16")}
+    weights: list[dict[str, Any]] = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"{ranks}"
+        folder.mkdir()
+        under_deepspeed(ranks, layouts, policy_folder, samples, folder)
+        weights.append({name: torch.cat([one.flatten() for one in made(folder / name / "policy").values()]) for name in layouts})
+    before = torch.cat([one.flatten() for one in made(policy_folder).values()])
+    for name in layouts:
+        alone, together = (one[name] for one in weights)
+        assert float((together - alone).norm() / (alone - before).norm()) < 1e-5, name
