@@ -55,3 +55,30 @@ def test_in_bf16_too_gradients_are_summed_between_ranks_as_one_rank_sums_them(
     for name in layouts:
         alone, together = (one[name] for one in weights)
         assert float((together - alone).norm() / (alone - before).norm()) < 1e-5, name
+
+
+def test_a_gradient_that_is_larger_than_the_bucket_is_reduced_like_any_other(
+    expected: Callable[[float], Plain], policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """As a large student's matrices are: DeepSpeed reduces each by itself, where it lies."""
+    names = ("zero1", "zero2", "zero3", "offload", "bf16-zero2", "bf16-zero3", "bf16-offload-zero1")
+    found = under_deepspeed(
+        2, {name: SETTINGS[name] for name in names}, policy_folder, samples, tmp_path, zero={"reduce_bucket_size": 5000}
+    )
+    right = expected(BASE["gradientClip"])
+    for name in names:
+        low_precision = "bf16" in name
+        assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
+        assert right.missed_by(made(tmp_path / name / "policy")) < (5e-2 if low_precision else 1e-5), name
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_on_gpus_reduction_overlaps_nothing_and_takes_the_memory_that_is_estimated(stage: int) -> None:
+    """Overlapped, DeepSpeed frees a gradient above the bucket while it is still being reduced: no test without GPUs would see it."""
+    import torch
+
+    from dagger_operator.estimate.memory import BUCKET
+    from dagger_operator.training.engine import settings
+
+    zero = settings(Training.model_validate({"deepspeed": {"zeroStage": stage}}), 8, torch.device("cuda"))["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (False, BUCKET)

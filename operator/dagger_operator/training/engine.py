@@ -23,6 +23,11 @@ Engine = Any
 """`deepspeed.DeepSpeedEngine`, which is not typed."""
 
 
+BUCKET = 1 << 24
+"""Numbers that are reduced at a time, in a buffer that is allocated whole: what transformers takes for a model of width 4096. A larger
+gradient is reduced by itself, where it lies."""
+
+
 def join(rank: int, ranks: int, local_rank: int) -> torch.device:
     """Enters the process group that the environment names (as torchrun does) and returns this rank's device.
 
@@ -80,12 +85,11 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
     half the traffic, of every gradient eight bits, and with ZeRO-1 of its sum over a whole step.
     """
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 2 and device.type == "cuda"}
+    # Where DeepSpeed overlaps reduction with the backward pass, memory of a gradient above the bucket is freed, and written to, while it
+    # is still being reduced.
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if training.deepspeed.offload is Offload.OPTIMIZER and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    if device.type == "cpu":
-        # Buckets are allocated whole; the defaults are sized for GPUs.
-        zero |= {"reduce_bucket_size": 1 << 24, "allgather_bucket_size": 1 << 24}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": groups,
