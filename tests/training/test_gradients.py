@@ -9,7 +9,7 @@ import pytest
 
 from dagger_operator.api import Training
 from dagger_operator.training.samples import Sample
-from training.steps import BASE, SETTINGS, SHARED, Plain, made, plain, under_deepspeed
+from training.steps import BASE, SETTINGS, SHARED, Plain, ended_under_deepspeed, made, plain, under_deepspeed
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
@@ -70,6 +70,18 @@ def test_a_gradient_that_is_larger_than_the_bucket_is_reduced_like_any_other(
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
         assert right.missed_by(made(tmp_path / name / "policy")) < (5e-2 if low_precision else 1e-5), name
+
+
+def test_gradients_of_one_rank_that_are_no_numbers_end_the_training_on_all(
+    policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """The loss is a number, and DeepSpeed would go on without a word."""
+    shared = {name: SHARED[name] for name in ("shared-zero0", "shared-bf16-zero1", "shared-zero3")}
+    layouts = {**{name: settings for name, settings in SETTINGS.items() if "zero" in name}, **shared}
+    layouts["bf16-zero0"] = layouts.pop("bf16-zero0")
+    for ended in ended_under_deepspeed(2, layouts, policy_folder, samples, tmp_path, poisoned=True):
+        reasons = {name: str(how).partition(":")[0] for name, how in ended.items()}
+        assert reasons == dict.fromkeys(layouts, "GradientNotFinite")
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -185,6 +185,20 @@ def gradient_norm(engine: Engine) -> float | None:
     return None if norm is None else float(norm)
 
 
-def set_learning_rate(engine: Engine, rate: float) -> None:
+def take_step(engine: Engine, rate: float) -> bool:
+    """Changes the weights by the gradient that the engine holds. Returns whether it was finite: DeepSpeed leaves the step out where it is
+    not, and says nothing. Collective; the same on all ranks."""
+    if engine.zero_optimization_stage() == 0 and not _finite(engine):
+        return False
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    engine.step()
+    return bool(engine.was_step_applied())
+
+
+def _finite(engine: Engine) -> bool:
+    """Whether the gradients of all ranks are. Without ZeRO DeepSpeed looks at none, and they are whole on every rank until it steps."""
+    gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+    finite = torch.nn.utils.get_total_norm(gradients).isfinite().int()
+    torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)

@@ -14,8 +14,8 @@ from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
 from dagger_operator.training.checkpoints import Checkpoints, Tally
-from dagger_operator.training.engine import Engine, gradient_norm, gradients_divided_by, set_learning_rate
-from dagger_operator.training.guards import refuse_broken
+from dagger_operator.training.engine import Engine, gradient_norm, gradients_divided_by, take_step
+from dagger_operator.training.guards import refuse_broken, refuse_skipped
 from dagger_operator.training.layout import Rank
 from dagger_operator.training.metrics import Step
 from dagger_operator.training.packing import Pack, pack
@@ -60,9 +60,7 @@ async def train(
             raise StageFailure("Terminated", message, permanent=False)
         refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
-        set_learning_rate(engine, rate)
-        engine.step()
-
+        refuse_skipped(take_step(engine, rate), tally.losses, batch)
         done = Step(
             loss=loss,
             labels=len(batch),
