@@ -21,7 +21,7 @@ from dagger_operator.store.results import TrainingResult, read_result
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.training.samples import Sample
 from training.stage import Setting, until
-from training.steps import LORA, SETTINGS, SHARED, made, under_deepspeed
+from training.steps import LORA, SETTINGS, SHARED, ended_under_deepspeed, made, under_deepspeed
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
@@ -113,6 +113,17 @@ def test_so_it_does_where_a_rank_holds_its_part_in_several_groups(policy_folder:
     undisturbed = under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, zero=zero)
     found = under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True, zero=zero, goes_on=True)
     assert found["zero3"] == pytest.approx(undisturbed["zero3"], rel=1e-5)
+
+
+def test_a_notice_in_the_first_step_leaves_nothing_that_another_number_of_ranks_could_not_go_on_from(
+    policy_folder: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    layouts = {name: {**SETTINGS[name], **HALF_WAY} for name in ("zero0", "zero1", "zero3", "bf16-zero1", "bf16-zero2")}
+    for ended in ended_under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, stopped=True):
+        words = "Terminated: asked to end after step 0 of 4; training begins anew"
+        assert ended == dict.fromkeys(layouts, words)
+    # It begins anew, and does not fail for ever.
+    assert under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True).keys() == layouts.keys()
 
 
 def test_adams_count_of_steps_goes_where_its_weights_are(tmp_path: Path) -> None:

@@ -55,9 +55,10 @@ async def train(
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
         if loss is None:  # the step is not taken, so what is stored is the state before it
-            await checkpoints.save(engine, tally)
-            message = f"asked to end after step {tally.steps} of {curriculum.steps}; training goes on from its checkpoint"
-            raise StageFailure("Terminated", message, permanent=False)
+            if tally.steps:  # before the first, Adam has no state yet, which a checkpoint needs to be cut anew
+                await checkpoints.save(engine, tally)
+            goes_on = "training goes on from its checkpoint" if tally.steps else "training begins anew"
+            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {goes_on}", permanent=False)
         refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
         refuse_skipped(take_step(engine, rate), tally.losses, batch)
