@@ -109,6 +109,10 @@ class Setting:
         assert found is not None, self.log.read_text()[-4000:]
         return found
 
+    def seldom(self) -> None:
+        """From now on checkpoints are rare: nobody kills it any more."""
+        self.run["spec"]["training"]["checkpointEverySteps"] = 50
+
     def failure(self) -> dict[str, str]:
         words: dict[str, str] = json.loads(self.last_words.read_text())
         return words
@@ -135,7 +139,10 @@ def vllm(log_file: Path, weights: str, *options: str) -> Iterator[tuple[subproce
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"]
-    environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # One process, as `control.vllm` has it.
+    command += ["--distributed-executor-backend", "uni"]
+    environ = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, start_new_session=True)
         try:

@@ -80,7 +80,7 @@ def two_rounds(
     tmp_path_factory: pytest.TempPathFactory, loud: Path, trajectories: list[Trajectory], second_round: list[Trajectory]
 ) -> tuple[Rounds, list[str]]:
     """Versions of rounds 0, 1 and 2."""
-    run = Rounds(tmp_path_factory.mktemp("two-rounds"))
+    run = Rounds(tmp_path_factory.mktemp("two-rounds"), checkpointEverySteps=50)
 
     async def train() -> list[str]:
         await run.prepare(loud, trajectories)
@@ -198,19 +198,12 @@ async def test_one_vllm_serves_every_rounds_student_under_its_own_name(
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("zero_stage", "after"), [(2, 2), (3, 1)])
 async def test_killed_it_goes_on_from_a_small_checkpoint_to_the_same_losses(
-    two_rounds: tuple[Rounds, list[str]],
-    loud: Path,
-    trajectories: list[Trajectory],
-    second_round: list[Trajectory],
-    tmp_path: Path,
-    zero_stage: int,
-    after: int,
+    two_rounds: tuple[Rounds, list[str]], loud: Path, trajectories: list[Trajectory], second_round: list[Trajectory], tmp_path: Path
 ) -> None:
-    """In the second round, which starts from an adapter; with as many ranks as before, or with fewer."""
-    undisturbed, versions = two_rounds
-    run = Rounds(tmp_path, deepspeed={"zeroStage": zero_stage})
+    """In the second round, which starts from an adapter, and with fewer ranks than before."""
+    undisturbed, _ = two_rounds
+    run = Rounds(tmp_path, deepspeed={"zeroStage": 3})
     await run.prepare(loud, trajectories)
     await run.collect(2, second_round)
     first = await read_result(undisturbed.store, 1, "training", TrainingResult)
@@ -231,17 +224,15 @@ async def test_killed_it_goes_on_from_a_small_checkpoint_to_the_same_losses(
     files = await run.store.list((await checkpoints())[-1].removesuffix("manifest.json"))
     weights = (loud / "model.safetensors").stat().st_size
     assert sum(info.size for info in files) < weights, "no frozen weight is in it, let alone an optimiser's state of one"
-    run.run["spec"]["training"]["processesPerNode"] = after
-    made = await run.train(2)
+    run.run["spec"]["training"]["processesPerNode"] = 1
+    run.seldom()
+    await run.train(2)
     log = run.log.read_text()
     assert "given up" not in log and re.search(r'"from_step": [1-9]', log), "it did not begin anew"
     results = [await read_result(store, 2, "training", TrainingResult) for store in (run.store, undisturbed.store)]
     losses = [result.losses for result in results if result is not None]
-    if (zero_stage, after) == (2, 2):
-        assert losses[0] == losses[1] and made == versions[2]
-    else:
-        # Sums in another order differ in the last digit, which Adam takes to the first within some twenty steps.
-        assert losses[0][:8] == pytest.approx(losses[1][:8], rel=1e-3)
+    # Sums in another order differ in the last digit, which Adam takes to the first within some twenty steps.
+    assert losses[0][:8] == pytest.approx(losses[1][:8], rel=1e-3)
 
 
 async def test_a_round_before_without_an_adapter_is_refused(tmp_path: Path, trajectories: list[Trajectory]) -> None:

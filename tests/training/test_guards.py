@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagger_operator.store.stage import StageFailure
-from dagger_operator.training.guards import refuse_broken
+from dagger_operator.training.guards import refuse_broken, refuse_skipped
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.strand import Strand
 
@@ -17,6 +17,12 @@ BATCH = [Sample(f"0002/{number:05d}", turn, Strand(np.array([1, 2], dtype=np.int
 def test_a_loss_that_is_no_number_is_refused_at_any_step(loss: float) -> None:
     with pytest.raises(StageFailure, match=r"LossNotFinite: the loss of step 3 .*rollouts 0002/00000, 0002/00001, 0002/00002"):
         refuse_broken(loss, [1.0, 0.9], BATCH)
+
+
+def test_a_gradient_that_is_no_number_is_refused_at_any_step() -> None:
+    refuse_skipped(True, [1.0, 0.9], BATCH)
+    with pytest.raises(StageFailure, match=r"GradientNotFinite: the gradient of step 3 .*rollouts 0002/00000, 0002/00001, 0002/00002"):
+        refuse_skipped(False, [1.0, 0.9], BATCH)
 
 
 def test_five_steps_in_a_row_far_above_all_before_are_refused_and_fewer_are_not() -> None:

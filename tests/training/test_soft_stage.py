@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 class SoftSetting(Setting):
     def __init__(self, folder: Path, **training: Any) -> None:
         folder.mkdir(exist_ok=True)
-        super().__init__(folder, loss="ForwardKL", steps={"type": "Constant", "value": 40}, **training)
+        super().__init__(folder, loss="ForwardKL", steps={"type": "Constant", "value": 40}, checkpointEverySteps=50, **training)
         self.run["spec"]["labels"] = {"topLogprobs": 2}
 
 

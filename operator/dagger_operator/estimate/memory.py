@@ -12,8 +12,10 @@ TARGETS_AT_ONCE = 4096
 CONTEXT = 1.2 * GIB
 """What CUDA, NCCL and libraries hold beside PyTorch: 44.69 GiB in use with 43.48 GiB PyTorch's, in the out-of-memory message of prime-rl's
 Qwen3-0.6B SFT at 65K on an H100 (`benchmarks/baselines`)."""
-BUCKET = 500_000_000
-"""Parameters of a reduction bucket: DeepSpeed's default `reduce_bucket_size`."""
+BUCKET = 1 << 24
+"""Gradients that are reduced at a time, as `training/engine.py` has it; a matrix that is larger is reduced by itself."""
+WITHOUT_ZERO = 500_000_000
+"""The same without ZeRO, after the last pass: DeepSpeed's own."""
 LIVE = 1_050_000_000
 """Parameters that ZeRO-3 keeps gathered: defaults of `stage3_max_live_parameters` and `stage3_prefetch_bucket_size`."""
 
@@ -59,7 +61,7 @@ class Memory:
     layer: float
     """Of one layer in its backward pass: recomputed activations, and gradients of activations. 0 when the head is at work."""
     logits: float
-    """0 when a layer is at work."""
+    """0 when a layer is at work; what reducing the head's gradient takes, where that is more."""
     buffers: float
     """Communication, gathered weights, CUDA's context."""
     host: float = 0.0
@@ -120,7 +122,9 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
     optimiser = (12 if setup.stage else 8) * trained / over[1]
     kept = setup.tokens * activations(shape, width, setup.checkpointing)
     moments = {"layer": setup.tokens * (in_a_layer(shape, width) - (0 if setup.checkpointing else kept_by_a_layer(shape, width)))}
-    moments["logits"] = logits(shape, min(TARGETS_AT_ONCE, setup.tokens))
+    largest, head = (0, 0) if adapters else (shape.matrix, shape.head)
+    on_its_way = _reducing(head) - _reducing(largest) if setup.stage > 1 else 0  # with ZeRO-1 it is when all passes are over
+    moments["logits"] = max(logits(shape, min(TARGETS_AT_ONCE, setup.tokens)), on_its_way)
     fuller = max(moments, key=lambda part: moments[part])
     return Memory(
         weights=weights,
@@ -129,19 +133,19 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
         activations=kept,
         layer=moments["layer"] if fuller == "layer" else 0.0,
         logits=moments["logits"] if fuller == "logits" else 0.0,
-        buffers=CONTEXT + _buffers(number, trained, width, setup),
+        buffers=CONTEXT + _buffers(number, trained, largest, width, setup),
         host=optimiser + 4 * trained / over[1] if setup.offload else 0.0,
     )
 
 
-def _buffers(number: int, trained: int, width: int, setup: Setup) -> float:
-    """Buckets for reduction, which DeepSpeed allocates whole from ZeRO-2 on (two where it overlaps), and gathered weights."""
-    match setup.stage:
-        case 0:
-            return (width if setup.bf16 else 0) * number + 4 * min(trained, BUCKET)
-        case 1:
-            return 4 * min(trained, BUCKET)
-        case 2:
-            return 2 * width * BUCKET
-    gathered = 0 if setup.ranks == 1 else width * min(number, LIVE)
-    return width * BUCKET + gathered
+def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) -> float:
+    """What reduction takes in a layer's backward pass, and gathered weights."""
+    if setup.stage == 0:
+        return (width if setup.bf16 else 0) * number + 4 * min(trained, WITHOUT_ZERO)
+    gathered = width * min(number, LIVE) if setup.stage == 3 and setup.ranks > 1 else 0
+    return _reducing(largest) + gathered
+
+
+def _reducing(gradient: int) -> float:
+    """The bucket, allocated whole, and what is reduced at a time, that is it or a larger gradient: once more, and in FP32."""
+    return 4 * BUCKET + 8 * max(BUCKET, gradient)

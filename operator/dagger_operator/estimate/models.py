@@ -60,6 +60,11 @@ class Shape:
         return 3 * self.hidden * self.intermediate
 
     @property
+    def matrix(self) -> int:
+        """Parameters of a layer's largest matrix; gate and up of all experts are one."""
+        return self.hidden * max(self.q_width, self.intermediate * max(1, 2 * self.experts))
+
+    @property
     def head(self) -> int:
         """Parameters of the head, `vocabulary * hidden`; the embedding is as large."""
         return self.vocabulary * self.hidden

@@ -23,7 +23,7 @@ from dagger_operator.store.records import Record
 from dagger_operator.store.side_by_side import each
 from dagger_operator.training.engine import Engine
 from dagger_operator.training.metrics import Step
-from dagger_operator.training.resharding import put_together, reading_whole
+from dagger_operator.training.resharding import load_whole, put_together
 
 T = TypeVar("T")
 
@@ -167,8 +167,7 @@ class Checkpoints:
         if self._carries:
             put_together(self._folder / tag, self._folder / whole)
         torch.distributed.barrier()
-        with reading_whole(engine):
-            engine.load_checkpoint(str(self._folder), tag=whole, load_lr_scheduler_states=False)
+        load_whole(engine, self._folder, whole)
         if self._rank == 0:
             self._log.info("checkpoint cut anew", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
 

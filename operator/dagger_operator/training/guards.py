@@ -15,6 +15,9 @@ _SPIKE = 10.0
 """Times the median of those."""
 
 
+_REMEDY = "lower training.learningRate or training.gradientClip, or train with precision FP32; the weights before this round are unharmed."
+
+
 def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample]) -> None:
     """Raises `StageFailure` where a step's loss is no number, or tells that training has come apart.
 
@@ -24,8 +27,7 @@ def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample])
     if not math.isfinite(loss):
         raise StageFailure(
             "LossNotFinite",
-            f"the loss of step {step} is {loss}: lower training.learningRate or training.gradientClip, or train with precision FP32; "
-            f"the weights before this round are unharmed. {_learned(batch)}",
+            f"the loss of step {step} is {loss}: {_REMEDY} {_learned(batch)}",
         )
     lasting, earlier = [*before[1 - _LASTING :], loss], before[: 1 - _LASTING]
     if len(earlier) < _BEFORE:
@@ -37,6 +39,15 @@ def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample])
             f"the loss of steps {step - _LASTING + 1} to {step} is {min(lasting):.4g} or more, of the {_BEFORE} steps before them it was "
             f"{usual:.4g}: lower training.learningRate or training.gradientClip, or look for broken labels. {_learned(batch)}",
         )
+
+
+def refuse_skipped(stepped: bool, before: Sequence[float], batch: Sequence[Sample]) -> None:
+    """Raises `StageFailure` where a step was not taken, since its gradient is no number although its loss is one.
+
+    DeepSpeed would leave out such steps to the end, and a training that has learned nothing be called done.
+    """
+    if not stepped:
+        raise StageFailure("GradientNotFinite", f"the gradient of step {len(before) + 1} is not finite: {_REMEDY} {_learned(batch)}")
 
 
 def _learned(batch: Sequence[Sample]) -> str:

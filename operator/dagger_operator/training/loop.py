@@ -14,8 +14,8 @@ from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
 from dagger_operator.training.checkpoints import Checkpoints, Tally
-from dagger_operator.training.engine import Engine, gradient_norm, gradients_divided_by, set_learning_rate
-from dagger_operator.training.guards import refuse_broken
+from dagger_operator.training.engine import Engine, gradient_norm, gradients_divided_by, take_step
+from dagger_operator.training.guards import refuse_broken, refuse_skipped
 from dagger_operator.training.layout import Rank
 from dagger_operator.training.metrics import Step
 from dagger_operator.training.packing import Pack, pack
@@ -55,14 +55,13 @@ async def train(
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
         if loss is None:  # the step is not taken, so what is stored is the state before it
-            await checkpoints.save(engine, tally)
-            message = f"asked to end after step {tally.steps} of {curriculum.steps}; training goes on from its checkpoint"
-            raise StageFailure("Terminated", message, permanent=False)
+            if tally.steps:  # before the first, Adam has no state yet, which a checkpoint needs to be cut anew
+                await checkpoints.save(engine, tally)
+            goes_on = "training goes on from its checkpoint" if tally.steps else "training begins anew"
+            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {goes_on}", permanent=False)
         refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
-        set_learning_rate(engine, rate)
-        engine.step()
-
+        refuse_skipped(take_step(engine, rate), tally.losses, batch)
         done = Step(
             loss=loss,
             labels=len(batch),

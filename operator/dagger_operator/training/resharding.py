@@ -7,7 +7,6 @@ together by parameter, from which any number can take its part.
 import argparse
 import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 from dagger_operator.training.engine import Engine
@@ -24,11 +23,14 @@ def put_together(cut: Path, whole: Path) -> None:
         ds_to_universal.main(argparse.Namespace(input_folder=str(cut), output_folder=str(whole), **options))
 
 
-@contextlib.contextmanager
-def reading_whole(engine: Engine) -> Iterator[None]:
-    """Within it, the engine takes a folder that was put together."""
+def load_whole(engine: Engine, folder: Path, tag: str) -> None:
+    """Puts what was put together in folder `tag` of `folder` into the engine. Collective."""
     engine._config.load_universal_checkpoint = True
     try:
-        yield
+        engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     finally:
         engine._config.load_universal_checkpoint = False
+    # DeepSpeed leaves Adam's count of steps on the CPU, where a fused Adam of a GPU cannot take it, and gives ZeRO-3's groups of
+    # parameters one count for all, which every group then counts up.
+    for weight, state in engine.optimizer.optimizer.state.items():
+        state["step"] = state["step"].to(weight.device, copy=True)
