@@ -1,6 +1,7 @@
 """Which labels make which step, and which rank computes what."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_groups_share_every_pack_once_in_the_same_number_of_passes(
     sizes: list[tuple[int, int]], groups: int, bound: int, multiple: int, few_lengths: bool
 ) -> None:
     packs = [pack_of(length, targets) for length, targets in sizes]
-    limits = Limits(bound, 50, multiple, few_lengths)
+    limits = Limits(bound - bound % multiple, 50, multiple, few_lengths)
     passes = spread(packs, groups, limits)
     assert all(len(one.packs) == groups for one in passes)
     assert sorted(index for one in passes for indices in one.packs for index in indices) == list(range(len(packs)))
@@ -125,8 +126,8 @@ def test_rows_for_compiled_kernels_have_few_lengths_and_stay_within_the_bound() 
     assert len(set(lengths.values())) <= 24
     assert all(tokens <= length <= max(1024 * -(-tokens // 1024), 1.25 * tokens, 1024) for tokens, length in lengths.items())
     assert all(length <= limits.tokens and length % 1024 == 0 for length in lengths.values())
-    alone = 100 * 1024  # a tree beyond the bound
-    assert limits.padding(alone) == 12 * 1024
+    alone = 100 * 1024  # a sequence beyond the bound
+    assert [replace(limits, longest=longest * 1024).padding(alone) for longest in (100, 104, 200)] == [0, 4 * 1024, 12 * 1024]
 
 
 @pytest.mark.parametrize("name", ["Constant", "Linear", "Cosine"])

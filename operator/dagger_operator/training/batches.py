@@ -65,24 +65,26 @@ class Pass:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one forward pass on one rank."""
+    """Of one forward pass."""
 
     tokens: int
-    """Most tokens of a row."""
+    """Most tokens of a row, padding included; one sequence that is longer goes alone. A multiple of `multiple`."""
     targets: int
     """Most targets whose logits exist at a time."""
     multiple: int = 1
     """A row is padded to a multiple of so many tokens."""
     few_lengths: bool = False
     """Whether the multiple doubles with the row, beyond eight of it: each length costs a compiled kernel, more padding costs less."""
+    longest: int = 0
+    """Where that ends for a sequence that goes alone; for others it does at `tokens`."""
 
     def padding(self, tokens: int) -> int:
-        """Tokens that a row of so many gets on top; never beyond the bound because of `few_lengths`."""
-        step, most = self.multiple, self.tokens - self.tokens % self.multiple
+        """Tokens that a row of so many gets on top."""
+        step = self.multiple
         while self.few_lengths and tokens > 8 * step:
             step *= 2
-        padded = tokens + -tokens % step
-        return (min(padded, most) if tokens <= most else padded) - tokens
+        least, most = tokens + -tokens % self.multiple, self.tokens if tokens <= self.tokens else self.longest
+        return max(least, min(tokens + -tokens % step, most)) - tokens
 
 
 def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:

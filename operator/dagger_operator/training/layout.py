@@ -35,6 +35,9 @@ class Rank:
         return Share(self.index % self.rows_shared_by, self.rows_shared_by)
 
     def limits(self, training: Training, targets_at_once: int) -> Limits:
+        """No row has more than `microBatchTokens`, or the least that a row can have: the one bound by which trees are parted too."""
         compiled = self.device.type == "cuda"
         multiple = math.lcm(BUCKET if compiled else 1, self.rows_shared_by)
-        return Limits(training.micro_batch_tokens, targets_at_once, multiple, few_lengths=compiled)
+        tokens = max(multiple, training.micro_batch_tokens - training.micro_batch_tokens % multiple)
+        longest = training.max_sequence_tokens + -training.max_sequence_tokens % multiple
+        return Limits(tokens, targets_at_once, multiple, few_lengths=compiled, longest=longest)

@@ -51,7 +51,7 @@ async def train(
         started = time.monotonic()
         torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
         batch = [samples[index] for index in curriculum.batch(step)]
-        packs = pack(batch, training.micro_batch_tokens, training.packing)
+        packs = pack(batch, limits.tokens, training.packing)
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
         if loss is None:  # the step is not taken, so what is stored is the state before it
