@@ -238,7 +238,7 @@ async def test_a_row_as_the_documents_have_it_is_a_task_with_every_field_that_th
     (line,) = re.findall(r"^```json\n(.*)\n```$", section, re.M)
     assert list(json.loads(line)) == list(Task.model_fields)
     (tmp_path / "tasks.jsonl").write_text(line)
-    (task,) = await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})
+    (task,) = (await load_tasks(source(SourceType.JSONL, tmp_path / "tasks.jsonl"), store, {})).tasks
     assert task.model_fields_set == set(Task.model_fields) and isinstance(task.grading, ScriptGrading)
 
 
