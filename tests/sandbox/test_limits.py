@@ -3,7 +3,6 @@
 import asyncio
 import resource
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -119,9 +118,7 @@ async def test_output_without_end_is_cut_off_by_the_deadline(sandbox: ProcessSan
         "mkdir -p sticky && cd sticky && for i in $(seq 500); do : > $'a\\nb'$i; done; chmod 1555 .",
     ],
 )
-async def test_whatever_an_agent_leaves_is_removed(
-    sandbox: ProcessSandbox, tmp_path: Path, nasty: str, alive: Callable[[str], int]
-) -> None:
+async def test_whatever_an_agent_leaves_is_removed(sandbox: ProcessSandbox, tmp_path: Path, nasty: str) -> None:
     await sandbox.execute(nasty, timeout=60)
     await sandbox.close()
     assert not list(tmp_path.glob("sandboxes/*/*-one"))

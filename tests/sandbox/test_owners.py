@@ -1,6 +1,7 @@
 """What a provider leaves behind, whatever happens to it; and sandboxes without namespaces."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,20 @@ async def main():
         print(await sandbox.execute(sys.argv[2], timeout=600))
 
 asyncio.run(main())
+"""
+
+
+FORKS = """
+import os, time
+try:
+    for _ in range(600):
+        if not os.fork():
+            time.sleep(2)
+            os._exit(0)
+except OSError as error:
+    print(error)
+os.makedirs("closed/in")
+os.chmod("closed", 0)
 """
 
 
@@ -84,14 +99,13 @@ def test_an_ordinary_user_has_namespaces_and_limits_too(tmp_path: Path) -> None:
     root.mkdir(mode=0o700)
     os.chown(root, 54321, 54321)
     try:
-        # A shell would try a fork again for 15 s.
-        forks = "import os, time\nfor _ in range(600):\n    if not os.fork(): time.sleep(2); os._exit(0)"
-        bomb = f"mkdir -p closed/in; chmod 000 closed; exec {python[-1]} -c '{forks}'"
+        # A shell would try a fork again for 15 s; a closed folder counts as a full disk while the command runs.
+        bomb = f"exec {python[-1]} -c {shlex.quote(FORKS)}"
         done = subprocess.run([*python, "-c", OWNER, str(root), bomb], capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("54321\nx"), done.stdout
         assert "WITHOUT" not in done.stdout and "Resource temporarily unavailable" in done.stdout
-        assert [path.name for path in root.iterdir()] == [".sweeping"]
+        assert [path.name for path in root.iterdir()] == [".sweeping"], "the closed folder, too"
     finally:
         shutil.rmtree(root)
 
