@@ -75,6 +75,7 @@ async def test_prometheus_scrapes_a_training(
     with setting.started(POD_IP="127.0.0.2", DAGGER_METRICS_PORT=address.rpartition(":")[2]) as process:
         prometheus.watch("trainer", address)
         await until(everything_is_there, process, 240)
+        await until(setting.checkpoints, process)  # three steps are taken
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             exposition = answer.read()
     assert prometheus.lint(exposition) == ""
