@@ -24,6 +24,28 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import Stage
 
 
+class Connections:
+    """Of one server: those that asyncio accepts while it ends, too, which aiohttp would forget and never close. One that stays keeps the
+    socket's path bound."""
+
+    def __init__(self, server: Any) -> None:
+        self._transports: list[asyncio.Transport] = []
+        self._ended = False
+        self._told = server.connection_made
+        server.connection_made = self._made
+
+    def _made(self, handler: Any, transport: asyncio.Transport) -> None:
+        self._transports.append(transport)
+        self._told(handler, transport)
+        if self._ended:
+            transport.abort()
+
+    def end(self) -> None:
+        self._ended = True
+        for transport in self._transports:
+            transport.abort()
+
+
 class FakeVllm:
     """vLLM's development and chat endpoints on a Unix socket, with its habits: it loads `current` when it starts, keeps a prefix cache
     of what its weights computed, holds requests back while paused, and is lost after a failed reload.
@@ -43,6 +65,7 @@ class FakeVllm:
         """As on the CPU: it shows no weights that a version changes."""
         self.headers: list[CIMultiDictProxy[str]] = []
         self._runner: web.AppRunner | None = None
+        self._connections: Connections
         self._death: asyncio.Task[None] | None = None
 
     @property
@@ -75,6 +98,7 @@ class FakeVllm:
         app.router.add_post("/v1/chat/completions", self._chat)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
         await self._runner.setup()
+        self._connections = Connections(self._runner.server)
         await web.UnixSite(self._runner, str(self.shared.socket)).start()
         self.starts += 1
 
@@ -88,16 +112,9 @@ class FakeVllm:
     async def _die(self) -> None:
         runner, self._runner = self._runner, None
         if runner is not None:
-            assert runner.server is not None
             for site in list(runner.sites):
                 await site.stop()
-            # asyncio may still be accepting what came in before: what it brings while aiohttp cleans up, aiohttp forgets and never closes.
-            for _ in range(5):
-                await asyncio.sleep(0)
-            for connection in list(runner.server.connections):
-                connection.force_close()
-                if connection.transport is not None:
-                    connection.transport.abort()
+            self._connections.end()
             await runner.cleanup()
             self.shared.socket.touch()
 
