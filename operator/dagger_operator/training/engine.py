@@ -1,4 +1,5 @@
-"""The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's."""
+"""The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's. What it does with each combination of them:
+docs/adr/0012-what-deepspeed-does-in-each-layout.md."""
 
 import functools
 import logging

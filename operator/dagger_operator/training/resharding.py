@@ -1,7 +1,8 @@
 """A checkpoint that was cut for another number of ranks: DeepSpeed's universal format, made on the way back only.
 
 Checkpoints are stored as the ranks hold them, which costs nothing. Only when training goes on with another number of ranks is one put
-together by parameter, from which any number can take its part.
+together by parameter, from which any number can take its part. Each of DeepSpeed's optimisers takes it in its own way:
+docs/adr/0012-what-deepspeed-does-in-each-layout.md.
 """
 
 import argparse
