@@ -112,6 +112,12 @@ class FakeVllm:
     async def _die(self) -> None:
         runner, self._runner = self._runner, None
         if runner is not None:
+            # First nobody is accepted any more, then those that were get their transport: asyncio forgets them once the server is closed.
+            for site in list(runner.sites):
+                for listening in site._server.sockets:
+                    asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(5):
+                await asyncio.sleep(0)
             for site in list(runner.sites):
                 await site.stop()
             self._connections.end()
@@ -290,7 +296,11 @@ class Pod:
             if self.replica.state == "Serving" and self.gate.version == self.target:
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError(f"does not converge: {self.replica.state} {self.gate.version} {self.replica.reason}")
+        bound = [line for line in Path("/proc/net/unix").read_text().splitlines() if line.endswith(str(self.shared.socket))]
+        raise AssertionError(
+            f"does not converge: {self.replica.state} {self.gate.version} {self.replica.reason}; vLLM is up: {self.vllm.up}, gone: "
+            f"{self.vllm.gone}, its socket there: {self.shared.socket.exists()}, bound by {bound}"
+        )
 
 
 @pytest.fixture
