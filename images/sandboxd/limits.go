@@ -36,10 +36,11 @@ func (l limits) inherit() error {
 	return nil
 }
 
-// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel shall
-// take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not get to look
-// while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the kubelet lets the kernel
-// kill a whole container that is out of memory. All that a command starts inherits it. Why it cannot is written to descriptor 3.
+// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel
+// shall take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not
+// get to look while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the
+// kubelet lets the kernel kill a whole container that is out of memory. The filter: see confine. All that a command starts inherits it.
+// Why it cannot is written to descriptor 3.
 func becomeHeld(memoryMiB, path string, argv []string) error {
 	err := hold(memoryMiB, path, argv)
 	_, _ = os.NewFile(3, "status").WriteString(err.Error())
@@ -52,11 +53,14 @@ func hold(memoryMiB, path string, argv []string) error {
 	if err != nil {
 		return err
 	}
-	runtime.LockOSThread() // which alone gets the priority
+	runtime.LockOSThread() // which alone gets the priority and the filter
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
 	if size > 0 {
 		_ = syscall.Setrlimit(syscall.RLIMIT_DATA, &syscall.Rlimit{Cur: size << 20, Max: size << 20})
+	}
+	if err := confine(); err != nil {
+		return err
 	}
 	return syscall.Exec(path, argv, os.Environ())
 }

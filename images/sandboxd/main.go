@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -94,6 +95,7 @@ func serve(arguments []string) error {
 	hide()
 	outlive()
 	runtime.GOMAXPROCS(2)
+	recruit()
 	if os.Getenv("PATH") == "" {
 		os.Setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
@@ -137,4 +139,21 @@ func outlive() {
 		for range dropped {
 		}
 	}()
+}
+
+// recruit makes all threads now that this process may need at once. A command's filter goes by numbers: it protects the threads that were
+// there before the command, and none that are made while it runs.
+func recruit() {
+	const threads = 32
+	var ready sync.WaitGroup
+	ready.Add(threads)
+	for i := 0; i < threads; i++ {
+		go func() {
+			runtime.LockOSThread() // which nobody else then uses, until all are there
+			defer runtime.UnlockOSThread()
+			ready.Done()
+			ready.Wait()
+		}()
+	}
+	ready.Wait()
 }

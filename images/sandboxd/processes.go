@@ -74,7 +74,8 @@ func (c *children) held(path string, argv []string, attributes *syscall.ProcAttr
 	c.mu.Lock() // so that it cannot be reaped before it is waited for
 	defer c.mu.Unlock()
 	// This program's file, which no command can replace.
-	pid, err := syscall.ForkExec("/proc/self/exe", append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...), attributes)
+	held := append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...)
+	pid, err := syscall.ForkExec("/proc/self/exe", held, attributes)
 	if err != nil {
 		return nil, err
 	}
