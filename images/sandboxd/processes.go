@@ -93,7 +93,13 @@ func endAll(patience time.Duration) error {
 		left := 0
 		// Stopped first, all at one instant, so that none can start another while they are looked through.
 		_ = syscall.Kill(-1, syscall.SIGSTOP)
-		for _, process := range others() {
+		found, err := others()
+		if err != nil {
+			// Guests cannot be told apart, and go too: better than that anything of the command stays.
+			_ = syscall.Kill(-1, syscall.SIGKILL)
+			left++
+		}
+		for _, process := range found {
 			if process.guest {
 				_ = syscall.Kill(process.pid, syscall.SIGCONT)
 				continue
