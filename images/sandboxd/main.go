@@ -108,14 +108,15 @@ func serve(arguments []string) error {
 		}
 	}
 	handler := &api{digest: digest, runner: newRunner(limits), files: files{}}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	// Who has no token has neither long nor much room to say so.
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: withVisitor}
 	ended := make(chan error)
 	for network, address := range map[string]string{"tcp": *listen, "unix": *socket} {
 		listener, err := net.Listen(network, address)
 		if err != nil {
 			return err
 		}
-		go func() { ended <- server.Serve(listener) }()
+		go func() { ended <- server.Serve(&door{Listener: listener}) }()
 	}
 	return <-ended
 }

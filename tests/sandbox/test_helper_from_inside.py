@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,23 @@ for name, pid in {"helper": 1, "thread of it": thread, "itself": 0, "its child":
 tried("priority of the user", lambda: os.setpriority(os.PRIO_USER, 0, 19))
 tried("input of the user", lambda: idle_io(3, 0))
 resource.prlimit(1, resource.RLIMIT_NOFILE)
+"""
+
+CONNECTIONS = """
+import socket, sys, time
+held, most = [], int(sys.argv[2])
+while True:
+    while len(held) < most:
+        one = socket.socket()
+        one.settimeout(5)
+        try:
+            one.connect(("127.0.0.1", int(sys.argv[1])))
+            one.send(b"GET / HTTP/1.1\\r\\nHost: helper\\r\\n\\r\\n" if len(held) % 2 else b"GET")
+        except OSError:
+            break
+        held.append(one)
+    print(len(held), flush=True)
+    time.sleep(0.2)
 """
 
 
@@ -82,3 +100,21 @@ async def test_a_helper_that_cannot_look_stops_the_command_and_leaves_nothing_of
     assert (result.returncode, result.timed_out) == (137, False)
     assert "[stopped: it used what is needed to look after it" in result.output
     await lives(sandbox)
+
+
+@pytest.mark.parametrize("way", ["to the helper", "to the gateway"])
+async def test_connections_of_a_command_leave_its_helper_what_it_needs_to_look_and_to_answer(helper: Any, way: str) -> None:
+    with socket.create_server(("127.0.0.2", 0), backlog=4096) as gateway:
+        port = gateway.getsockname()[1]
+        request = SandboxRequest("many", files={"connections.py": CONNECTIONS}, network_to=f"127.0.0.2:{port}")
+        sandbox = await helper.create(request, timeout=60)
+        process, target = process_of(helper), helper.port if way == "to the helper" else port
+        running = asyncio.create_task(sandbox.execute(f"python3 connections.py {target} 1500", timeout=60))
+        await there(lambda: max((one.num_fds() for one in process.children()), default=0) > 1500)
+        for _ in range(10):
+            assert process.num_fds() < 900
+            await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(sandbox.read("connections.py"), 10) == CONNECTIONS.encode()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await lives(sandbox)
