@@ -21,6 +21,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // An abstract socket: no folder has to be writable, and no command can remove it.
@@ -132,7 +133,11 @@ func hide() {
 func outlive() {
 	dropped := make(chan os.Signal, 64)
 	for number := syscall.Signal(1); number < 65; number++ {
-		if number != syscall.SIGURG && number != syscall.SIGCHLD {
+		switch number {
+		case syscall.SIGURG, syscall.SIGCHLD:
+		case syscall.SIGILL, syscall.SIGTRAP, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS:
+			ignore(number)
+		default:
 			signal.Notify(dropped, number)
 		}
 	}
@@ -140,6 +145,14 @@ func outlive() {
 		for range dropped {
 		}
 	}()
+}
+
+// ignore has the kernel drop a signal that the runtime would take for a fault of its own, and end for, where it was sent by another way
+// than kill (sigqueue, F_SETSIG). A true fault ends this process all the same.
+func ignore(number syscall.Signal) {
+	const sigIgn = 1
+	action := [4]uint64{sigIgn} // its flags, restorer and mask are nothing
+	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(number), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 }
 
 // recruit makes all threads now that this process may need at once. A command's filter goes by numbers: it protects the threads that were

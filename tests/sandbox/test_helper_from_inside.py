@@ -41,6 +41,26 @@ tried("input of the user", lambda: idle_io(3, 0))
 resource.prlimit(1, resource.RLIMIT_NOFILE)
 """
 
+SIGNALS = """
+import ctypes, fcntl, os, socket, struct, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+number = {"x86_64": 129, "aarch64": 138}[os.uname().machine]
+def kill(signal):
+    os.kill(1, signal)
+def sigqueue(signal):
+    assert libc.syscall(number, 1, signal, ctypes.create_string_buffer(struct.pack("iii", signal, 0, -1), 128)) == 0
+def descriptor(signal):
+    ours, theirs = socket.socketpair()
+    fcntl.fcntl(ours, fcntl.F_SETOWN, 1)
+    fcntl.fcntl(ours, fcntl.F_SETSIG, signal)
+    fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    theirs.send(b"x")
+for signal in range(1, 65):
+    globals()[sys.argv[1]](signal)
+    time.sleep(0.002)
+print("sent")
+"""
+
 CONNECTIONS = """
 import socket, sys, time
 held, most = [], int(sys.argv[2])
@@ -85,6 +105,15 @@ async def test_a_command_sets_its_own_limits_and_schedule_and_never_its_helpers(
     result = await sandbox.execute("ulimit -n 100; prlimit --pid $$ --nofile=50:50; ulimit -n; renice -n 19 -p $$ > /dev/null", timeout=60)
     assert (result.output, result.returncode) == ("50\n", 0)
     await lives(sandbox)
+
+
+@pytest.mark.parametrize("way", ["kill", "sigqueue", "descriptor"])
+async def test_no_signal_of_a_command_ends_its_helper_however_it_is_sent(helper: Any, way: str) -> None:
+    sandbox = await helper.create(SandboxRequest("signals", files={"signals.py": SIGNALS}), timeout=60)
+    assert (await asyncio.wait_for(sandbox.execute(f"python3 signals.py {way}", timeout=20), 30)).output == "sent\n"
+    await asyncio.wait_for(lives(sandbox), 30)
+    # And a command's own faults still end it.
+    assert (await sandbox.execute("kill -SEGV $$", timeout=60)).returncode == 139
 
 
 async def test_a_helper_that_cannot_look_stops_the_command_and_leaves_nothing_of_it(helper: Any, nap: Nap) -> None:
