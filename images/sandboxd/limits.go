@@ -41,18 +41,20 @@ func (l limits) inherit() error {
 // shall take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not
 // get to look while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the
 // kubelet lets the kernel kill a whole container that is out of memory. The filter: see confine. All that a command starts inherits it.
-// Why it cannot is written to descriptor 3.
+// Why it cannot is written to descriptor 3: the call and the error's number.
 func becomeHeld(memoryMiB, path string, argv []string) error {
 	err := hold(memoryMiB, path, argv)
-	_, _ = os.NewFile(3, "status").WriteString(err.Error())
+	why := err.(*os.SyscallError)
+	_, _ = fmt.Fprintf(os.NewFile(3, "status"), "%s %d", why.Syscall, why.Err)
 	return err
 }
 
+// hold returns with an os.SyscallError, or not at all.
 func hold(memoryMiB, path string, argv []string) error {
 	syscall.CloseOnExec(3)
 	size, err := strconv.ParseUint(memoryMiB, 10, 32)
 	if err != nil {
-		return err
+		return os.NewSyscallError("setrlimit", syscall.EINVAL)
 	}
 	runtime.LockOSThread() // which alone gets the priority and the filter
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
@@ -63,7 +65,7 @@ func hold(memoryMiB, path string, argv []string) error {
 	if err := confine(); err != nil {
 		return err
 	}
-	return syscall.Exec(path, argv, os.Environ())
+	return os.NewSyscallError("execve", syscall.Exec(path, argv, os.Environ()))
 }
 
 // exceeded says which limit the running command exceeds; empty is none. What cannot be looked at exceeds them.

@@ -2,7 +2,7 @@ package main
 
 import (
 	"errors"
-	"io"
+	"fmt"
 	"os"
 	"os/signal"
 	"strconv"
@@ -62,9 +62,11 @@ func (c *children) start(path string, argv []string, attributes *syscall.ProcAtt
 		return nil, err
 	}
 	// It is closed when the program is there.
-	if why, _ := io.ReadAll(reader); len(why) > 0 {
+	var call string
+	var number syscall.Errno
+	if said, _ := fmt.Fscan(reader, &call, &number); said == 2 {
 		<-waiter
-		return nil, errors.New(string(why))
+		return nil, os.NewSyscallError(call, number)
 	}
 	return waiter, nil
 }
