@@ -20,6 +20,47 @@ time.sleep(float(sys.argv[2]))
 print("held")
 """
 
+SHARED = """
+import mmap, time
+held = mmap.mmap(-1, 500 << 20)
+for page in range(0, len(held), 4096):
+    held[page] = 1
+print("held", flush=True)
+time.sleep(5)
+"""
+
+MEMFDS = """
+import os, time
+held = [os.memfd_create("held") for _ in range(25)]
+for one in held:
+    os.write(one, bytes(20 << 20))
+print("held", flush=True)
+time.sleep(5)
+"""
+
+UNLINKED = """
+import os, time
+held = []
+for _ in range(6):
+    held.append(os.open("held", os.O_CREAT | os.O_WRONLY))
+    os.unlink("held")
+    os.write(held[-1], bytes(20 << 20))
+print("held", flush=True)
+time.sleep(5)
+"""
+
+FAMILY = """
+import os, time
+held = bytearray(os.urandom(1 << 20) * 100)
+for _ in range(4):
+    if os.fork() == 0:
+        time.sleep(2)
+        os._exit(0)
+for _ in range(4):
+    os.wait()
+print("held")
+"""
+
 
 def kib(folder: Path) -> int:
     return int(subprocess.run(["du", "-sk", str(folder)], capture_output=True, text=True, check=True).stdout.split()[0])
@@ -60,6 +101,39 @@ async def test_many_processes_together_cannot_either(sandbox: ProcessSandbox) ->
     result = await sandbox.execute("for i in 1 2 3 4 5; do python3 hog.py 100 8 & done; wait", timeout=60)
     assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
     assert result.output.count("held") < 5
+
+
+@pytest.mark.parametrize("script", [SHARED, MEMFDS], ids=["shared", "behind descriptors"])
+async def test_memory_that_is_no_process_own_counts_too(sandbox: ProcessSandbox, script: str) -> None:
+    await sandbox.write({"hold.py": script})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+async def test_memory_that_processes_share_counts_once(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"family.py": FAMILY})
+    result = await sandbox.execute("python3 family.py", timeout=60)
+    assert (result.output, result.returncode) == ("held\n", 0)
+
+
+async def test_files_without_a_name_fill_the_disk_as_others_do(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"hold.py": UNLINKED})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert result.returncode == 137 and "more than 24 MiB of disk" in result.output
+    assert (await sandbox.execute("echo fits > file && cat file", timeout=60)).output == "fits\n"
+
+
+async def test_more_descriptors_than_can_be_looked_through_are_a_limit(sandbox: ProcessSandbox) -> None:
+    script = "import os, time; [os.fork() for _ in range(5)]; [os.open('/dev/null', 0) for _ in range(2100)]; time.sleep(20)"
+    result = await sandbox.execute(f'python3 -c "{script}"', timeout=60)
+    assert result.returncode == 137 and "more than 65536 open files" in result.output
+
+
+async def test_what_is_written_may_be_larger_than_the_memory(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({f"part{number}": "x" * (10 << 20) for number in range(2)})
+    script = "import sys, time\nwhile sys.stdin.buffer.read(1 << 20): pass\ntime.sleep(0.5)"
+    ended = await sandbox._run(["python3", "-c", script], timeout=60, keep=4096, stdin=bytes(300 << 20))
+    assert (ended.stopped, ended.returncode) == (None, 0)
 
 
 async def test_memory_behind_dev_shm_is_bounded(sandbox: ProcessSandbox) -> None:
