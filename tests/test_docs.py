@@ -44,7 +44,14 @@ INSTALLED = ("image.repository", "image.tag", "sandbox.helperImage", "runs.worke
 def test_no_helm_command_forgets_the_images_that_an_earlier_one_named_or_names_them_for_one_version_only(path: Path) -> None:
     for command in commands(path):
         if command.startswith("helm upgrade"):
-            assert "--reset-then-reuse-values" in command or all(f"--set {value}=" in command for value in INSTALLED), command
+            given = set(re.findall(r"--set(?:-string)? ([\w.]+)=", command))
+            assert "--reset-then-reuse-values" in command or given >= set(INSTALLED), command
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SAMPLES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_helm_command_takes_a_version_of_digits_alone_for_text(path: Path) -> None:
+    for command in commands(path):
+        assert not re.search(r"--set \S*\.tag=", command), f"write --set-string: {command}"
 
 
 def test_every_image_of_the_quickstart_is_taken_from_the_registry_that_its_command_names(tmp_path: Path) -> None:

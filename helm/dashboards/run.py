@@ -59,7 +59,11 @@ RUN = Board(
                     stacked=True,
                 ),
                 Graph(title="Rollouts under way", queries={"{{kind}}": _now("dagger_rollouts_under_way", "kind")}),
-                Graph(title="A rollout, from claim to record", queries=quantiles("dagger_rollout_seconds", "kind", _RUN), unit="s"),
+                Graph(
+                    title="A rollout, from claim to record",
+                    queries=quantiles("dagger_rollout_seconds", "kind", f'{_RUN}, outcome="Done"'),
+                    unit="s",
+                ),
                 Graph(title="Until a sandbox answers", queries=quantiles("dagger_sandbox_create_seconds", "", _RUN), unit="s"),
                 Graph(title="Then until the agent begins", queries=quantiles("dagger_sandbox_start_seconds", "", _RUN), unit="s"),
                 Graph(title="A command of an agent", queries=quantiles("dagger_sandbox_command_seconds", "", _RUN), unit="s"),

@@ -4,14 +4,17 @@ import json
 import runpy
 import ssl
 import sys
+import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from email.message import Message
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import pytest
 import yaml
@@ -78,23 +81,66 @@ def test_every_value_is_explained() -> None:
     assert explained == list(leaves(VALUES))
 
 
-@pytest.mark.parametrize(("host", "server"), [("10.96.0.1", "https://10.96.0.1:443"), ("fd00:10:96::1", "https://[fd00:10:96::1]:443")])
-def test_helm_test_finds_the_api_server_of_every_family(monkeypatch: pytest.MonkeyPatch, host: str, server: str) -> None:
-    asked: list[str] = []
-
-    def answer(request: urllib.request.Request, **_: Any) -> Any:
-        asked.append(request.full_url)
-        return nullcontext(SimpleNamespace(status=200))
-
-    monkeypatch.setattr(urllib.request, "urlopen", answer)
+@pytest.fixture
+def helm_test(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], Any]], None]:
+    """Runs what `helm test` runs, in no time, where requests for a URL are answered so."""
+    now = count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "sleep", lambda seconds: [next(now) for _ in range(seconds)])
     monkeypatch.setattr(ssl, "create_default_context", lambda **_: None)
     monkeypatch.setattr(Path, "read_text", lambda _: "token")
     monkeypatch.setattr(sys, "argv", ["check.py", "operator.dagger-system.svc:8081", "lab"])
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    runpy.run_path(str(CHART / "files" / "check.py"))
-    runs_of_lab = f"{server}/apis/dagger-operator.dev/v1alpha1/namespaces/lab/daggerruns?limit=1"
-    assert asked == ["http://operator.dagger-system.svc:8081/readyz", runs_of_lab]
+
+    def test(answer: Callable[[str], Any]) -> None:
+        monkeypatch.setattr(urllib.request, "urlopen", lambda request, **_: answer(request.full_url))
+        runpy.run_path(str(CHART / "files" / "check.py"))
+
+    return test
+
+
+WELL = nullcontext(SimpleNamespace(status=200))
+READY = "http://operator.dagger-system.svc:8081/readyz"
+
+
+@pytest.mark.parametrize(("host", "server"), [("10.96.0.1", "https://10.96.0.1:443"), ("fd00:10:96::1", "https://[fd00:10:96::1]:443")])
+def test_helm_test_finds_the_api_server_of_every_family(monkeypatch: pytest.MonkeyPatch, helm_test: Any, host: str, server: str) -> None:
+    asked: list[str] = []
+
+    def answer(url: str) -> Any:
+        asked.append(url)
+        return WELL
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", host)
+    helm_test(answer)
+    assert asked == [READY, f"{server}/apis/dagger-operator.dev/v1alpha1/namespaces/lab/daggerruns?limit=1"]
+
+
+def test_helm_test_waits_for_an_operator_that_is_starting(helm_test: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    starting = [URLError("connection refused"), HTTPError(READY, 503, "Service Unavailable", Message(), None)] * 10
+
+    def answer(url: str) -> Any:
+        if url == READY and starting:
+            raise starting.pop()
+        return WELL
+
+    helm_test(answer)
+    assert not starting
+    told = capsys.readouterr().out
+    assert "waiting for the operator to become ready" in told and "connection refused" in told and "503" in told
+
+
+def test_helm_test_fails_where_the_operator_does_not_become_ready_and_says_so(helm_test: Any) -> None:
+    tries: list[str] = []
+
+    def answer(url: str) -> Any:
+        tries.append(url)
+        raise URLError("connection refused")
+
+    with pytest.raises(SystemExit, match=r"readyz is not ready after 120 s: .*connection refused.*operator's pods"):
+        helm_test(answer)
+    assert set(tries) == {READY}
 
 
 def test_a_sandbox_may_live_for_as_long_as_a_run_can_ask_and_no_longer() -> None:

@@ -61,6 +61,20 @@ def test_a_student_is_evaluated_while_it_rolls_out_the_next_round(story: Callabl
     assert ("Job", "publish") in wanted(tale.plan())
 
 
+def test_a_training_at_work_goes_on_where_overlap_is_forbidden_meanwhile(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story()
+    into_the_second_round(tale)
+    assert ("Job", "rollout") in wanted(tale.plan())
+    tale.edit(evaluation={"overlap": "None"})
+    waits = tale.plan()
+    assert ("Job", "rollout") not in wanted(waits), "they wait for the evaluation"
+    tale.carry_out(waits)
+    tale.done("rollout", round_number=2)
+    plan = tale.plan()
+    assert {key for key in wanted(plan) if key[0] == "Job"} == {("Job", "training"), ("Job", "evaluation")}
+    assert (plan.status.phase, plan.status.round) == (Phase.TRAINING, 2)
+
+
 def test_time_shared_training_waits_for_the_evaluation_that_asks_the_servers(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(gpuSharing="TimeShared")
     into_the_second_round(tale)

@@ -14,8 +14,8 @@ from dagger_operator.api import DAggerRun, GpuSharing, Overlap, load
 from dagger_operator.control import Results, Role, StageName, Step
 from dagger_operator.control.jobs import build_job, pods_of
 from dagger_operator.control.servers import build_server, served
-from dagger_operator.estimate import GIB, Assumptions
-from dagger_operator.estimate.host import amount
+from dagger_operator.estimate import GIB, KNOWN, Assumptions
+from dagger_operator.estimate.host import STORED, amount, whole_gib
 from dagger_operator.sandbox.interface import SandboxRequest
 from dagger_operator.sandbox.pod_manifest import Setting, pod
 from dagger_operator.store.results import PrepareResult
@@ -102,6 +102,16 @@ def test_the_table_of_what_a_run_asks_is_that_of_the_samples_manifests() -> None
     written = [line for line in after.split("\n\n")[0].splitlines()[2:] if line.startswith("|")]
     rows = [row(path) for path in SAMPLES]
     assert written == rows, "write these rows:\n" + "\n".join(rows)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_the_documents_count_the_disk_that_prepare_fills_and_does_not_ask_for(path: Path) -> None:
+    run = the_run(path)
+    asks = asked(build_job(run, Step(0, StageName.PREPARE), RESULTS)["spec"]["template"]["spec"], 1)
+    assert DISK not in asks, "the page says that it asks for none"
+    model = run.spec.student.model
+    (told,) = re.findall(r"\*\*The one that prepares\*\*.*?\n\n", PAGE, re.S)
+    assert f"{whole_gib(STORED * KNOWN[model].parameters)} for `{model}`" in " ".join(told.split())
 
 
 def kueue(kind: str) -> dict[str, Any]:

@@ -67,6 +67,11 @@ def test_every_metric_is_on_a_dashboard(documented_metrics: Any) -> None:
     assert without == {"dagger_operator_build_info"}  # its version is a label of no graph
 
 
+def test_how_long_a_rollout_takes_is_drawn_without_the_tries_that_infrastructure_broke() -> None:
+    drawn_ones = [query for _, query in queries(RUN) if "dagger_rollout_seconds_bucket" in query]
+    assert drawn_ones and all('outcome="Done"' in query for query in drawn_ones)
+
+
 @pytest.mark.heavy
 def test_prometheus_takes_every_query(prometheus_programs: Path, tmp_path: Path) -> None:
     rules = [{"record": f"a:b:{number}", "expr": query} for number, (_, query) in enumerate([*queries(FLEET), *queries(RUN)])]

@@ -1,12 +1,15 @@
-"""What `helm test` runs: the operator is ready, and the API server serves its resource to it."""
+"""What `helm test` runs: the operator becomes ready, and the API server serves its resource to it."""
 
 import os
 import ssl
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+START_SECONDS = 120
+"""`helm upgrade --install` returns while the operator still starts; after an operator that was killed it waits for the Lease too."""
 
 
 def get(url: str, **headers: str) -> None:
@@ -15,7 +18,19 @@ def get(url: str, **headers: str) -> None:
         print(url, answer.status)
 
 
-get(f"http://{sys.argv[1]}/readyz")
+def wait_for(url: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return get(url)
+        except OSError as error:
+            if time.monotonic() >= until:
+                sys.exit(f"{url} is not ready after {START_SECONDS} s: {error}; look at the operator's pods and what they log")
+            print(f"waiting for the operator to become ready: {url}: {error}", flush=True)
+        time.sleep(2)
+
+
+wait_for(f"http://{sys.argv[1]}/readyz")
 token = (ACCOUNT / "token").read_text()
 host = os.environ["KUBERNETES_SERVICE_HOST"]
 server = f"https://{f'[{host}]' if ':' in host else host}:{os.environ['KUBERNETES_SERVICE_PORT']}"

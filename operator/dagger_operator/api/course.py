@@ -50,19 +50,26 @@ class Span:
     beside: Step | None = None
 
 
+def waits_for_evaluation(spec: RunSpec, stage: StageName) -> bool:
+    """Whether a stage would take from the evaluation of the round before the student that it asks, or the GPUs that serve it."""
+    return stage is StageName.PUBLISH or (stage is StageName.TRAINING and spec.gpu_sharing is GpuSharing.TIME_SHARED)
+
+
 def spans(spec: RunSpec) -> Iterator[Span]:
-    """Every step of a run once. An evaluation goes beside the next round's rollouts and, where GPUs are dedicated, its training."""
-    overlaps, shared = spec.evaluation.overlap is Overlap.NEXT_ROUND, spec.gpu_sharing is GpuSharing.TIME_SHARED
+    """Every step of a run once. An evaluation goes beside all steps of the next round that do not wait for it."""
+    overlaps = spec.evaluation.overlap is Overlap.NEXT_ROUND
     beside: Step | None = None
-    held_back: tuple[Step, ...] = ()
+    together: tuple[Step, ...] = ()
     for step in steps(spec):
         if overlaps and step.stage is StageName.EVALUATION and step.round < spec.rounds:
             beside = step
-        elif beside is not None and step.stage is StageName.ROLLOUT and not shared:
-            held_back = (step,)
+        elif beside is not None and not waits_for_evaluation(spec, step.stage):
+            together += (step,)
         else:
-            yield Span((*held_back, step), beside)
-            beside, held_back = None, ()
+            if beside is not None:
+                yield Span(together, beside)
+                beside, together = None, ()
+            yield Span((step,))
 
 
 def rollouts_remain(spec: RunSpec, step: Step) -> bool:

@@ -17,17 +17,36 @@ from dagger_operator.local.folder import RunFolder, home
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes for numbers what kubectl takes for numbers, and writes: PyYAML alone reads `3e-06` as text. All else stays as it is."""
+    """Takes for numbers and booleans what kubectl takes for them, and writes: PyYAML alone reads `3e-06`, `0o17` and `y` as text. All
+    else stays as it is."""
+
+    bool_values = {**yaml.SafeLoader.bool_values, "y": True, "n": False}
+
+
+def _integer(loader: _Loader, node: Any) -> int:
+    """PyYAML reads bases by small letters only, `0o` among them."""
+    return int(loader.construct_yaml_int(yaml.ScalarNode(node.tag, str(loader.construct_scalar(node)).lower())))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that would be read as a number."""
+    """Quotes text that would be read as a number or a boolean."""
 
 
-_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"), list("-+.0123456789"))
-"""What go-yaml resolves to a float; where PyYAML knows better already, as of integers, that goes before."""
-_Loader.add_implicit_resolver(*_FLOAT)
-_Dumper.add_implicit_resolver(*_FLOAT)
+_INTEGER = "tag:yaml.org,2002:int"
+_ALSO = (
+    ("tag:yaml.org,2002:bool", r"[yYnN]", "yYnN"),
+    (_INTEGER, r"[-+]?_*([1-9][0-9_]*|0_*([bB]_*[01][01_]*|[oO]_*[0-7][0-7_]*|[xX]_*[0-9a-fA-F][0-9a-fA-F_]*))", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?_*(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE]_*[-+]?_*[0-9][0-9_]*)?",
+        "-+.0123456789",
+    ),
+)
+"""What go-yaml resolves so, underscores wherever it overlooks them, by first characters; what PyYAML resolves itself goes before."""
+for _tag, _pattern, _first in _ALSO:
+    for _one in (_Loader, _Dumper):
+        _one.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(_INTEGER, _integer)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing, RunStatus
+from dagger_operator.api.course import waits_for_evaluation
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
 from dagger_operator.control.failures import given_up, server_given_up
@@ -117,7 +118,7 @@ def obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: Ch
     if leftovers := [one for one in same if one.holds]:
         return Trouble(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}")
     shared = run.spec.gpu_sharing is GpuSharing.TIME_SHARED
-    if work.beside is not None and (step.stage is StageName.PUBLISH or (shared and step.stage is StageName.TRAINING)):
+    if work.beside is not None and waits_for_evaluation(run.spec, step.stage):
         return Trouble(Reason.WAITING_FOR_EVALUATION, f"evaluation of round {work.beside.round} still asks the student as it is")
     if shared and (holding := _holding(observed, step)):
         return Trouble(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}")

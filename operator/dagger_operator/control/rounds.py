@@ -26,13 +26,15 @@ class Work:
 def next_steps(spec: RunSpec, results: Results) -> Work | None:
     """The first step without a result, and what may be done beside it; None where the run is done.
 
-    An evaluation can be made up for until the next student is published: then this one is served no more.
+    An evaluation can be made up for until the next student is published: then this one is served no more. What `overlap` says is when the
+    next round begins: one whose rollouts are done is not held back, and its training not ended, where that is changed meanwhile.
     """
     left = [step for step in steps(spec) if not settled(step, results)]
     if not left:
         return None
     first, rest = left[0], left[1:]
-    if first.stage is StageName.EVALUATION and rest and spec.evaluation.overlap is Overlap.NEXT_ROUND:
+    begun = results.has(first.round + 1, StageName.ROLLOUT)
+    if first.stage is StageName.EVALUATION and rest and (begun or spec.evaluation.overlap is Overlap.NEXT_ROUND):
         return Work(rest[0], beside=first)
     return Work(first)
 
