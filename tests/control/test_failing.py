@@ -193,6 +193,41 @@ def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story:
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "ImagePullBackOff"), "it waits no more, and did fail"
 
 
+@pytest.mark.parametrize("holder", ["student", "rollout", "an earlier rollout"])
+def test_a_step_waits_for_what_a_lost_node_holds_says_so_and_fails_in_time(
+    story: Callable[..., Story], wanted: Wanted, holder: str
+) -> None:
+    tale = story(gpuSharing="TimeShared", preRunningDeadlineSeconds=600)
+    tale.into_rollouts()
+    lost = {"pods": 1, "lost": Trouble("NodeLost", "pod p was to end, and its node gpu-7 does not say that it did", tale.now)}
+    if holder == "student":
+        tale.see("rollout", state=ChildState.SUCCEEDED, pods=0)
+        tale.done("rollout", round_number=1)
+        tale.see("student", state=ChildState.SUSPENDED, **lost)
+        step, held = "training", "still held by Deployment demo-student"
+    elif holder == "rollout":
+        tale.see("rollout", state=ChildState.SUSPENDED, deleting=True, **lost)
+        step, held = "rollout", "is being deleted"
+    else:
+        tale.see("rollout", **lost)
+        tale.edit(rollouts={"workers": 5})
+        step, held = "rollout", "an earlier attempt has not stopped yet: Job demo-"
+    waits = tale.plan()
+    assert ("Job", step) not in wanted(waits)
+    assert (waits.status.phase.lower(), waits.status.reason) == (step, "NodeLost")
+    said = tale.condition("Progressing").message
+    assert held in said and "its node gpu-7" in said and "(since 2026-01-01 00:00:00 UTC)" in said
+    tale.later(minutes=11)
+    failed = tale.plan()
+    assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "NodeLost")
+    assert tale.condition("Failed").message.endswith("; preRunningDeadlineSeconds is 600")
+    tale.edit(suspend=True)
+    assert tale.plan().status.phase is Phase.SUSPENDED, "then nothing waits"
+    tale.edit(suspend=False)
+    tale.children = {key: replace(one, pods=0, lost=None) for key, one in tale.children.items() if one.kind != "Job"}
+    assert tale.plan().status.phase is not Phase.FAILED, "it goes on by itself"
+
+
 def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(preRunningDeadlineSeconds=600)
     tale.done("prepare")
