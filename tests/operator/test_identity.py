@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 
 # The operator's reads, in a process of its own: what obstore finds in the environment is the process's.
 READS = """
@@ -104,7 +104,7 @@ def test_a_region_that_is_none_is_refused_before_anybody_is_asked(token: str) ->
 
 
 def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str) -> None:
-    with recording(saying(404)) as theirs, recording(saying(404)) as mine:
+    with recording(saying(404, NO_SUCH_KEY)) as theirs, recording(saying(404, NO_SUCH_KEY)) as mine:
         own = {
             "AWS_ACCESS_KEY_ID": "mine",
             "AWS_SECRET_ACCESS_KEY": "own",
@@ -123,7 +123,7 @@ def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str
 
 
 def test_without_a_secret_the_operator_is_itself() -> None:
-    with recording(saying(404)) as server:
+    with recording(saying(404, NO_SUCH_KEY)) as server:
         own = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "own", "AWS_ENDPOINT_URL": server.url}
         assert operator_reads({"url": "s3://bucket/run"}, **own) == "read 0 results\n"
     path, headers = server.asked[0]
@@ -131,7 +131,7 @@ def test_without_a_secret_the_operator_is_itself() -> None:
 
 
 def test_a_server_that_a_run_names_without_a_secret_gets_signatures_and_no_secret() -> None:
-    with recording(saying(404)) as server:
+    with recording(saying(404, NO_SUCH_KEY)) as server:
         own = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "kept-to-itself"}
         assert operator_reads({"url": "s3://bucket/run", "endpointUrl": server.url}, **own) == "read 0 results\n"
     path, headers = server.asked[0]

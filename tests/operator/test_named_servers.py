@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -15,7 +16,7 @@ from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 from dagger_operator.store.owner import owner_of, take_prefix
 from dagger_operator.store.progress import report
 from dagger_operator.store.results import StageProgress, save_result
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 from fixtures.results import result
 from fixtures.s3 import S3
 from fixtures.secrets import Secrets
@@ -40,12 +41,12 @@ def at(make_run: Callable[..., DAggerRun], url: str) -> DAggerRun:
 class Endless:
     """Answers with a body that has no end, and counts what is taken of it."""
 
-    def __init__(self, status: int, **headers: str) -> None:
-        self.head, self.chunked, self.taken = saying(status, **headers), "transfer_encoding" in headers, 0
+    def __init__(self, status: int, begins: bytes = b"", **headers: str) -> None:
+        self.head, self.begins, self.chunked, self.taken = saying(status, **headers), begins, "transfer_encoding" in headers, 0
 
     def __call__(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
-        part = bytes(1 << 20)
+        part = self.begins + bytes(1 << 20)
         with contextlib.suppress(OSError):
             self.head(handler)
             while self.taken < 2 * MORE_THAN_BUFFERS:
@@ -77,10 +78,35 @@ async def test_a_refusal_without_end_is_a_refusal(
 
 
 async def test_what_is_not_there_is_not_there_however_much_is_said_of_it(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
-    answer = Endless(404, **LONG)
+    answer = Endless(404, NO_SUCH_KEY, **LONG)
     with recording(answer) as server:
         results, _ = await stores.read(at(make_run, server.url))
     assert not results.records and answer.taken < 2 * MORE_THAN_BUFFERS
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [(b"", "404"), (b"default backend - 404", "404"), (b"<Error><Code>NoSuchBucket</Code></Error>", "404 NoSuchBucket")]
+)
+async def test_a_404_that_does_not_speak_of_the_object_does_not_say_that_it_is_not_there(
+    stores: Stores, make_run: Callable[..., DAggerRun], body: bytes, told: str
+) -> None:
+    with recording(saying(404, body)) as server, pytest.raises(StoreUnavailable, match=rf"the server answers {told}$"):
+        await stores.read(at(make_run, server.url))
+
+
+async def test_what_is_not_there_is_not_there_in_however_many_parts_it_is_said(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    head = saying(404, content_length=str(len(NO_SUCH_KEY)))
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        head(handler)
+        for part in NO_SUCH_KEY.splitlines(keepends=True):
+            handler.wfile.write(part)
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    with recording(answer) as server:
+        results, _ = await stores.read(at(make_run, server.url))
+    assert not results.records
 
 
 async def test_headers_without_end_are_no_answer(
@@ -123,7 +149,7 @@ async def test_a_server_that_is_busy_for_a_moment_is_asked_again(
     owner = saying(200, owner_of(run).model_dump_json().encode())
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        (busy.pop(0) if busy else owner if "/run.json" in handler.path else saying(404))(handler)
+        (busy.pop(0) if busy else owner if "/run.json" in handler.path else saying(404, NO_SUCH_KEY))(handler)
 
     with recording(answer) as server:
         await stores.read(at(make_run, server.url))
