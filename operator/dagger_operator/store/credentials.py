@@ -122,6 +122,6 @@ _CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB
 # obstore makes host names of these.
 _PATTERNS = (
     (REGION_PATTERN, "a region such as eu-west-1", _aws("region default_region")),
-    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query or a fragment", ENDPOINTS),
+    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query, a fragment, or a name that cannot be", ENDPOINTS),
     (r"[a-z0-9-]+", "the name of a storage account", _azure("storage_account_name")),
 )
