@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import aiohttp
 import pytest
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import named_server
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.store.objects import DamagedObject, StoreUnavailable
+from dagger_operator.store.credentials import Keys
+from dagger_operator.store.objects import DamagedObject, Object, Store, StoreUnavailable
 from dagger_operator.store.owner import owner_of, take_prefix
 from dagger_operator.store.progress import report
 from dagger_operator.store.results import StageProgress, save_result
@@ -21,6 +24,7 @@ from fixtures.results import result
 from fixtures.s3 import S3
 from fixtures.secrets import Secrets
 
+KEYS = Keys({"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "for-tests-on-loopback-only"}, "Secret keys")
 MORE_THAN_BUFFERS = 64 << 20
 """Bytes that a sender gets rid of where the other side reads all, and not where it stops."""
 
@@ -28,7 +32,7 @@ MORE_THAN_BUFFERS = 64 << 20
 @pytest.fixture
 async def stores() -> AsyncIterator[Stores]:
     secrets = Secrets()
-    secrets.held["keys"] = ("1", {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "for-tests-on-loopback-only"})
+    secrets.held["keys"] = ("1", dict(KEYS.values))
     opened = Stores(secrets)  # type: ignore[arg-type]  # in a Client's place
     yield opened
     await opened.close()
@@ -41,8 +45,9 @@ def at(make_run: Callable[..., DAggerRun], url: str) -> DAggerRun:
 class Endless:
     """Answers with a body that has no end, and counts what is taken of it."""
 
-    def __init__(self, status: int, begins: bytes = b"", **headers: str) -> None:
-        self.head, self.begins, self.chunked, self.taken = saying(status, **headers), begins, "transfer_encoding" in headers, 0
+    def __init__(self, status: int, **headers: str) -> None:
+        self.head, self.chunked, self.taken = saying(status, **headers), "transfer_encoding" in headers, 0
+        self.begins = b""
 
     def __call__(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
@@ -78,7 +83,8 @@ async def test_a_refusal_without_end_is_a_refusal(
 
 
 async def test_what_is_not_there_is_not_there_however_much_is_said_of_it(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
-    answer = Endless(404, NO_SUCH_KEY, **LONG)
+    answer = Endless(404, **LONG)
+    answer.begins = NO_SUCH_KEY
     with recording(answer) as server:
         results, _ = await stores.read(at(make_run, server.url))
     assert not results.records and answer.taken < 2 * MORE_THAN_BUFFERS
@@ -126,6 +132,32 @@ async def test_headers_without_end_are_no_answer(
     with recording(answer) as server, pytest.raises(StoreUnavailable):
         await stores.read(at(make_run, server.url))
     assert taken < MORE_THAN_BUFFERS
+
+
+async def test_servers_that_hang_hold_up_no_other(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    owner, asked, over = owner_of(make_run()), 0, threading.Event()
+
+    def hangs(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal asked
+        asked += 1
+        over.wait(60)
+        handler.close_connection = True
+
+    async def read(http: aiohttp.ClientSession, url: str, key: str) -> Object | None:
+        return await named_server.NamedServer(Store.open(at(make_run, url).spec.storage, KEYS), http).get(key, 1000)
+
+    with contextlib.ExitStack() as stack:
+        hanging = [stack.enter_context(recording(hangs)) for _ in range(7)]
+        honest = stack.enter_context(recording(saying(200, owner.model_dump_json().encode())))
+        stack.callback(over.set)
+        async with named_server.session() as http:
+            waiting = [asyncio.create_task(read(http, server.url, f"{number}")) for server in hanging for number in range(16)]
+            while asked < 100:
+                await asyncio.sleep(0.02)
+            assert await asyncio.wait_for(read(http, honest.url, "run.json"), 20) is not None
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_server_sends_the_operator_nowhere_else(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:

@@ -34,7 +34,7 @@ def session() -> aiohttp.ClientSession:
                 f"AWS_CA_BUNDLE {bundle!r} of the operator cannot be read: {error}: name a file of certificates"
             ) from None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=trust, limit_per_host=16),
+        connector=aiohttp.TCPConnector(ssl=trust, limit=0, limit_per_host=16),  # with a limit over all, those that hang hold up the others
         timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=10.0),
         headers={"Accept-Encoding": "identity", "User-Agent": "dagger-operator"},
         auto_decompress=False,
