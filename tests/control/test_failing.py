@@ -265,20 +265,33 @@ def test_a_run_that_failed_by_a_refusal_comes_to_rest(story: Callable[..., Story
     tale.carry_out(tale.plan())
     tale.children = {key: one for key, one in tale.children.items() if one.component != lacks}
     refused = Trouble("Forbidden", "no more of these", tale.now)
+    limited = "Deployment" if lacks == "teacher" else "Job"
+
+    def there() -> int:
+        return sum(one.kind == limited for one in tale.children.values())
+
+    quota = there()
     tale.later(minutes=11)
     looks = []
     for _ in range(6):
         planned = tale.plan(refused=refused)
         assert planned.status.phase is Phase.FAILED
         tale.carry_out(planned)
+        new = [one for one in planned.asked if (one["kind"], one["metadata"]["name"]) not in tale.children]
+        assert any(one["kind"] == limited for one in new) and there() >= quota, "the dry run is refused again"
         tale.later(seconds=10)
         looks.append(dict(tale.children))
     assert all(one == looks[1] for one in looks[2:]), "nothing is made that the next look removes"
     assert not any(one.component == lacks for one in tale.children.values())
     holding = {(one.kind, one.component) for one in tale.children.values() if one.pods or one.state is ChildState.RUNNING}
-    assert holding == ({("Deployment", "student"), ("Deployment", "teacher")} - {("Deployment", lacks)} if keep == "Everything" else set())
+    left_up = {("Deployment", "student"), ("Deployment", "teacher")} if keep == "Everything" else set()
+    at_work = {("Job", "rollout"), ("Job", "evaluation")} if kueue else set()
+    assert holding == {(kind, who) for kind, who in left_up | at_work if who != lacks}
     assert lacks in {one["metadata"]["labels"][COMPONENT] for one in planned.asked}
-    assert tale.plan().status.phase is Phase.ROLLOUT, "it is taken now"
+    assert tale.plan(told=False).status.phase is Phase.ROLLOUT, "it is taken now"
+    tale.edit(suspend=True)
+    tale.carry_out(tale.plan(refused=refused))
+    assert not any(one.pods for one in tale.children.values()), "whoever suspends wants the GPUs back"
 
 
 def test_since_when_an_object_is_refused_is_read_from_the_status(story: Callable[..., Story]) -> None:
