@@ -207,6 +207,17 @@ async def test_a_server_that_is_not_there_is_said_so(
         await stores.read(at(make_run, "http://127.0.0.1:1"))
 
 
+async def test_keys_to_encrypt_with_are_refused_before_a_named_server_is_asked(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    held: Any = stores._client
+    held.held["keys"] = ("2", {**KEYS.values, "AWS_SERVER_SIDE_ENCRYPTION": "sse-c", "AWS_SSE_CUSTOMER_KEY_BASE64": "bm90LXNob3du"})
+    said = (
+        r"^Secret keys in namespace lab .* has AWS_SSE_CUSTOMER_KEY_BASE64, .*: leave it out, or the endpoint \(spec\.storage\.endpointUrl"
+    )
+    with recording(saying(404, NO_SUCH_KEY)) as server, pytest.raises(StoreUnavailable, match=said) as refused:
+        await stores.read(at(make_run, server.url))
+    assert not server.callers and "bm90" not in str(refused.value)
+
+
 @pytest.mark.heavy
 async def test_an_honest_server_is_read(stores: Stores, make_run: Callable[..., DAggerRun], s3: S3) -> None:
     named = {"url": s3.url, "endpointUrl": s3.storage.endpoint_url, "region": "us-east-1", "secretRef": {"name": "keys"}}

@@ -29,6 +29,8 @@ GLANCE_SECONDS = 0.2
 PROGRESS_A_SECOND = 20.0
 """Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
 _THREADS = 16
+_ENCRYPTS = "AWS_SSE_CUSTOMER_KEY_BASE64"
+"""Takes headers beside it, which the signed URLs for a `NamedServer` cannot hold."""
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Stores:
             return opened
         self.forget(key)
         store = Store.open(storage, credentials, self._pool(storage), self._clients)
-        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store))
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store, credentials))
         return self._open[key]
 
     async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
@@ -127,9 +129,14 @@ class Stores:
         values = {name: _decoded(value, f"{where}, key {name}") for name, value in (secret.get("data") or {}).items()}
         return secret["metadata"]["resourceVersion"], Keys(values, where)
 
-    def _reads(self, store: Store) -> Reads:
+    def _reads(self, store: Store, credentials: Credentials) -> Reads:
         if not store.named_server:
             return store
+        held = credentials.values if isinstance(credentials, Keys) else credentials.environ
+        if _ENCRYPTS in map(str.upper, held):
+            whose = credentials.source if isinstance(credentials, Keys) else "The operator's environment"
+            remedy = "leave it out, or the endpoint (spec.storage.endpointUrl, AWS_ENDPOINT_URL)"
+            raise StoreUnavailable(f"{whose} has {_ENCRYPTS}, with which the operator reads from AWS's own servers alone: {remedy}")
         self._http = self._http or session()
         return NamedServer(store, self._http)
 
