@@ -42,6 +42,30 @@ asyncio.run(main())
 """
 
 
+PLUGIN = """
+import json, os
+status = {"token": "token-of-" + os.environ.get("AWS_ACCESS_KEY_ID", "nobody")}
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}))
+"""
+
+# How the operator logs in; then what is left for who looks into the process's own environment, as obstore does.
+LOGS_IN = """
+import asyncio, ctypes
+from dagger_operator.kube.connection import authorization, configuration
+from dagger_operator.store.credentials import own_identity
+
+own_identity()
+
+async def main():
+    print((await authorization(await configuration()))["Authorization"])
+
+asyncio.run(main())
+getenv = ctypes.CDLL(None).getenv
+getenv.restype = ctypes.c_char_p
+print((getenv(b"AWS_ACCESS_KEY_ID") or b"none").decode())
+"""
+
+
 def operator_reads(storage: dict[str, Any], secret: dict[str, str] | None = None, **environ: str) -> str:
     """What the operator, which is what `environ` says, finds or complains of in a run's storage."""
     if secret is not None:
@@ -136,6 +160,26 @@ def test_a_server_that_a_run_names_without_a_secret_gets_signatures_and_no_secre
         assert operator_reads({"url": "s3://bucket/run", "endpointUrl": server.url}, **own) == "read 0 results\n"
     path, headers = server.asked[0]
     assert "X-Amz-Credential=operator" in path and "kept-to-itself" not in path + " ".join(headers.values())
+
+
+def test_the_plugin_of_a_kubeconfig_is_who_the_operator_is_and_obstore_is_not(tmp_path: Path) -> None:
+    plugin = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": sys.executable,
+        "args": ["-c", PLUGIN],
+        "interactiveMode": "Never",
+    }
+    kubeconfig = {
+        "current-context": "a",
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "clusters": [{"name": "a", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "a", "user": {"exec": plugin}}],
+    }
+    (tmp_path / "config").write_text(json.dumps(kubeconfig))
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("KUBERNETES_")}
+    environ = {**bare, "KUBECONFIG": str(tmp_path / "config"), "AWS_ACCESS_KEY_ID": "operator"}
+    done = subprocess.run([sys.executable, "-c", LOGS_IN], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "Bearer token-of-operator\nnone\n", done.stderr
 
 
 def test_authorities_of_the_operator_that_cannot_be_read_are_named() -> None:

@@ -25,9 +25,13 @@ def own_identity() -> OwnIdentity:
     """This process's own identity. The first call takes it out of the process's environment.
 
     obstore adds what it finds there to whatever it is told. So a process that opens stores with others' keys must not have its own
-    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any.
+    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any. `os.environ`, which
+    is Python's copy, keeps it for whoever is started by that, such as the plugin of a kubeconfig that asks a cloud for a token.
     """
-    return OwnIdentity({name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IDENTITY_PREFIXES)})
+    own = {name: value for name, value in os.environ.items() if name.startswith(IDENTITY_PREFIXES)}
+    for name in own:
+        os.unsetenv(name)
+    return OwnIdentity(own)
 
 
 @dataclass(frozen=True)
