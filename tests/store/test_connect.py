@@ -146,6 +146,7 @@ def test_a_secret_without_a_whole_key_is_refused_with_what_it_needs(url: str, va
         ("s3://b/r", {**KEYS, "AWS_REGION": "x@mine.example/"}, "AWS_REGION"),
         ("s3://b/r", {**KEYS, "AWS_DEFAULT_REGION": "x.mine.example"}, "AWS_DEFAULT_REGION"),
         ("s3://b/r", {**KEYS, "AWS_ENDPOINT_URL": "https://s3.example?x="}, "AWS_ENDPOINT_URL"),
+        ("s3://b/r", {**KEYS, "AWS_ENDPOINT_URL": "http://minio..svc:9000"}, "AWS_ENDPOINT_URL"),
         ("az://c/r", {"AZURE_STORAGE_ACCOUNT_NAME": "mine.example/", "AZURE_STORAGE_ACCOUNT_KEY": "a"}, "AZURE_STORAGE_ACCOUNT_NAME"),
         ("az://c/r", {"AZURE_STORAGE_ENDPOINT": "https://mine.example", "AZURE_STORAGE_SAS_TOKEN": "sig=2"}, "AZURE_STORAGE_ENDPOINT"),
         ("gs://b/r", {"GOOGLE_SERVICE_ACCOUNT_KEY": '{"gcs_base_url": "https://mine.example"}'}, "GOOGLE_SERVICE_ACCOUNT_KEY"),
@@ -168,6 +169,20 @@ def test_a_secret_hands_out_nothing_of_the_processs_own() -> None:
         "aws_metadata_endpoint",
     )
     assert _of_secret("s3://b/r", **mine, **dict.fromkeys(theirs, "/var/run/secrets/token")).keys() == {name.lower() for name in mine}
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://minio:9000",
+        "http://my_minio.svc.local.:9000",
+        "https://10.0.0.1/sub",
+        "http://[fd00::1]:9000",
+        f"https://{'a' * 63}",
+    ],
+)
+def test_an_endpoint_that_can_be_one_is_taken(endpoint: str) -> None:
+    assert Storage(url="s3://b/r", endpoint_url=endpoint).endpoint_url == endpoint
 
 
 def test_a_server_that_the_run_or_its_secret_names_is_known_as_such() -> None:

@@ -14,7 +14,7 @@ from dagger_operator.api import Storage
 from dagger_operator.store import objects
 from dagger_operator.store.credentials import Keys
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
 
@@ -96,6 +96,16 @@ async def test_of_an_object_beyond_its_bound_no_more_is_read_whatever_its_server
         with pytest.raises(DamagedObject, match=r"^run\.json: has .* bytes or more, where 1000 at most are expected"):
             await store.get("run.json", 1000)
     assert size < 100 << 20
+
+
+@pytest.mark.parametrize("body", [b"", b"default backend - 404", b"<Error><Code>NoSuchBucket</Code></Error>"])
+async def test_only_who_speaks_of_the_object_says_that_it_is_not_there(body: bytes) -> None:
+    answers = [saying(404, body), saying(404, NO_SUCH_KEY)]
+    with recording(lambda handler: answers.pop(0)(handler)) as server:
+        store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
+        with pytest.raises(StoreUnavailable, match=r"^reading run\.json in s3://bucket/run: .*404"):
+            await store.get("run.json")
+        assert await store.get("run.json") is None
 
 
 async def test_what_a_server_says_is_told_in_few_words() -> None:

@@ -25,9 +25,13 @@ def own_identity() -> OwnIdentity:
     """This process's own identity. The first call takes it out of the process's environment.
 
     obstore adds what it finds there to whatever it is told. So a process that opens stores with others' keys must not have its own
-    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any.
+    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any. `os.environ`, which
+    is Python's copy, keeps it for whoever is started by that, such as the plugin of a kubeconfig that asks a cloud for a token.
     """
-    return OwnIdentity({name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IDENTITY_PREFIXES)})
+    own = {name: value for name, value in os.environ.items() if name.startswith(IDENTITY_PREFIXES)}
+    for name in own:
+        os.unsetenv(name)
+    return OwnIdentity(own)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,6 @@ _CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB
 # obstore makes host names of these.
 _PATTERNS = (
     (REGION_PATTERN, "a region such as eu-west-1", _aws("region default_region")),
-    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query or a fragment", ENDPOINTS),
+    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query, a fragment, or a name that cannot be", ENDPOINTS),
     (r"[a-z0-9-]+", "the name of a storage account", _azure("storage_account_name")),
 )

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,8 @@ _MOST_PARTS = 9000
 SMALL_BYTES = 64 << 10
 """More than an object has that says one thing: an owner, a pointer, how far a worker is."""
 _MESSAGE_CHARACTERS = 500
+ABSENT = re.compile(r"<Code>(NoSuchKey|BlobNotFound)</Code>")
+"""By which S3, GCS and Azure say that there is no such object. A 404 without it is a missing bucket's, a gateway's or anybody's."""
 _SIGNED_FOR = timedelta(minutes=15)
 """As far as two clocks may be apart for a signed request."""
 
@@ -161,7 +164,9 @@ class Store:
 
         try:
             return await self._run("reading", key, read, answers=(FileNotFoundError,))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if self._folder is None and not ABSENT.search(str(error)):
+                raise self._unavailable("reading", key, error) from error
             return None
 
     async def signed(self, key: str) -> str:
