@@ -141,4 +141,4 @@ def test_a_server_that_a_run_names_without_a_secret_gets_signatures_and_no_secre
 def test_authorities_of_the_operator_that_cannot_be_read_are_named() -> None:
     secret = {"AWS_ACCESS_KEY_ID": "tenant", "AWS_SECRET_ACCESS_KEY": "s"}
     said = operator_reads({"url": "s3://bucket/run", "endpointUrl": "https://s3.example"}, secret, AWS_CA_BUNDLE="/not/there.pem")
-    assert said.startswith("AWS_CA_BUNDLE '/not/there.pem' of the operator cannot be read: ")
+    assert "AWS_CA_BUNDLE '/not/there.pem' of this process (the operator, daggerctl or a stage) cannot be read: No such file" in said

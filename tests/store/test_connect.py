@@ -7,6 +7,7 @@ import pytest
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from dagger_operator.api import Storage
+from dagger_operator.store import connect
 from dagger_operator.store.connect import Connection, connection
 from dagger_operator.store.credentials import Keys, OwnIdentity
 
@@ -47,6 +48,18 @@ def test_a_ca_bundle_is_handed_to_the_client(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_bytes(b"certificates")
     made = connection(Storage(url="s3://bucket/run"), OwnIdentity({"AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}))
     assert made.client["root_certificate"] == b"certificates"
+
+
+def test_whom_the_user_trusts_counts_with_a_secrets_keys_too_and_whom_a_secret_trusts_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine", "theirs"):
+        (tmp_path / name).write_text(name)
+    keys = Keys({**KEYS, "AWS_CA_BUNDLE": str(tmp_path / "theirs")}, "Secret keys")
+    monkeypatch.setattr(connect, "own_identity", lambda: OwnIdentity({}))
+    assert "root_certificate" not in connection(Storage(url="s3://bucket/run"), keys).client
+    monkeypatch.setattr(connect, "own_identity", lambda: OwnIdentity({"AWS_CA_BUNDLE": str(tmp_path / "mine")}))
+    assert connection(Storage(url="s3://bucket/run"), keys).client["root_certificate"] == b"mine"
 
 
 def test_google_cloud_storage() -> None:
