@@ -1,5 +1,8 @@
 """From a URL and an environment to the right client, for every cloud; nothing here touches a network."""
 
+import json
+import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from dagger_operator.api import Storage
 from dagger_operator.store import connect
 from dagger_operator.store.connect import Connection, connection
 from dagger_operator.store.credentials import Keys, OwnIdentity
+from dagger_operator.store.objects import Store, StoreUnavailable
 
 _AMBIENT = {"AWS_PROFILE": "work", "AWS_PAGER": "", "GOOGLE_CLOUD_PROJECT": "p", "AZURE_CONFIG_DIR": "/x", "HOME": "/root"}
 
@@ -105,7 +109,14 @@ def test_a_client_of_the_bucket_reaches_the_same_keys(url: str) -> None:
 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
-SERVICE_ACCOUNT = '{"client_email": "a@b", "private_key": "k", "private_key_id": "1"}'
+PEM = "-----BEGIN PRIVATE KEY-----\nTm90IGEg\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
+
+
+def _account(private_key: str) -> str:
+    return json.dumps({"client_email": "a@b", "private_key": private_key, "private_key_id": "1"})
+
+
+SERVICE_ACCOUNT = _account(PEM)
 
 
 def _of_secret(url: str, **values: str) -> dict[str, str]:
@@ -169,6 +180,25 @@ def test_a_key_that_leads_elsewhere_is_named_and_not_shown(url: str, values: dic
     with pytest.raises(ValueError, match=key) as refused:
         _of_secret(url, **values)
     assert "Secret keys" in str(refused.value) and values[key] not in str(refused.value)
+
+
+@pytest.mark.parametrize("breaks", ["", " ", "\\n", "\n  "])
+def test_a_google_key_whose_line_breaks_got_lost_is_named_with_the_remedy_and_no_byte_of_it_is_shown(breaks: str) -> None:
+    account = _account(PEM.replace("\n", breaks))
+    storage = Storage(url="gs://b/r")
+    with pytest.raises(StoreUnavailable) as refused:
+        Store.open(storage, Keys({"GOOGLE_SERVICE_ACCOUNT_KEY": account}, "Secret keys"))
+    named = "Secret keys, key GOOGLE_SERVICE_ACCOUNT_KEY has a private_key that is no PEM with its line breaks: write the file that `gcloud"
+    assert named in str(refused.value)
+    with pytest.raises(StoreUnavailable) as own:
+        Store.open(storage, OwnIdentity({"GOOGLE_SERVICE_ACCOUNT_KEY": account}))
+    for error in (refused.value, own.value):
+        assert not re.search(r"\d+, \d+, \d+", "".join(traceback.format_exception(error)))
+
+
+def test_a_google_key_may_have_the_line_breaks_of_windows_and_lack_the_last_one() -> None:
+    for private_key in (PEM.replace("\n", "\r\n"), PEM.strip(), PEM.replace("PRIVATE", "RSA PRIVATE")):
+        assert _of_secret("gs://b/r", GOOGLE_SERVICE_ACCOUNT_KEY=_account(private_key))
 
 
 def test_a_secret_hands_out_nothing_of_the_processs_own() -> None:
