@@ -41,11 +41,19 @@ def test_s3_by_workload_identity() -> None:
     assert "allow_http" not in (backend.client_options or {})
 
 
-def test_plain_http_is_only_for_endpoints_that_say_so() -> None:
-    environ = {"AWS_ENDPOINT_URL": "https://s3.example", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
-    assert "allow_http" not in connection(Storage(url="s3://bucket/run"), OwnIdentity(environ)).client
-    plain = OwnIdentity({**environ, "AWS_ENDPOINT_URL": "http://s3.example"})
-    assert connection(Storage(url="s3://bucket/run"), plain).client["allow_http"] is True
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://bucket/run", "AWS_ENDPOINT_URL"),
+        ("az://container/run", "AZURE_STORAGE_ENDPOINT"),
+        ("abfss://container@account.dfs.core.windows.net/run", "AZURE_ENDPOINT"),
+        ("gs://bucket/run", "GOOGLE_BASE_URL"),
+    ],
+)
+def test_plain_http_is_only_for_endpoints_that_say_so(url: str, name: str) -> None:
+    for environ in ({}, {name: "https://server.example"}, {f"{name}_STS": "http://server.example"}):
+        assert "allow_http" not in connection(Storage(url=url), OwnIdentity(environ)).client
+    assert connection(Storage(url=url), OwnIdentity({name: "http://server.example"})).client["allow_http"] is True
 
 
 def test_a_ca_bundle_is_handed_to_the_client(tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
             named_server = True
         if storage.region:
             config["aws_region"] = storage.region
-        endpoints = [value for name, value in config.items() if name.startswith("aws_endpoint") and name != "aws_endpoint_url_sts"]
-        if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
-            client["allow_http"] = True
+    endpoints = [value for name, value in config.items() if name in ENDPOINTS]
+    if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
+        client["allow_http"] = True
     return Connection(url, scheme, config=config, client=client, retry=retry, named_server=named_server)
 
 

@@ -98,8 +98,8 @@ class _Cloud:
         return self.more.union(*(aliases for key in self.keys for aliases in key))
 
 
-ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint")
-"""Names by which a Secret says which server to ask."""
+ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint") | {"google_base_url"}
+"""Names by which an environment says which server to ask; a Secret may not say Google's."""
 _S3 = _Cloud(
     ((_aws("access_key_id"), _aws("secret_access_key")),),
     _aws(
