@@ -116,6 +116,14 @@ async def test_what_a_server_says_is_told_in_few_words() -> None:
     assert "403" in str(refused.value) and len(str(refused.value)) < 1000
 
 
+@pytest.mark.parametrize("url", ["az://container/run", "abfss://container@account.dfs.core.windows.net/run"])
+async def test_a_server_for_azures_protocol_may_speak_plain_http(url: str) -> None:
+    with recording(saying(200, b"{}")) as server:
+        keys = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0", "AZURE_STORAGE_ENDPOINT": server.url}
+        found = await Store.open(Storage(url=url), Keys(keys, "Secret keys")).get("run.json")
+    assert found is not None and found.data == b"{}" and server.asked[0][0] == "/container/run/run.json"
+
+
 async def test_conditional_writes_leave_nothing_but_their_objects(store: Store) -> None:
     now = await store.swap("a", b"1", None)
     await store.swap("a", b"2", now)

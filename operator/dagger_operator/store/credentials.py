@@ -66,12 +66,16 @@ class Keys:
 
     def _check_account(self, account: str) -> None:
         where = f"{self.source}, key GOOGLE_SERVICE_ACCOUNT_KEY"
+        remedy = "write the file that `gcloud iam service-accounts keys create` made, unchanged"
         try:
-            told = json.loads(account).keys()
+            told = json.loads(account)
+            fields = told.keys()
         except (ValueError, AttributeError):
-            raise ValueError(f"{where} is no JSON object: write the file that `gcloud iam service-accounts keys create` made") from None
-        if foreign := sorted(told & {"gcs_base_url", "disable_oauth"}):
+            raise ValueError(f"{where} is no JSON object: {remedy}") from None
+        if foreign := sorted(fields & {"gcs_base_url", "disable_oauth"}):
             raise ValueError(f"{where} has the field {foreign[0]}: leave it out; only Google's own servers are asked")
+        if not re.fullmatch(_PRIVATE_KEY, str(told.get("private_key"))):
+            raise ValueError(f"{where} has a private_key that is no PEM with its line breaks: {remedy}")
 
 
 Credentials = OwnIdentity | Keys
@@ -98,8 +102,8 @@ class _Cloud:
         return self.more.union(*(aliases for key in self.keys for aliases in key))
 
 
-ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint")
-"""Names by which a Secret says which server to ask."""
+ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint") | {"google_base_url"}
+"""Names by which an environment says which server to ask; a Secret may not say Google's."""
 _S3 = _Cloud(
     ((_aws("access_key_id"), _aws("secret_access_key")),),
     _aws(
@@ -122,6 +126,8 @@ _BLOB = _Cloud(
     "AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN, or AZURE_CLIENT_ID with AZURE_CLIENT_SECRET and AZURE_TENANT_ID",
 )
 _CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB)}
+
+_PRIVATE_KEY = r"\s*-----BEGIN (RSA )?PRIVATE KEY-----\r?\n[A-Za-z0-9+/=\r\n]+\n-----END (RSA )?PRIVATE KEY-----\s*"
 
 # obstore makes host names of these.
 _PATTERNS = (
