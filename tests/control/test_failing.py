@@ -193,6 +193,41 @@ def test_a_run_fails_when_something_waited_too_long_with_the_pod_s_reason(story:
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "ImagePullBackOff"), "it waits no more, and did fail"
 
 
+@pytest.mark.parametrize("holder", ["student", "rollout", "an earlier rollout"])
+def test_a_step_waits_for_what_a_lost_node_holds_says_so_and_fails_in_time(
+    story: Callable[..., Story], wanted: Wanted, holder: str
+) -> None:
+    tale = story(gpuSharing="TimeShared", preRunningDeadlineSeconds=600)
+    tale.into_rollouts()
+    lost = {"pods": 1, "lost": Trouble("NodeLost", "pod p was to end, and its node gpu-7 does not say that it did", tale.now)}
+    if holder == "student":
+        tale.see("rollout", state=ChildState.SUCCEEDED, pods=0)
+        tale.done("rollout", round_number=1)
+        tale.see("student", state=ChildState.SUSPENDED, **lost)
+        step, held = "training", "still held by Deployment demo-student"
+    elif holder == "rollout":
+        tale.see("rollout", state=ChildState.SUSPENDED, deleting=True, **lost)
+        step, held = "rollout", "is being deleted"
+    else:
+        tale.see("rollout", **lost)
+        tale.edit(rollouts={"workers": 5})
+        step, held = "rollout", "an earlier attempt has not stopped yet: Job demo-"
+    waits = tale.plan()
+    assert ("Job", step) not in wanted(waits)
+    assert (waits.status.phase.lower(), waits.status.reason) == (step, "NodeLost")
+    said = tale.condition("Progressing").message
+    assert held in said and "its node gpu-7" in said and "(since 2026-01-01 00:00:00 UTC)" in said
+    tale.later(minutes=11)
+    failed = tale.plan()
+    assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "NodeLost")
+    assert tale.condition("Failed").message.endswith("; preRunningDeadlineSeconds is 600")
+    tale.edit(suspend=True)
+    assert tale.plan().status.phase is Phase.SUSPENDED, "then nothing waits"
+    tale.edit(suspend=False)
+    tale.children = {key: replace(one, pods=0, lost=None) for key, one in tale.children.items() if one.kind != "Job"}
+    assert tale.plan().status.phase is not Phase.FAILED, "it goes on by itself"
+
+
 def test_an_object_that_the_api_server_refuses_is_said_and_asked_for_again(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(preRunningDeadlineSeconds=600)
     tale.done("prepare")
@@ -230,20 +265,33 @@ def test_a_run_that_failed_by_a_refusal_comes_to_rest(story: Callable[..., Story
     tale.carry_out(tale.plan())
     tale.children = {key: one for key, one in tale.children.items() if one.component != lacks}
     refused = Trouble("Forbidden", "no more of these", tale.now)
+    limited = "Deployment" if lacks == "teacher" else "Job"
+
+    def there() -> int:
+        return sum(one.kind == limited for one in tale.children.values())
+
+    quota = there()
     tale.later(minutes=11)
     looks = []
     for _ in range(6):
         planned = tale.plan(refused=refused)
         assert planned.status.phase is Phase.FAILED
         tale.carry_out(planned)
+        new = [one for one in planned.asked if (one["kind"], one["metadata"]["name"]) not in tale.children]
+        assert any(one["kind"] == limited for one in new) and there() >= quota, "the dry run is refused again"
         tale.later(seconds=10)
         looks.append(dict(tale.children))
     assert all(one == looks[1] for one in looks[2:]), "nothing is made that the next look removes"
     assert not any(one.component == lacks for one in tale.children.values())
     holding = {(one.kind, one.component) for one in tale.children.values() if one.pods or one.state is ChildState.RUNNING}
-    assert holding == ({("Deployment", "student"), ("Deployment", "teacher")} - {("Deployment", lacks)} if keep == "Everything" else set())
+    left_up = {("Deployment", "student"), ("Deployment", "teacher")} if keep == "Everything" else set()
+    at_work = {("Job", "rollout"), ("Job", "evaluation")} if kueue else set()
+    assert holding == {(kind, who) for kind, who in left_up | at_work if who != lacks}
     assert lacks in {one["metadata"]["labels"][COMPONENT] for one in planned.asked}
-    assert tale.plan().status.phase is Phase.ROLLOUT, "it is taken now"
+    assert tale.plan(told=False).status.phase is Phase.ROLLOUT, "it is taken now"
+    tale.edit(suspend=True)
+    tale.carry_out(tale.plan(refused=refused))
+    assert not any(one.pods for one in tale.children.values()), "whoever suspends wants the GPUs back"
 
 
 def test_since_when_an_object_is_refused_is_read_from_the_status(story: Callable[..., Story]) -> None:

@@ -426,6 +426,20 @@ def test_an_edited_server_waits_for_the_node_that_keeps_a_pod_of_the_earlier_att
     assert child(deployment() | {"kind": kind}, [old]).trouble is None, "it ends in its time"
 
 
+def test_a_lost_pod_is_known_also_of_what_waits_for_nothing_itself() -> None:
+    server, overdue = of("student", deployment(wanted=0), going("s", ago(minutes=5)))
+    given_up, _ = of("student", deployment(annotations={FAILED: "broken"}), overdue)
+    deleting = job()
+    deleting["metadata"] = {**deleting["metadata"], "deletionTimestamp": ago(minutes=6)}
+    failed = job(conditions=[{"type": "Failed", "status": "True"}])
+    at_rest = [child(server, [overdue]), child(given_up, [overdue])]
+    at_rest += [child(one, [going("a", ago(minutes=5))]) for one in (job(spec={"suspend": True}), failed, deleting)]
+    for one in at_rest:
+        assert one.lost is not None
+        assert (one.lost.reason, one.lost.since) == ("NodeLost", NOW - timedelta(minutes=5)), one
+    assert child(server, [going("s", ago(seconds=5))]).lost is None, "it ends in its time"
+
+
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}

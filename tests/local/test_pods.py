@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dagger_operator.local.environment import inherited
+
 SERVER = """
 import http.server, os, pathlib
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -47,6 +49,13 @@ async def test_what_a_pod_has_alone_and_a_machine_shares_stays_the_machine_s(lab
     lab.machine.apply([lab.job("work", code, container={"env": env, "volumeMounts": mounts}, pod={"volumes": volumes})])
     await lab.until(lambda: lab.end("work"))
     assert lab.log("work-0") == "None /tmp/key.json"
+
+
+def test_of_the_users_environment_processes_get_whom_it_trusts_and_who_it_is_only_where_they_are_to_be_it() -> None:
+    trust = {"AWS_CA_BUNDLE": "/ca.pem", "SSL_CERT_FILE": "/ca.pem"}
+    user = {**trust, "AWS_ACCESS_KEY_ID": "mine", "GOOGLE_SERVICE_ACCOUNT": "/mine.json"}
+    assert inherited({**user, "EDITOR": "ed"}, identity=False) == trust
+    assert inherited({**user, "EDITOR": "ed"}, identity=True) == user
 
 
 async def test_containers_of_a_pod_share_its_volumes_in_order(lab: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 
 # The operator's reads, in a process of its own: what obstore finds in the environment is the process's.
 READS = """
@@ -39,6 +39,30 @@ async def main():
     await stores.close()
 
 asyncio.run(main())
+"""
+
+
+PLUGIN = """
+import json, os
+status = {"token": "token-of-" + os.environ.get("AWS_ACCESS_KEY_ID", "nobody")}
+print(json.dumps({"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}))
+"""
+
+# How the operator logs in; then what is left for who looks into the process's own environment, as obstore does.
+LOGS_IN = """
+import asyncio, ctypes
+from dagger_operator.kube.connection import authorization, configuration
+from dagger_operator.store.credentials import own_identity
+
+own_identity()
+
+async def main():
+    print((await authorization(await configuration()))["Authorization"])
+
+asyncio.run(main())
+getenv = ctypes.CDLL(None).getenv
+getenv.restype = ctypes.c_char_p
+print((getenv(b"AWS_ACCESS_KEY_ID") or b"none").decode())
 """
 
 
@@ -104,7 +128,7 @@ def test_a_region_that_is_none_is_refused_before_anybody_is_asked(token: str) ->
 
 
 def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str) -> None:
-    with recording(saying(404)) as theirs, recording(saying(404)) as mine:
+    with recording(saying(404, NO_SUCH_KEY)) as theirs, recording(saying(404, NO_SUCH_KEY)) as mine:
         own = {
             "AWS_ACCESS_KEY_ID": "mine",
             "AWS_SECRET_ACCESS_KEY": "own",
@@ -123,7 +147,7 @@ def test_a_secrets_keys_are_used_as_they_are_whatever_the_operator_is(token: str
 
 
 def test_without_a_secret_the_operator_is_itself() -> None:
-    with recording(saying(404)) as server:
+    with recording(saying(404, NO_SUCH_KEY)) as server:
         own = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "own", "AWS_ENDPOINT_URL": server.url}
         assert operator_reads({"url": "s3://bucket/run"}, **own) == "read 0 results\n"
     path, headers = server.asked[0]
@@ -131,14 +155,34 @@ def test_without_a_secret_the_operator_is_itself() -> None:
 
 
 def test_a_server_that_a_run_names_without_a_secret_gets_signatures_and_no_secret() -> None:
-    with recording(saying(404)) as server:
+    with recording(saying(404, NO_SUCH_KEY)) as server:
         own = {"AWS_ACCESS_KEY_ID": "operator", "AWS_SECRET_ACCESS_KEY": "kept-to-itself"}
         assert operator_reads({"url": "s3://bucket/run", "endpointUrl": server.url}, **own) == "read 0 results\n"
     path, headers = server.asked[0]
     assert "X-Amz-Credential=operator" in path and "kept-to-itself" not in path + " ".join(headers.values())
 
 
+def test_the_plugin_of_a_kubeconfig_is_who_the_operator_is_and_obstore_is_not(tmp_path: Path) -> None:
+    plugin = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": sys.executable,
+        "args": ["-c", PLUGIN],
+        "interactiveMode": "Never",
+    }
+    kubeconfig = {
+        "current-context": "a",
+        "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+        "clusters": [{"name": "a", "cluster": {"server": "https://127.0.0.1:1"}}],
+        "users": [{"name": "a", "user": {"exec": plugin}}],
+    }
+    (tmp_path / "config").write_text(json.dumps(kubeconfig))
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("KUBERNETES_")}
+    environ = {**bare, "KUBECONFIG": str(tmp_path / "config"), "AWS_ACCESS_KEY_ID": "operator"}
+    done = subprocess.run([sys.executable, "-c", LOGS_IN], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "Bearer token-of-operator\nnone\n", done.stderr
+
+
 def test_authorities_of_the_operator_that_cannot_be_read_are_named() -> None:
     secret = {"AWS_ACCESS_KEY_ID": "tenant", "AWS_SECRET_ACCESS_KEY": "s"}
     said = operator_reads({"url": "s3://bucket/run", "endpointUrl": "https://s3.example"}, secret, AWS_CA_BUNDLE="/not/there.pem")
-    assert said.startswith("AWS_CA_BUNDLE '/not/there.pem' of the operator cannot be read: ")
+    assert "AWS_CA_BUNDLE '/not/there.pem' of this process (the operator, daggerctl or a stage) cannot be read: No such file" in said

@@ -2,24 +2,29 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import aiohttp
 import pytest
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import named_server
 from dagger_operator.cluster.stores import Stores
-from dagger_operator.store.objects import DamagedObject, StoreUnavailable
+from dagger_operator.store.credentials import Keys
+from dagger_operator.store.objects import DamagedObject, Object, Store, StoreUnavailable
 from dagger_operator.store.owner import owner_of, take_prefix
 from dagger_operator.store.progress import report
 from dagger_operator.store.results import StageProgress, save_result
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 from fixtures.results import result
 from fixtures.s3 import S3
 from fixtures.secrets import Secrets
 
+KEYS = Keys({"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "for-tests-on-loopback-only"}, "Secret keys")
 MORE_THAN_BUFFERS = 64 << 20
 """Bytes that a sender gets rid of where the other side reads all, and not where it stops."""
 
@@ -27,7 +32,7 @@ MORE_THAN_BUFFERS = 64 << 20
 @pytest.fixture
 async def stores() -> AsyncIterator[Stores]:
     secrets = Secrets()
-    secrets.held["keys"] = ("1", {"AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "for-tests-on-loopback-only"})
+    secrets.held["keys"] = ("1", dict(KEYS.values))
     opened = Stores(secrets)  # type: ignore[arg-type]  # in a Client's place
     yield opened
     await opened.close()
@@ -42,10 +47,11 @@ class Endless:
 
     def __init__(self, status: int, **headers: str) -> None:
         self.head, self.chunked, self.taken = saying(status, **headers), "transfer_encoding" in headers, 0
+        self.begins = b""
 
     def __call__(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
-        part = bytes(1 << 20)
+        part = self.begins + bytes(1 << 20)
         with contextlib.suppress(OSError):
             self.head(handler)
             while self.taken < 2 * MORE_THAN_BUFFERS:
@@ -78,9 +84,35 @@ async def test_a_refusal_without_end_is_a_refusal(
 
 async def test_what_is_not_there_is_not_there_however_much_is_said_of_it(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
     answer = Endless(404, **LONG)
+    answer.begins = NO_SUCH_KEY
     with recording(answer) as server:
         results, _ = await stores.read(at(make_run, server.url))
     assert not results.records and answer.taken < 2 * MORE_THAN_BUFFERS
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [(b"", "404"), (b"default backend - 404", "404"), (b"<Error><Code>NoSuchBucket</Code></Error>", "404 NoSuchBucket")]
+)
+async def test_a_404_that_does_not_speak_of_the_object_does_not_say_that_it_is_not_there(
+    stores: Stores, make_run: Callable[..., DAggerRun], body: bytes, told: str
+) -> None:
+    with recording(saying(404, body)) as server, pytest.raises(StoreUnavailable, match=rf"the server answers {told}$"):
+        await stores.read(at(make_run, server.url))
+
+
+async def test_what_is_not_there_is_not_there_in_however_many_parts_it_is_said(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    head = saying(404, content_length=str(len(NO_SUCH_KEY)))
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        head(handler)
+        for part in NO_SUCH_KEY.splitlines(keepends=True):
+            handler.wfile.write(part)
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    with recording(answer) as server:
+        results, _ = await stores.read(at(make_run, server.url))
+    assert not results.records
 
 
 async def test_headers_without_end_are_no_answer(
@@ -100,6 +132,32 @@ async def test_headers_without_end_are_no_answer(
     with recording(answer) as server, pytest.raises(StoreUnavailable):
         await stores.read(at(make_run, server.url))
     assert taken < MORE_THAN_BUFFERS
+
+
+async def test_servers_that_hang_hold_up_no_other(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    owner, asked, over = owner_of(make_run()), 0, threading.Event()
+
+    def hangs(handler: BaseHTTPRequestHandler) -> None:
+        nonlocal asked
+        asked += 1
+        over.wait(60)
+        handler.close_connection = True
+
+    async def read(http: aiohttp.ClientSession, url: str, key: str) -> Object | None:
+        return await named_server.NamedServer(Store.open(at(make_run, url).spec.storage, KEYS), http).get(key, 1000)
+
+    with contextlib.ExitStack() as stack:
+        hanging = [stack.enter_context(recording(hangs)) for _ in range(7)]
+        honest = stack.enter_context(recording(saying(200, owner.model_dump_json().encode())))
+        stack.callback(over.set)
+        async with named_server.session() as http:
+            waiting = [asyncio.create_task(read(http, server.url, f"{number}")) for server in hanging for number in range(16)]
+            while asked < 100:
+                await asyncio.sleep(0.02)
+            assert await asyncio.wait_for(read(http, honest.url, "run.json"), 20) is not None
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_server_sends_the_operator_nowhere_else(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
@@ -123,7 +181,7 @@ async def test_a_server_that_is_busy_for_a_moment_is_asked_again(
     owner = saying(200, owner_of(run).model_dump_json().encode())
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
-        (busy.pop(0) if busy else owner if "/run.json" in handler.path else saying(404))(handler)
+        (busy.pop(0) if busy else owner if "/run.json" in handler.path else saying(404, NO_SUCH_KEY))(handler)
 
     with recording(answer) as server:
         await stores.read(at(make_run, server.url))
@@ -147,6 +205,17 @@ async def test_a_server_that_is_not_there_is_said_so(
     monkeypatch.setattr(named_server, "_PAUSES", ())
     with pytest.raises(StoreUnavailable, match=r"reading run\.json in s3://bucket/run: Cannot connect to host 127\.0\.0\.1:1 "):
         await stores.read(at(make_run, "http://127.0.0.1:1"))
+
+
+async def test_keys_to_encrypt_with_are_refused_before_a_named_server_is_asked(stores: Stores, make_run: Callable[..., DAggerRun]) -> None:
+    held: Any = stores._client
+    held.held["keys"] = ("2", {**KEYS.values, "AWS_SERVER_SIDE_ENCRYPTION": "sse-c", "AWS_SSE_CUSTOMER_KEY_BASE64": "bm90LXNob3du"})
+    said = (
+        r"^Secret keys in namespace lab .* has AWS_SSE_CUSTOMER_KEY_BASE64, .*: leave it out, or the endpoint \(spec\.storage\.endpointUrl"
+    )
+    with recording(saying(404, NO_SUCH_KEY)) as server, pytest.raises(StoreUnavailable, match=said) as refused:
+        await stores.read(at(make_run, server.url))
+    assert not server.callers and "bm90" not in str(refused.value)
 
 
 @pytest.mark.heavy

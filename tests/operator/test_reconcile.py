@@ -1,5 +1,6 @@
 """One look at a run: what stands in its way is in its status, and no object is in another's way."""
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import DAggerRun
+from dagger_operator.cluster import stores
 from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.reconcile import Reconciler
 from dagger_operator.cluster.settings import Settings
@@ -224,6 +226,27 @@ async def test_a_deadline_goes_on_while_storage_is_away(looks: Looks, clock: Clo
     away.rename(folder)
     clock.later(minutes=2)
     assert (await looks.look())["phase"] == "Failed"
+
+
+async def test_a_run_that_failed_while_storage_is_away_waits_for_it_once(
+    looks: Looks, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks.stored["spec"]["activeDeadlineSeconds"] = 60
+    looks.restart()
+    await looks.look()
+    begun = 0
+
+    async def hangs(*_: Any) -> None:
+        nonlocal begun
+        begun += 1
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(stores, "_read", hangs)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.05)
+    clock.later(minutes=2)
+    for _ in range(3):
+        assert (await looks.look())["phase"] == "Failed"
+    assert begun == 1
 
 
 async def test_what_the_api_server_says_at_length_leaves_room_for_since_when(looks: Looks, clock: Clock) -> None:

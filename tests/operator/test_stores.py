@@ -63,3 +63,43 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
     results, _ = await read.read(run)
     assert results.has(0, "prepare"), "the late answer was from before the result"
     assert reads == 2
+
+
+async def test_a_store_that_was_away_holds_nobody_up_until_it_answers_in_time_again(
+    make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, read, real, answers = make_run(), Stores(Secrets()), stores._read, asyncio.Event()  # type: ignore[arg-type]
+    honest = False
+
+    async def slow(*arguments: Any) -> Any:
+        await answers.wait()
+        if not honest:
+            raise StoreUnavailable("a timeout")
+        return await real(*arguments)
+
+    async def look() -> Any:
+        return await asyncio.wait_for(read.read(run), 20)
+
+    monkeypatch.setattr(stores, "_read", slow)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        await look()
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 3600.0)
+    for _ in range(3):
+        answers.set()
+        await asyncio.sleep(0.05)
+        with pytest.raises(StoreUnavailable, match="a timeout"):
+            await look()
+        answers.clear()
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="a timeout"):
+                await look()
+    honest = True
+    answers.set()
+    await asyncio.sleep(0.05)
+    assert (await look())[0].records == {}
+    answers.clear()
+    patient = asyncio.create_task(look())
+    await asyncio.sleep(3 * stores.GLANCE_SECONDS)
+    answers.set()
+    assert (await patient)[0].records == {}, "it is waited for as any other"

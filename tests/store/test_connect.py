@@ -1,5 +1,8 @@
 """From a URL and an environment to the right client, for every cloud; nothing here touches a network."""
 
+import json
+import re
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +10,10 @@ import pytest
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store, from_url
 
 from dagger_operator.api import Storage
+from dagger_operator.store import connect
 from dagger_operator.store.connect import Connection, connection
 from dagger_operator.store.credentials import Keys, OwnIdentity
+from dagger_operator.store.objects import Store, StoreUnavailable
 
 _AMBIENT = {"AWS_PROFILE": "work", "AWS_PAGER": "", "GOOGLE_CLOUD_PROJECT": "p", "AZURE_CONFIG_DIR": "/x", "HOME": "/root"}
 
@@ -36,17 +41,37 @@ def test_s3_by_workload_identity() -> None:
     assert "allow_http" not in (backend.client_options or {})
 
 
-def test_plain_http_is_only_for_endpoints_that_say_so() -> None:
-    environ = {"AWS_ENDPOINT_URL": "https://s3.example", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
-    assert "allow_http" not in connection(Storage(url="s3://bucket/run"), OwnIdentity(environ)).client
-    plain = OwnIdentity({**environ, "AWS_ENDPOINT_URL": "http://s3.example"})
-    assert connection(Storage(url="s3://bucket/run"), plain).client["allow_http"] is True
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("s3://bucket/run", "AWS_ENDPOINT_URL"),
+        ("az://container/run", "AZURE_STORAGE_ENDPOINT"),
+        ("abfss://container@account.dfs.core.windows.net/run", "AZURE_ENDPOINT"),
+        ("gs://bucket/run", "GOOGLE_BASE_URL"),
+    ],
+)
+def test_plain_http_is_only_for_endpoints_that_say_so(url: str, name: str) -> None:
+    for environ in ({}, {name: "https://server.example"}, {f"{name}_STS": "http://server.example"}):
+        assert "allow_http" not in connection(Storage(url=url), OwnIdentity(environ)).client
+    assert connection(Storage(url=url), OwnIdentity({name: "http://server.example"})).client["allow_http"] is True
 
 
 def test_a_ca_bundle_is_handed_to_the_client(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_bytes(b"certificates")
     made = connection(Storage(url="s3://bucket/run"), OwnIdentity({"AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}))
     assert made.client["root_certificate"] == b"certificates"
+
+
+def test_whom_the_user_trusts_counts_with_a_secrets_keys_too_and_whom_a_secret_trusts_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine", "theirs"):
+        (tmp_path / name).write_text(name)
+    keys = Keys({**KEYS, "AWS_CA_BUNDLE": str(tmp_path / "theirs")}, "Secret keys")
+    monkeypatch.setattr(connect, "own_identity", lambda: OwnIdentity({}))
+    assert "root_certificate" not in connection(Storage(url="s3://bucket/run"), keys).client
+    monkeypatch.setattr(connect, "own_identity", lambda: OwnIdentity({"AWS_CA_BUNDLE": str(tmp_path / "mine")}))
+    assert connection(Storage(url="s3://bucket/run"), keys).client["root_certificate"] == b"mine"
 
 
 def test_google_cloud_storage() -> None:
@@ -92,7 +117,14 @@ def test_a_client_of_the_bucket_reaches_the_same_keys(url: str) -> None:
 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
-SERVICE_ACCOUNT = '{"client_email": "a@b", "private_key": "k", "private_key_id": "1"}'
+PEM = "-----BEGIN PRIVATE KEY-----\nTm90IGEg\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
+
+
+def _account(private_key: str) -> str:
+    return json.dumps({"client_email": "a@b", "private_key": private_key, "private_key_id": "1"})
+
+
+SERVICE_ACCOUNT = _account(PEM)
 
 
 def _of_secret(url: str, **values: str) -> dict[str, str]:
@@ -146,6 +178,7 @@ def test_a_secret_without_a_whole_key_is_refused_with_what_it_needs(url: str, va
         ("s3://b/r", {**KEYS, "AWS_REGION": "x@mine.example/"}, "AWS_REGION"),
         ("s3://b/r", {**KEYS, "AWS_DEFAULT_REGION": "x.mine.example"}, "AWS_DEFAULT_REGION"),
         ("s3://b/r", {**KEYS, "AWS_ENDPOINT_URL": "https://s3.example?x="}, "AWS_ENDPOINT_URL"),
+        ("s3://b/r", {**KEYS, "AWS_ENDPOINT_URL": "http://minio..svc:9000"}, "AWS_ENDPOINT_URL"),
         ("az://c/r", {"AZURE_STORAGE_ACCOUNT_NAME": "mine.example/", "AZURE_STORAGE_ACCOUNT_KEY": "a"}, "AZURE_STORAGE_ACCOUNT_NAME"),
         ("az://c/r", {"AZURE_STORAGE_ENDPOINT": "https://mine.example", "AZURE_STORAGE_SAS_TOKEN": "sig=2"}, "AZURE_STORAGE_ENDPOINT"),
         ("gs://b/r", {"GOOGLE_SERVICE_ACCOUNT_KEY": '{"gcs_base_url": "https://mine.example"}'}, "GOOGLE_SERVICE_ACCOUNT_KEY"),
@@ -158,6 +191,25 @@ def test_a_key_that_leads_elsewhere_is_named_and_not_shown(url: str, values: dic
     assert "Secret keys" in str(refused.value) and values[key] not in str(refused.value)
 
 
+@pytest.mark.parametrize("breaks", ["", " ", "\\n", "\n  "])
+def test_a_google_key_whose_line_breaks_got_lost_is_named_with_the_remedy_and_no_byte_of_it_is_shown(breaks: str) -> None:
+    account = _account(PEM.replace("\n", breaks))
+    storage = Storage(url="gs://b/r")
+    with pytest.raises(StoreUnavailable) as refused:
+        Store.open(storage, Keys({"GOOGLE_SERVICE_ACCOUNT_KEY": account}, "Secret keys"))
+    named = "Secret keys, key GOOGLE_SERVICE_ACCOUNT_KEY has a private_key that is no PEM with its line breaks: write the file that `gcloud"
+    assert named in str(refused.value)
+    with pytest.raises(StoreUnavailable) as own:
+        Store.open(storage, OwnIdentity({"GOOGLE_SERVICE_ACCOUNT_KEY": account}))
+    for error in (refused.value, own.value):
+        assert not re.search(r"\d+, \d+, \d+", "".join(traceback.format_exception(error)))
+
+
+def test_a_google_key_may_have_the_line_breaks_of_windows_and_lack_the_last_one() -> None:
+    for private_key in (PEM.replace("\n", "\r\n"), PEM.strip(), PEM.replace("PRIVATE", "RSA PRIVATE")):
+        assert _of_secret("gs://b/r", GOOGLE_SERVICE_ACCOUNT_KEY=_account(private_key))
+
+
 def test_a_secret_hands_out_nothing_of_the_processs_own() -> None:
     mine = {**KEYS, "AWS_ENDPOINT_URL": "https://s3.example"}
     theirs = (
@@ -168,6 +220,20 @@ def test_a_secret_hands_out_nothing_of_the_processs_own() -> None:
         "aws_metadata_endpoint",
     )
     assert _of_secret("s3://b/r", **mine, **dict.fromkeys(theirs, "/var/run/secrets/token")).keys() == {name.lower() for name in mine}
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://minio:9000",
+        "http://my_minio.svc.local.:9000",
+        "https://10.0.0.1/sub",
+        "http://[fd00::1]:9000",
+        f"https://{'a' * 63}",
+    ],
+)
+def test_an_endpoint_that_can_be_one_is_taken(endpoint: str) -> None:
+    assert Storage(url="s3://b/r", endpoint_url=endpoint).endpoint_url == endpoint
 
 
 def test_a_server_that_the_run_or_its_secret_names_is_known_as_such() -> None:

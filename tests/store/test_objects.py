@@ -14,7 +14,7 @@ from dagger_operator.api import Storage
 from dagger_operator.store import objects
 from dagger_operator.store.credentials import Keys
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
-from fixtures.recorder import recording, saying
+from fixtures.recorder import NO_SUCH_KEY, recording, saying
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
 
@@ -98,12 +98,30 @@ async def test_of_an_object_beyond_its_bound_no_more_is_read_whatever_its_server
     assert size < 100 << 20
 
 
+@pytest.mark.parametrize("body", [b"", b"default backend - 404", b"<Error><Code>NoSuchBucket</Code></Error>"])
+async def test_only_who_speaks_of_the_object_says_that_it_is_not_there(body: bytes) -> None:
+    answers = [saying(404, body), saying(404, NO_SUCH_KEY)]
+    with recording(lambda handler: answers.pop(0)(handler)) as server:
+        store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
+        with pytest.raises(StoreUnavailable, match=r"^reading run\.json in s3://bucket/run: .*404"):
+            await store.get("run.json")
+        assert await store.get("run.json") is None
+
+
 async def test_what_a_server_says_is_told_in_few_words() -> None:
     with recording(saying(403, b"x" * 100_000)) as server:
         store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
         with pytest.raises(StoreUnavailable) as refused:
             await store.get("run.json")
     assert "403" in str(refused.value) and len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("url", ["az://container/run", "abfss://container@account.dfs.core.windows.net/run"])
+async def test_a_server_for_azures_protocol_may_speak_plain_http(url: str) -> None:
+    with recording(saying(200, b"{}")) as server:
+        keys = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0", "AZURE_STORAGE_ENDPOINT": server.url}
+        found = await Store.open(Storage(url=url), Keys(keys, "Secret keys")).get("run.json")
+    assert found is not None and found.data == b"{}" and server.asked[0][0] == "/container/run/run.json"
 
 
 async def test_conditional_writes_leave_nothing_but_their_objects(store: Store) -> None:

@@ -5,12 +5,24 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from dagger_operator.api import EvaluationSummary, TrainingSummary
+from dagger_operator.api.training import MOST_STEPS
 from dagger_operator.store import layout
 from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Store, StoreUnavailable
 from dagger_operator.store.owner import read_owner
 from dagger_operator.store.policies import pointed
 from dagger_operator.store.progress import Reporter, read_progress, report
-from dagger_operator.store.results import RESULT_BYTES, PublishResult, StageProgress, read_result, save_result
+from dagger_operator.store.results import (
+    MOST_LOSSES,
+    RESULT_BYTES,
+    EvaluationResult,
+    PublishResult,
+    StageProgress,
+    TrainingResult,
+    read_result,
+    save_result,
+)
+from dagger_operator.store.stage import StageFailure
 
 
 async def test_the_first_result_stands(store: Store) -> None:
@@ -40,6 +52,38 @@ async def test_what_should_be_small_and_is_not_is_damage(store: Store, key: str,
     await store.put(key, b"{}".ljust(RESULT_BYTES + 1))
     with pytest.raises(DamagedObject, match=rf"^{re.escape(key)}: has {RESULT_BYTES + 1} bytes or more, where .* at most are expected"):
         await read(store)
+
+
+def _trained(losses: tuple[float, ...]) -> TrainingResult:
+    summary = TrainingSummary(steps=len(losses), labels=1, tokens=1, checkpoint="r001-a", seconds=1)
+    return TrainingResult(summary=summary, policy="r001-a", losses=losses)
+
+
+@pytest.mark.parametrize("steps", [2 * MOST_STEPS + 1, MOST_STEPS, MOST_LOSSES + 1])
+async def test_a_training_of_however_many_steps_leaves_a_result_that_can_be_read(store: Store, steps: int) -> None:
+    losses = tuple(1 / (3 + step) for step in range(steps))
+    assert await save_result(store, 1, "training", _trained(losses))
+    read = await read_result(store, 1, "training", TrainingResult)
+    assert read is not None and MOST_LOSSES / 2 < len(read.losses) <= MOST_LOSSES
+    of = -(-steps // MOST_LOSSES)
+    assert read.losses[0] == pytest.approx(sum(losses[:of]) / of)
+    assert losses[-of] >= read.losses[-1] >= losses[-1]
+
+
+async def test_up_to_ten_thousand_steps_it_has_the_loss_of_each(store: Store) -> None:
+    result = _trained(tuple(1 / (3 + step) for step in range(MOST_LOSSES)))
+    await save_result(store, 1, "training", result)
+    assert result.losses[-1] == 1 / (2 + MOST_LOSSES)
+    assert await read_result(store, 1, "training", TrainingResult) == result
+
+
+async def test_a_result_that_could_not_be_read_again_is_refused_before_it_is_stored(store: Store) -> None:
+    names = tuple(f"{number}".rjust(100, "x") for number in range(50_000))
+    summary = EvaluationSummary(policy="p", tasks=50_000, resolved=50_000, resolved_rate=1, interval=[1, 1], false_submits=0, seconds=1)
+    result = EvaluationResult(summary=summary, resolved_tasks=names, unresolved_tasks=())
+    with pytest.raises(StageFailure, match=r"ResultTooLarge: .* evaluation of round 1 has .*tasks\.heldOut\.count") as refused:
+        await save_result(store, 1, "evaluation", result)
+    assert refused.value.permanent and await store.list() == []
 
 
 async def test_progress_is_overwritten_and_kept_apart_by_stage_and_worker(store: Store) -> None:

@@ -55,6 +55,7 @@ async def test_a_killed_rank_is_named_and_tried_again(tmp_path: Path) -> None:
     ranks = [await rank(0, tmp_path, "pass"), await rank(1, tmp_path, "import os; os.kill(os.getpid(), 9)")]
     with pytest.raises(StageFailure, match="rank 1 was ended by SIGKILL") as caught:
         await _watch(ranks)
+    assert "training.deepspeed.zeroStage, with which it begins the round anew" in str(caught.value)
     assert not caught.value.permanent
 
 

@@ -107,6 +107,15 @@ def test_so_it_does_in_every_layout(
         assert found[name] == pytest.approx(undisturbed[name], rel=2e-3 if "bf16" in name else 1e-5), name
 
 
+def test_so_it_does_with_the_optimiser_moved_to_host_memory(policy_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
+    layouts = {name: {**SETTINGS[name], **HALF_WAY} for name in ("zero1", "zero2", "zero3", "bf16-zero2")}
+    undisturbed = under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True)
+    less = {name: {**settings, "deepspeed": {**settings["deepspeed"], "offload": "Optimizer"}} for name, settings in layouts.items()}
+    found = under_deepspeed(2, less, policy_folder, samples, tmp_path, adam=True, goes_on=True)
+    for name in layouts:
+        assert found[name] == pytest.approx(undisturbed[name], rel=2e-3 if "bf16" in name else 1e-5), name
+
+
 def test_so_it_does_where_a_rank_holds_its_part_in_several_groups(policy_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
     """As ZeRO-3 does above a billion parameters: here four groups, and the count of Adam's steps is each one's own."""
     layouts, zero = {"zero3": {**SETTINGS["zero3"], **HALF_WAY}}, {"sub_group_size": 20_000}

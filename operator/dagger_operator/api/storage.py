@@ -9,7 +9,8 @@ from dagger_operator.api.pods import ObjectName
 
 # Storage clients make host names of regions, and put a bucket's path behind an endpoint.
 REGION_PATTERN = r"^[A-Za-z0-9_-]+$"
-ENDPOINT_PATTERN = r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$"
+_LABEL = r"[A-Za-z0-9_-]{1,63}"  # no resolver takes an empty or a longer one
+ENDPOINT_PATTERN = rf"^https?://({_LABEL}(\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+\])(:[0-9]{{1,5}})?(/[^\s?#@]*)?$"
 
 
 class SecretRef(ApiModel):
@@ -27,6 +28,6 @@ class Storage(ApiModel):
     secret_ref: SecretRef | None = None
     """Credentials as environment variables of the storage client, a whole key among them; default the workload's own identity."""
     endpoint_url: Annotated[str, Field(pattern=ENDPOINT_PATTERN, max_length=2048)] | None = None
-    """S3-compatible server other than the cloud's own, without a user, a query or a fragment."""
+    """S3-compatible server other than the cloud's own, without a user, a query or a fragment; parts of its name have 1 to 63 characters."""
     region: Annotated[str, Field(pattern=REGION_PATTERN, max_length=64)] | None = None
     """Region of the bucket, such as eu-west-1, where the client cannot find it out: letters, digits, `-` and `_`."""

@@ -12,7 +12,7 @@ import aiohttp
 from yarl import URL
 
 from dagger_operator.store.credentials import own_identity
-from dagger_operator.store.objects import Object, Store, StoreUnavailable, oversized
+from dagger_operator.store.objects import ABSENT, Object, Store, StoreUnavailable, oversized
 
 _PAUSES = (0.2, 1.0)
 """Seconds between tries, where another may go better. A look at the run that comes later is one more."""
@@ -20,7 +20,7 @@ _PASSING = frozenset({429, 500, 502, 503, 504})
 _SECONDS = 30.0
 """For one try, however slowly the server goes on."""
 _SAID_BYTES = 4096
-_CODE = re.compile(rb"<Code>(\w{1,64})</Code>")
+_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 
 
 def session() -> aiohttp.ClientSession:
@@ -34,7 +34,7 @@ def session() -> aiohttp.ClientSession:
                 f"AWS_CA_BUNDLE {bundle!r} of the operator cannot be read: {error}: name a file of certificates"
             ) from None
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(ssl=trust, limit_per_host=16),
+        connector=aiohttp.TCPConnector(ssl=trust, limit=0, limit_per_host=16),  # with a limit over all, those that hang hold up the others
         timeout=aiohttp.ClientTimeout(total=_SECONDS, sock_connect=10.0),
         headers={"Accept-Encoding": "identity", "User-Agent": "dagger-operator"},
         auto_decompress=False,
@@ -54,12 +54,13 @@ class NamedServer:
         for pause in (*_PAUSES, None):
             try:
                 async with self._http.get(url, allow_redirects=False) as answer:
-                    if answer.status == 404:
-                        return None
                     if answer.status == 200:
                         return Object(await _bounded(answer, key, most), answer.headers.get("ETag", ""))
-                    code = _CODE.search(await answer.content.read(_SAID_BYTES))
-                    problem = f"the server answers {answer.status} {code[1].decode() if code else ''}".rstrip()
+                    said = await _said(answer)
+                    if answer.status == 404 and ABSENT.search(said):
+                        return None
+                    code = _CODE.search(said)
+                    problem = f"the server answers {answer.status} {code[1] if code else ''}".rstrip()
                     passes = answer.status in _PASSING
             except (aiohttp.ClientError, TimeoutError) as error:
                 # Of the others some have the signed URL in their text.
@@ -69,6 +70,15 @@ class NamedServer:
                 break
             await asyncio.sleep(pause)
         raise StoreUnavailable(f"reading {key} in {self._store.url}: {problem}")
+
+
+async def _said(answer: aiohttp.ClientResponse) -> str:
+    """How its body begins, in however many parts it comes."""
+    try:
+        said = await answer.content.readexactly(_SAID_BYTES)
+    except asyncio.IncompleteReadError as whole:
+        said = whole.partial
+    return said.decode(errors="replace")
 
 
 async def _bounded(answer: aiohttp.ClientResponse, key: str, most: int) -> bytes:

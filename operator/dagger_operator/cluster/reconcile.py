@@ -75,8 +75,8 @@ class Reconciler:
 
         if planned.expired:
             await self._delete(stored)
-        if planned.status.phase in RESTING:
-            self._stores.forget(key)
+        if planned.status.phase is Phase.SUCCEEDED or (planned.status.phase in RESTING and observed.storage_problem is None):
+            self._stores.forget(key)  # not that its storage is away, where it is asked again and again
             self._read.pop(key, None)
         after = planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
         return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - it spreads looks; who guesses it gains nothing

@@ -24,9 +24,13 @@ SECRET_SECONDS = 60.0
 """How long a Secret's content is taken for current; after a failure it is read at once."""
 PATIENCE_SECONDS = 10.0
 """A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
+GLANCE_SECONDS = 0.2
+"""For one that was away, until it has answered in time again: whoever waits for it does no other run's work meanwhile."""
 PROGRESS_A_SECOND = 20.0
 """Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
 _THREADS = 16
+_ENCRYPTS = "AWS_SSE_CUSTOMER_KEY_BASE64"
+"""Takes headers beside it, which the signed URLs for a `NamedServer` cannot hold."""
 
 
 @dataclass
@@ -42,6 +46,10 @@ class _Open:
     progress: Progress = field(default_factory=dict)
     progress_due: float = float("-inf")
     reading: asyncio.Task[tuple[Results, Progress]] | None = None
+    took: float = 0.0
+    """Seconds of the last read that has ended."""
+    problem: str | None = None
+    """Why the store is said to be away; None once it has answered in time."""
 
 
 class Stores:
@@ -65,14 +73,19 @@ class Stores:
         opened = await self._opened(key, run)
         while True:
             begun_before = opened.reading is not None
-            task = opened.reading = opened.reading or asyncio.create_task(_read(opened, run))
-            await asyncio.wait({task}, timeout=0 if begun_before else PATIENCE_SECONDS)
+            task = opened.reading = opened.reading or asyncio.create_task(_timed(opened, run))
+            if not begun_before:
+                await asyncio.wait({task}, timeout=GLANCE_SECONDS if opened.problem else PATIENCE_SECONDS)
             if not task.done():
-                raise StoreUnavailable(f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s")
+                opened.problem = opened.problem or f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s"
+                raise StoreUnavailable(opened.problem)
             opened.reading = None
+            if opened.took <= PATIENCE_SECONDS:
+                opened.problem = None
             try:
                 results, progress = task.result()
-            except StoreUnavailable:
+            except StoreUnavailable as error:
+                opened.problem = str(error)
                 opened.checked = float("-inf")  # perhaps its credentials were replaced
                 raise
             if progress is not opened.progress:
@@ -98,7 +111,7 @@ class Stores:
             return opened
         self.forget(key)
         store = Store.open(storage, credentials, self._pool(storage), self._clients)
-        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store))
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store, credentials))
         return self._open[key]
 
     async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
@@ -116,9 +129,14 @@ class Stores:
         values = {name: _decoded(value, f"{where}, key {name}") for name, value in (secret.get("data") or {}).items()}
         return secret["metadata"]["resourceVersion"], Keys(values, where)
 
-    def _reads(self, store: Store) -> Reads:
+    def _reads(self, store: Store, credentials: Credentials) -> Reads:
         if not store.named_server:
             return store
+        held = credentials.values if isinstance(credentials, Keys) else credentials.environ
+        if _ENCRYPTS in map(str.upper, held):
+            whose = credentials.source if isinstance(credentials, Keys) else "The operator's environment"
+            remedy = "leave it out, or the endpoint (spec.storage.endpointUrl, AWS_ENDPOINT_URL)"
+            raise StoreUnavailable(f"{whose} has {_ENCRYPTS}, with which the operator reads from AWS's own servers alone: {remedy}")
         self._http = self._http or session()
         return NamedServer(store, self._http)
 
@@ -136,6 +154,14 @@ def _decoded(value: str, what: str) -> str:
         return b64decode(value, validate=True).decode(errors="replace")
     except ValueError as error:
         raise StoreUnavailable(f"{what} is not base64 ({error}): make the Secret anew with `kubectl create secret`") from None
+
+
+async def _timed(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:
+    begun = time.monotonic()
+    try:
+        return await _read(opened, run)
+    finally:
+        opened.took = time.monotonic() - begun
 
 
 async def _read(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:

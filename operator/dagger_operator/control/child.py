@@ -66,6 +66,8 @@ class Child:
     trouble: Trouble | None = None
     waiting_since: datetime | None = None
     """Since when something of it waits to run; None where nothing does, or where it waits in a queue."""
+    lost: Trouble | None = None
+    """That a pod of it, of whatever attempt, should have gone, and its node does not say that it did: what it holds it holds until then."""
     failures: tuple[PodFailure, ...] = ()
     """Of a Job: its pods that failed, oldest first. Of a server: the ends, one for each start, of a container that lacks a service."""
     finished: datetime | None = None

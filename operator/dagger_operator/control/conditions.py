@@ -38,6 +38,7 @@ class Reason(StrEnum):
     LEFTOVERS_STOPPING = "LeftoversStopping"
     WAITING_FOR_GPUS = "WaitingForGpus"
     WAITING_FOR_EVALUATION = "WaitingForEvaluation"
+    NODE_LOST = "NodeLost"
     WAITING_IN_QUEUE = "WaitingInQueue"
     ACTIVE_DEADLINE_EXCEEDED = "ActiveDeadlineExceeded"
     PRE_RUNNING_DEADLINE_EXCEEDED = "PreRunningDeadlineExceeded"

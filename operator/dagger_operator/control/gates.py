@@ -1,7 +1,7 @@
 """What stands in a step's way, and what has failed for good."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing, RunStatus
@@ -79,6 +79,9 @@ def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, server
         if one is not None and not one.deleting and _waited_too_long(run, one.waiting_since, observed.now):
             known = one.trouble or Trouble(Reason.PRE_RUNNING_DEADLINE_EXCEEDED, f"a pod of {one.kind} {one.name} does not run")
             return Failure(step, Trouble(known.reason, f"{known.message}; {_patience(run)}"), one)
+    for step, trouble in blocked(run, observed, work, jobs, servers).items():
+        if trouble.reason == Reason.NODE_LOST and not run.spec.suspend and _waited_too_long(run, trouble.since, observed.now):
+            return Failure(step, Trouble(trouble.reason, f"{trouble.message}; {_patience(run)}"))
     refused = observed.refused
     if refused is not None and _waited_too_long(run, refused.since, observed.now):
         return Failure(work.step, Trouble(refused.reason, f"{since(refused)}; {_patience(run)}"), refused=True)
@@ -110,19 +113,40 @@ def _patience(run: DAggerRun) -> str:
     return f"preRunningDeadlineSeconds is {run.spec.pre_running_deadline_seconds}"
 
 
-def obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
-    """Why a step's Job may not be made, or not be resumed, at this moment."""
+def blocked(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> dict[Step, Trouble]:
+    """The steps whose Job may not be made, or not be resumed, at this moment, and why."""
+    released = gpus_released(run, observed, work)
+    idle = {step: job for step, job in jobs.items() if not _may_work(run, step, job, released)}
+    found = {step: _obstacle(run, observed, work, step, job, servers) for step, job in idle.items()}
+    return {step: trouble for step, trouble in found.items() if trouble is not None}
+
+
+def _may_work(run: DAggerRun, step: Step, job: Child | None, released: bool) -> bool:
+    """Whether a Job is left at its work: it was let go once, and what it asks is still there."""
+    if job is None or job.deleting or (released and step.stage in ASKS_SERVERS):
+        return False
+    # A Job in a queue is suspended by whoever admits it.
+    return job.state is not ChildState.SUSPENDED or run.spec.kueue is not None
+
+
+def _obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
     if job is not None and job.deleting:
-        return Trouble(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted")
+        return _held_up(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted", [job])
     same = [one for one in observed.children if (one.round, one.component) == (step.round, step.stage) and one is not job]
     if leftovers := [one for one in same if one.holds]:
-        return Trouble(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}")
+        return _held_up(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}", leftovers)
     shared = run.spec.gpu_sharing is GpuSharing.TIME_SHARED
     if work.beside is not None and waits_for_evaluation(run.spec, step.stage):
         return Trouble(Reason.WAITING_FOR_EVALUATION, f"evaluation of round {work.beside.round} still asks the student as it is")
     if shared and (holding := _holding(observed, step)):
-        return Trouble(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}")
+        return _held_up(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}", holding)
     return servers_trouble(servers) if step.stage in ASKS_SERVERS else None
+
+
+def _held_up(reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
+    """That others have to end first, and which of them never will by itself."""
+    lost = next((one.lost for one in by if one.lost is not None), None)
+    return Trouble(reason, message) if lost is None else replace(lost, message=f"{message}: {lost.message}")
 
 
 def servers_trouble(servers: Servers) -> Trouble | None:

@@ -104,6 +104,7 @@ def child(
         api_version=manifest.get("apiVersion", ""),
         uid=metadata.get("uid", ""),
         deleting=metadata.get("deletionTimestamp") is not None,
+        lost=lost(pods, now),
     )
     warning = within_quota(warning, one.component) if warning else None
     if kind == "Job":

@@ -10,15 +10,15 @@ from datetime import timedelta
 from typing import Any
 
 from dagger_operator.api import DAggerRun, Phase, RunStatus
-from dagger_operator.control.child import Child, ChildState, Trouble
+from dagger_operator.control.child import Child, ChildState
 from dagger_operator.control.conditions import Event, Reason, events
-from dagger_operator.control.gates import ASKS_SERVERS, Failure, Jobs, Servers, active_deadline, failure, gpus_released, obstacle, overdue
+from dagger_operator.control.gates import Failure, Jobs, Servers, active_deadline, blocked, failure, gpus_released, overdue
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.leftovers import leftovers
 from dagger_operator.control.names import Ref
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.remedies import within_quota
-from dagger_operator.control.rounds import Step, Work, next_steps
+from dagger_operator.control.rounds import Work, next_steps
 from dagger_operator.control.servers import build_server
 from dagger_operator.control.situation import Situation, at_work, place
 from dagger_operator.control.standing import at_a_standstill, without_results
@@ -97,25 +97,15 @@ def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: 
     objects += [
         build_server(run, role, serving, replicas=0 if released else serving.replicas) for role, serving in needed(run, work).items()
     ]
-    blocked: dict[Step, Trouble] = {}
+    waits = blocked(run, observed, work, jobs, servers)
     for step, job in jobs.items():
-        if _may_work(run, step, job, released) or (trouble := obstacle(run, observed, work, step, job, servers)) is None:
+        if step not in waits:
             objects.append(build_job(run, step, observed.results))
-        else:
-            blocked[step] = trouble
-            if job is not None and not job.deleting and run.spec.kueue is None:
-                objects.append(build_job(run, step, observed.results, suspend=True))
-    situation = at_work(run, observed, work, jobs, blocked)
-    keep = [job for step, job in jobs.items() if job is not None and not (step in blocked and run.spec.kueue)]
+        elif job is not None and not job.deleting and run.spec.kueue is None:
+            objects.append(build_job(run, step, observed.results, suspend=True))
+    situation = at_work(run, observed, work, jobs, waits)
+    keep = [job for step, job in jobs.items() if job is not None and not (step in waits and run.spec.kueue)]
     return _close(run, observed, work, objects, leftovers(run, observed, work, objects, keep), situation, {} if released else servers)
-
-
-def _may_work(run: DAggerRun, step: Step, job: Child | None, released: bool) -> bool:
-    """Whether a Job is left at its work: it was let go once, and what it asks is still there."""
-    if job is None or job.deleting or (released and step.stage in ASKS_SERVERS):
-        return False
-    # A Job in a queue is suspended by whoever admits it.
-    return job.state is not ChildState.SUSPENDED or run.spec.kueue is not None
 
 
 def _stand_still(

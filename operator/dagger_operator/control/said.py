@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
+from dagger_operator.control.conditions import Reason
 from dagger_operator.control.names import COMPLETION_INDEX, COMPONENT
 from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
@@ -56,7 +57,7 @@ def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
         return None
     at, name, node = min(due)
     return Trouble(
-        "NodeLost",
+        Reason.NODE_LOST,
         f"pod {name} was to end, and its node {node} does not say that it did; no other takes its place before that: where the node does "
         f"not come back, delete it (`kubectl delete node {node}`), taint it node.kubernetes.io/out-of-service, or, once nothing runs on "
         f"it, `kubectl delete pod {name} --force --grace-period=0`",

@@ -39,7 +39,9 @@ def at_a_standstill(
             elif run.spec.kueue is None:
                 stay.append(job)
                 objects.append(build_job(run, step, observed.results, suspend=True))
-            # A Job that a queue may let go at any moment is made again instead: its stage does what is left.
+            elif failed is not None and failed.refused and not run.spec.suspend:
+                stay.append(job)  # it counts in the quota that has no room for more, as in `kept`
+            # Else a Job that a queue may let go at any moment is made again: its stage does what is left.
     return objects, stay
 
 

@@ -12,6 +12,7 @@ from dagger_operator.store.credentials import IDENTITY_PREFIXES, Credentials, Ke
 
 INHERITED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "NO_PROXY", "no_proxy")
 INHERITED_PREFIXES = (
+    "AWS_CA_",
     "SSL_CERT_",
     "REQUESTS_CA_",
     "CURL_CA_",

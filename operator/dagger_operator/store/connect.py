@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dagger_operator.api import Storage
-from dagger_operator.store.credentials import ENDPOINTS, Credentials, Keys
+from dagger_operator.store.credentials import ENDPOINTS, Credentials, Keys, own_identity
 
 _AWS = """access_key_id secret_access_key session_token token region default_region endpoint endpoint_url endpoint_url_s3 endpoint_url_sts
     role_arn role_session_name web_identity_token_file container_credentials_relative_uri container_credentials_full_uri
@@ -64,9 +64,9 @@ class Connection:
 
 
 def connection(storage: Storage, credentials: Credentials) -> Connection:
-    """Reads a CA bundle (`AWS_CA_BUNDLE`) if the own identity names one.
+    """Reads a CA bundle (`AWS_CA_BUNDLE`) if this process's environment names one, whoever's keys it uses: a Secret names no file here.
 
-    Raises OSError where that cannot be read, and ValueError for keys that do not do.
+    Raises ValueError where that cannot be read, and for keys that do not do.
     """
     url = storage.url.replace("s3a://", "s3://", 1)
     scheme = url.split("://", 1)[0]
@@ -84,12 +84,14 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
     if isinstance(credentials, Keys):
         config = credentials.config(scheme)
         named_server = bool(config.keys() & ENDPOINTS)
+        environ = own_identity().environ
     else:
         config = {key.lower(): value for key, value in credentials.environ.items() if key.lower() in _KNOWN[scheme] and value}
         named_server = False
-        if scheme == "s3" and (bundle := credentials.environ.get("AWS_CA_BUNDLE")):
-            client["root_certificate"] = Path(bundle).read_bytes()
+        environ = credentials.environ
     if scheme == "s3":
+        if bundle := environ.get("AWS_CA_BUNDLE"):
+            client["root_certificate"] = _certificates(bundle)
         if storage.endpoint_url:
             for name in ("aws_endpoint_url", "aws_endpoint_url_s3"):
                 config.pop(name, None)
@@ -97,7 +99,17 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
             named_server = True
         if storage.region:
             config["aws_region"] = storage.region
-        endpoints = [value for name, value in config.items() if name.startswith("aws_endpoint") and name != "aws_endpoint_url_sts"]
-        if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
-            client["allow_http"] = True
+    endpoints = [value for name, value in config.items() if name in ENDPOINTS]
+    if endpoints and all(endpoint.startswith("http://") for endpoint in endpoints):
+        client["allow_http"] = True
     return Connection(url, scheme, config=config, client=client, retry=retry, named_server=named_server)
+
+
+def _certificates(bundle: str) -> bytes:
+    try:
+        return Path(bundle).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"AWS_CA_BUNDLE {bundle!r} of this process (the operator, daggerctl or a stage) cannot be read: {error.strerror}: name a file "
+            "of certificates"
+        ) from None

@@ -25,9 +25,13 @@ def own_identity() -> OwnIdentity:
     """This process's own identity. The first call takes it out of the process's environment.
 
     obstore adds what it finds there to whatever it is told. So a process that opens stores with others' keys must not have its own
-    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any.
+    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any. `os.environ`, which
+    is Python's copy, keeps it for whoever is started by that, such as the plugin of a kubeconfig that asks a cloud for a token.
     """
-    return OwnIdentity({name: os.environ.pop(name) for name in list(os.environ) if name.startswith(IDENTITY_PREFIXES)})
+    own = {name: value for name, value in os.environ.items() if name.startswith(IDENTITY_PREFIXES)}
+    for name in own:
+        os.unsetenv(name)
+    return OwnIdentity(own)
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,16 @@ class Keys:
 
     def _check_account(self, account: str) -> None:
         where = f"{self.source}, key GOOGLE_SERVICE_ACCOUNT_KEY"
+        remedy = "write the file that `gcloud iam service-accounts keys create` made, unchanged"
         try:
-            told = json.loads(account).keys()
+            told = json.loads(account)
+            fields = told.keys()
         except (ValueError, AttributeError):
-            raise ValueError(f"{where} is no JSON object: write the file that `gcloud iam service-accounts keys create` made") from None
-        if foreign := sorted(told & {"gcs_base_url", "disable_oauth"}):
+            raise ValueError(f"{where} is no JSON object: {remedy}") from None
+        if foreign := sorted(fields & {"gcs_base_url", "disable_oauth"}):
             raise ValueError(f"{where} has the field {foreign[0]}: leave it out; only Google's own servers are asked")
+        if not re.fullmatch(_PRIVATE_KEY, str(told.get("private_key"))):
+            raise ValueError(f"{where} has a private_key that is no PEM with its line breaks: {remedy}")
 
 
 Credentials = OwnIdentity | Keys
@@ -94,8 +102,8 @@ class _Cloud:
         return self.more.union(*(aliases for key in self.keys for aliases in key))
 
 
-ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint")
-"""Names by which a Secret says which server to ask."""
+ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint") | {"google_base_url"}
+"""Names by which an environment says which server to ask; a Secret may not say Google's."""
 _S3 = _Cloud(
     ((_aws("access_key_id"), _aws("secret_access_key")),),
     _aws(
@@ -119,9 +127,11 @@ _BLOB = _Cloud(
 )
 _CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB)}
 
+_PRIVATE_KEY = r"\s*-----BEGIN (RSA )?PRIVATE KEY-----\r?\n[A-Za-z0-9+/=\r\n]+\n-----END (RSA )?PRIVATE KEY-----\s*"
+
 # obstore makes host names of these.
 _PATTERNS = (
     (REGION_PATTERN, "a region such as eu-west-1", _aws("region default_region")),
-    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query or a fragment", ENDPOINTS),
+    (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query, a fragment, or a name that cannot be", ENDPOINTS),
     (r"[a-z0-9-]+", "the name of a storage account", _azure("storage_account_name")),
 )

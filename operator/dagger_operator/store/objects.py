@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,9 @@ _MOST_PARTS = 9000
 SMALL_BYTES = 64 << 10
 """More than an object has that says one thing: an owner, a pointer, how far a worker is."""
 _MESSAGE_CHARACTERS = 500
+ABSENT = re.compile(r"<Code>(NoSuchKey|BlobNotFound)</Code>")
+"""By which S3, GCS and Azure say that there is no such object. A 404 without it is a missing bucket's, a gateway's or anybody's."""
+_BYTES = re.compile(r"\[\d+(, \d+)+\]")
 _SIGNED_FOR = timedelta(minutes=15)
 """As far as two clocks may be apart for a signed request."""
 
@@ -149,7 +153,8 @@ class Store:
             backend = (clients or Clients()).of(to)
             return cls(backend, to.url, scheme=to.scheme, prefix=to.prefix, threads=threads, named_server=to.named_server)
         except (BaseError, OSError, ValueError) as error:
-            raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from error
+            # Not `from error`: it may quote a key in full.
+            raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from None
 
     async def get(self, key: str, most: int | None = None) -> Object | None:
         """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
@@ -161,7 +166,9 @@ class Store:
 
         try:
             return await self._run("reading", key, read, answers=(FileNotFoundError,))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if self._folder is None and not ABSENT.search(str(error)):
+                raise self._unavailable("reading", key, error) from error
             return None
 
     async def signed(self, key: str) -> str:
@@ -337,5 +344,6 @@ def _bounded(answer: "obstore.GetResult", key: str, most: int) -> bytes:
 
 
 def _first_line(error: Exception) -> str:
-    """obstore appends its Rust structures to every message, and a server's whole answer."""
-    return str(error).split("\n\nDebug source", 1)[0].strip()[:_MESSAGE_CHARACTERS]
+    """obstore appends its Rust structures to every message, and a server's whole answer; a key that it cannot read it shows in bytes."""
+    told = _BYTES.sub("[...]", str(error).split("\n\nDebug source", 1)[0])
+    return told.strip()[:_MESSAGE_CHARACTERS]

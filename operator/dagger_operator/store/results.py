@@ -1,19 +1,23 @@
 """Small results that stages leave and the plan reads. Each is created once and proves that its stage is done."""
 
 from collections.abc import Mapping
+from statistics import fmean
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Reads, Store
 from dagger_operator.store.records import Record
+from dagger_operator.store.stage import StageFailure
 
 R = TypeVar("R", bound=Record)
 RESULT_BYTES = 4 << 20
-"""No result has more: 100,000 tasks by name are 3 MiB, and 100,000 optimiser steps' losses 2 MiB."""
+"""No result has more: 100,000 tasks by name are 3 MiB."""
+MOST_LOSSES = 10_000
+"""Of a result: 0.2 MiB, however many steps there were."""
 
 
 class PrepareResult(Record):
@@ -47,12 +51,18 @@ class RolloutResult(Record):
     """Rollouts excluded for infrastructure, by reason."""
 
 
+def _few(losses: tuple[float, ...]) -> tuple[float, ...]:
+    """Means over stretches of as many steps each, the last perhaps of fewer, where there are more than `MOST_LOSSES`."""
+    steps = -(-len(losses) // MOST_LOSSES)
+    return losses if steps <= 1 else tuple(fmean(losses[start : start + steps]) for start in range(0, len(losses), steps))
+
+
 class TrainingResult(Record):
     summary: TrainingSummary
     policy: str
     """Policy version that was made."""
-    losses: tuple[float, ...] = ()
-    """Mean loss over the targets of each optimiser step."""
+    losses: Annotated[tuple[float, ...], AfterValidator(_few)] = ()
+    """Mean loss over the targets of each optimiser step; of more than 10,000 steps, means over equal stretches of them."""
 
 
 class PublishResult(Record):
@@ -97,8 +107,18 @@ KINDS: Mapping[str, type[Record]] = MappingProxyType(
 
 
 async def save_result(store: Store, round_number: int, stage: str, result: Record) -> bool:
-    """Put-if-absent: False where the stage was done already; then the first result stands."""
-    return await store.create(layout.result(round_number, stage), result.model_dump_json(indent=1).encode())
+    """Put-if-absent: False where the stage was done already; then the first result stands.
+
+    Raises `StageFailure` for one that nobody could read again.
+    """
+    data = result.model_dump_json(indent=1).encode()
+    if len(data) > RESULT_BYTES:
+        raise StageFailure(
+            "ResultTooLarge",
+            f"the result of stage {stage} of round {round_number} has {len(data)} bytes, where {RESULT_BYTES} at most are read; that of an "
+            "evaluation names every task: make a new run with a lower tasks.heldOut.count, or with shorter ids of tasks",
+        )
+    return await store.create(layout.result(round_number, stage), data)
 
 
 async def read_result(store: Reads, round_number: int, stage: str, kind: type[R]) -> R | None:

@@ -75,8 +75,9 @@ def _failure(rank: RankProcess) -> Exception:
     if code < 0:
         return StageFailure(
             "RankKilled",
-            f"rank {rank.rank} was ended by {signal.Signals(-code).name}: if it was short of memory, lower training.microBatchTokens, set "
-            "training.activationCheckpointing, or raise training.deepspeed.zeroStage; training goes on from its last checkpoint",
+            f"rank {rank.rank} was ended by {signal.Signals(-code).name}; training goes on from its last checkpoint. If it was short of "
+            "memory, lower training.microBatchTokens, set training.activationCheckpointing or raise training.sequenceParallel: so it does "
+            "then; or raise training.deepspeed.zeroStage, with which it begins the round anew",
             permanent=False,
         )
     try:

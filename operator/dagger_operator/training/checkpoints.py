@@ -3,7 +3,7 @@ rounding on another number of ranks.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
 restart fetches that again, or all there is where ranks are dealt to other pods. The last two are kept: if one is damaged, the one
-before it serves.
+before it serves. Those of another ZeRO stage serve once that is set back, until two newer ones take their places.
 """
 
 import asyncio
@@ -99,6 +99,7 @@ class Checkpoints:
         self._store, self._prefix = store, layout.checkpoint_prefix(round_number)
         self._folder, self._course, self._node, self._every = scratch / "checkpoints", course, node, every_steps
         self._cut = Cut(zero_stage=zero_stage, ranks=torch.distributed.get_world_size())
+        self._own = f"zero{zero_stage}-step-"
         self._rank = torch.distributed.get_rank()
         # One rank of each pod moves files; the pods' folders are not shared.
         self._nodes = tuple(_gathered(node))
@@ -113,7 +114,7 @@ class Checkpoints:
     async def save(self, engine: Engine, tally: Tally) -> float:
         """Stores the state after `tally.steps` steps, and returns the seconds that it took."""
         started = time.monotonic()
-        tag = f"step-{tally.steps:08d}"
+        tag = f"{self._own}{tally.steps:08d}"
         engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         files = {name: file for part in _gathered(await self._store_files(tag)) for name, file in part.items()}
         if self._rank == 0:
@@ -190,7 +191,8 @@ class Checkpoints:
             elif checkpoint.course != self._course:
                 await self._give_up(tag, "of another training: other settings, data or software")
             elif checkpoint.cut.zero_stage != self._cut.zero_stage:
-                await self._give_up(tag, "cut for another training.deepspeed.zeroStage")
+                stage = checkpoint.cut.zero_stage
+                self._log.warning("checkpoint left aside", checkpoint=tag, why=f"it serves with training.deepspeed.zeroStage {stage} alone")
             else:
                 found.append((tag, checkpoint))
         return found
@@ -224,8 +226,10 @@ class Checkpoints:
             await self._store.delete(key)
 
     async def _tags(self) -> list[str]:
+        """Of all checkpoints, whole or not: the older ones first, and before them those of another ZeRO stage."""
         keys = [info.key.removeprefix(self._prefix) for info in await self._store.list(self._prefix)]
-        return sorted({key.split("/", 1)[0] for key in keys if "/" in key})
+        tags = {key.split("/", 1)[0] for key in keys if "/" in key}
+        return sorted(tags, key=lambda tag: (tag.startswith(self._own), tag))
 
 
 def _gathered(value: T) -> list[T]:

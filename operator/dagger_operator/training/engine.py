@@ -72,9 +72,9 @@ def within_memory(rank: int) -> Iterator[None]:
         told = str(error).partition(". ")[0]
         raise StageFailure(
             "GpuOutOfMemory",
-            f"rank {rank}: {told}: lower training.microBatchTokens, set training.activationCheckpointing, raise "
-            "training.deepspeed.zeroStage or training.sequenceParallel, or set training.deepspeed.offload; `daggerctl estimate` says what "
-            "takes the memory. Training goes on from its last checkpoint",
+            f"rank {rank}: {told}: lower training.microBatchTokens, set training.activationCheckpointing or training.deepspeed.offload, or "
+            "raise training.sequenceParallel, and training goes on from its last checkpoint; or raise training.deepspeed.zeroStage, and it "
+            "begins the round anew. `daggerctl estimate` says what takes the memory",
         ) from error
 
 
