@@ -155,10 +155,12 @@ func ignore(number syscall.Signal) {
 	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(number), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 }
 
+// threads that are made at the start; the runtime has a few more.
+const threads = 32
+
 // recruit makes all threads now that this process may need at once. A command's filter goes by numbers: it protects the threads that were
 // there before the command, and none that are made while it runs.
 func recruit() {
-	const threads = 32
 	var ready sync.WaitGroup
 	ready.Add(threads)
 	for i := 0; i < threads; i++ {
