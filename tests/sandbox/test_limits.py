@@ -49,6 +49,30 @@ print("held", flush=True)
 time.sleep(5)
 """
 
+MAPPED = """
+import mmap, os, time
+held = []
+for _ in range(8):
+    file = os.memfd_create("held")
+    os.truncate(file, 20 << 20)
+    held.append(mmap.mmap(file, 20 << 20))
+    for page in range(0, 20 << 20, 4096):
+        held[-1][page] = 1
+time.sleep(1)
+print("held")
+"""
+
+IN_MEMORY = """
+import os, time
+held = [open("/dev/shm/held%d" % number, "wb") for number in range(3)]
+for file in held:
+    os.unlink(file.name)
+    file.write(bytes(15 << 20))
+    file.flush()
+time.sleep(1)
+print("held")
+"""
+
 FAMILY = """
 import os, time
 held = bytearray(os.urandom(1 << 20) * 100)
@@ -108,6 +132,13 @@ async def test_memory_that_is_no_process_own_counts_too(sandbox: ProcessSandbox,
     await sandbox.write({"hold.py": script})
     result = await sandbox.execute("python3 hold.py", timeout=60)
     assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+@pytest.mark.parametrize("script", [MAPPED, IN_MEMORY], ids=["mapped", "a file in memory"])
+async def test_memory_behind_a_descriptor_counts_once_and_not_as_disk(sandbox: ProcessSandbox, script: str) -> None:
+    await sandbox.write({"hold.py": script})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert (result.output, result.returncode) == ("held\n", 0)
 
 
 async def test_memory_that_processes_share_counts_once(sandbox: ProcessSandbox) -> None:
