@@ -1,6 +1,7 @@
 """What goes over a limit is stopped, said so, and the machine stays well."""
 
 import asyncio
+import os
 import resource
 import subprocess
 from pathlib import Path
@@ -73,6 +74,19 @@ time.sleep(1)
 print("held")
 """
 
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, mmap, sys, threading, time
+def hold():
+    time.sleep(0.5)
+    held = mmap.mmap(-1, 500 << 20)
+    for page in range(0, len(held), 4096):
+        held[page] = 1
+    print("held", flush=True)
+    time.sleep(5)
+threading.Thread(target=hold).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[sys.argv[1]], 0)
+"""
+
 FAMILY = """
 import os, time
 held = bytearray(os.urandom(1 << 20) * 100)
@@ -131,6 +145,12 @@ async def test_many_processes_together_cannot_either(sandbox: ProcessSandbox) ->
 async def test_memory_that_is_no_process_own_counts_too(sandbox: ProcessSandbox, script: str) -> None:
     await sandbox.write({"hold.py": script})
     result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+async def test_memory_counts_of_a_process_whose_first_thread_has_ended(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"hold.py": WITHOUT_ITS_FIRST_THREAD})
+    result = await sandbox.execute(f"python3 hold.py {os.uname().machine}", timeout=60)
     assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
 
 

@@ -74,7 +74,7 @@ class ProcessTable:
             if current not in seen and current in threads:
                 seen.add(current)
                 waiting += children.get(current, ())
-        places = [f"/proc/{each}/" for each in seen]
+        places = [_place(each, threads[each]) for each in seen]
         held = _held_by(places)
         memory = _memory(places, "status", held.memory)
         if memory > enough:
@@ -95,6 +95,21 @@ class ProcessTable:
                         children[session].append(pid)
                     threads[pid] = int(fields[17])
         self._children, self._threads, self._read_at = children, threads, time.monotonic()
+
+
+def _place(pid: int, threads: int) -> str:
+    """The folder that shows what a process has: of its first thread, or where that has ended, of one that lives on."""
+    place = f"/proc/{pid}/"
+    if threads > 1 and not _has_memory(place):
+        with suppress(OSError):  # it ended meanwhile
+            others = (f"{place}task/{thread}/" for thread in os.listdir(f"{place}task"))  # noqa: PTH208 - as above
+            return next(filter(_has_memory, others), place)
+    return place
+
+
+def _has_memory(place: str) -> bool:
+    """Whether a thread has not ended."""
+    return b"\nVmSize:" in _text(place, "status")
 
 
 def _memory(places: Iterable[str], name: str, held: int) -> int:
