@@ -33,6 +33,8 @@ _DISK_MARGIN = 64 << 20
 """How far beyond a limit usage is told apart."""
 _MEMORY = re.compile(rb"^(?:(?:RssAnon|VmSwap|Pss_Anon|SwapPss):\s+(\d+)|(?:RssShmem|Pss_Shmem):\s+(\d+))", re.M)
 """Lines of `status` and of `smaps_rollup`, in KiB: what is a process's own, and what it maps of files in memory."""
+_HIDES_SECONDS = 0.05
+"""For how long a process has to hide what it has open: bwrap itself does, for a moment while it starts."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class ProcessUse:
     """Bytes that files take up on disk which are open and have no name any more; not those of file systems in memory."""
     files: int = 0
     """Open descriptors; above `MOST_FILES` memory and disk are those of some of them only."""
+    hidden: bool = False
+    """Whether a process lets nobody see what it has open; then the rest is not all there is."""
 
 
 class ProcessTable:
@@ -142,6 +146,8 @@ def _held_by(places: Iterable[str]) -> ProcessUse:
     memory = unlinked = files = 0
     for place in places:
         names = _descriptors(place)
+        if names is None:
+            return ProcessUse(memory=memory, unlinked=unlinked, files=files, hidden=True)
         files += len(names)
         if files > MOST_FILES:
             break
@@ -161,11 +167,17 @@ def _held_by(places: Iterable[str]) -> ProcessUse:
     return ProcessUse(memory=memory, unlinked=unlinked, files=files)
 
 
-def _descriptors(place: str) -> list[str]:
+def _descriptors(place: str, wait: float = _HIDES_SECONDS) -> list[str] | None:
+    """The names of open descriptors; None where a process hides them, as one does whose program nobody may read."""
     try:
         return os.listdir(f"{place}fd")  # noqa: PTH208 - as above
-    except OSError:
-        return []  # it ended meanwhile
+    except OSError as error:
+        if not isinstance(error, PermissionError) or not _has_memory(place):
+            return []  # it ended meanwhile
+    if not wait:
+        return None
+    time.sleep(wait)
+    return _descriptors(place, wait=0.0)
 
 
 def _tmpfs(place: str) -> set[int]:
