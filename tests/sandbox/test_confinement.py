@@ -84,6 +84,18 @@ async def test_no_namespaces_can_be_made_whose_file_systems_are_memory(sandbox: 
     assert (await sandbox.execute(f'python3 -c "{script}"', timeout=60)).output == "made\n"
 
 
+HIDES = """
+import ctypes
+prctl = ctypes.CDLL(None).prctl
+print(prctl(4, 0, 0, 0, 0), prctl(3, 0, 0, 0, 0), prctl(4, 1, 0, 0, 0), prctl(4, 7, 0, 0, 0))
+"""
+
+
+async def test_a_command_that_asks_to_be_hidden_is_told_that_it_is_and_is_not(provider: ProcessSandboxes) -> None:
+    sandbox = await provider.create(SandboxRequest("hides", files={"hides.py": HIDES}), timeout=60)
+    assert (await sandbox.execute("python3 hides.py", timeout=60)).output == "0 1 0 -1\n"
+
+
 async def test_no_descriptor_is_inherited(sandbox: ProcessSandbox, tmp_path: Path) -> None:
     with (tmp_path / "secret").open("w") as file:
         os.set_inheritable(file.fileno(), True)

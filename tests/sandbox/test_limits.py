@@ -1,6 +1,7 @@
 """What goes over a limit is stopped, said so, and the machine stays well."""
 
 import asyncio
+import os
 import resource
 import subprocess
 from pathlib import Path
@@ -47,6 +48,43 @@ for _ in range(6):
     os.write(held[-1], bytes(20 << 20))
 print("held", flush=True)
 time.sleep(5)
+"""
+
+MAPPED = """
+import mmap, os, time
+held = []
+for _ in range(8):
+    file = os.memfd_create("held")
+    os.truncate(file, 20 << 20)
+    held.append(mmap.mmap(file, 20 << 20))
+    for page in range(0, 20 << 20, 4096):
+        held[-1][page] = 1
+time.sleep(1)
+print("held")
+"""
+
+IN_MEMORY = """
+import os, time
+held = [open("/dev/shm/held%d" % number, "wb") for number in range(3)]
+for file in held:
+    os.unlink(file.name)
+    file.write(bytes(15 << 20))
+    file.flush()
+time.sleep(1)
+print("held")
+"""
+
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, mmap, sys, threading, time
+def hold():
+    time.sleep(0.5)
+    held = mmap.mmap(-1, 500 << 20)
+    for page in range(0, len(held), 4096):
+        held[page] = 1
+    print("held", flush=True)
+    time.sleep(5)
+threading.Thread(target=hold).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[sys.argv[1]], 0)
 """
 
 FAMILY = """
@@ -108,6 +146,19 @@ async def test_memory_that_is_no_process_own_counts_too(sandbox: ProcessSandbox,
     await sandbox.write({"hold.py": script})
     result = await sandbox.execute("python3 hold.py", timeout=60)
     assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+async def test_memory_counts_of_a_process_whose_first_thread_has_ended(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"hold.py": WITHOUT_ITS_FIRST_THREAD})
+    result = await sandbox.execute(f"python3 hold.py {os.uname().machine}", timeout=60)
+    assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+@pytest.mark.parametrize("script", [MAPPED, IN_MEMORY], ids=["mapped", "a file in memory"])
+async def test_memory_behind_a_descriptor_counts_once_and_not_as_disk(sandbox: ProcessSandbox, script: str) -> None:
+    await sandbox.write({"hold.py": script})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert (result.output, result.returncode) == ("held\n", 0)
 
 
 async def test_memory_that_processes_share_counts_once(sandbox: ProcessSandbox) -> None:

@@ -155,6 +155,8 @@ class ProcessSandbox:
                 return f"more than {limits.memory_mib} MiB of memory"
             if sampled and use.processes > limits.processes + _OWN_PROCESSES:
                 return f"more than {limits.processes} processes"
+            if use.hidden and self._launcher.isolation.bubblewrap:  # elsewhere sudo is hidden, too, and those commands are trusted
+                return "a process that nobody can look into"
             if use.files > MOST_FILES:
                 return f"more than {MOST_FILES} open files"
             if await self._disk.measure() + use.unlinked > ceiling:

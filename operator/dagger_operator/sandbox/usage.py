@@ -1,7 +1,9 @@
 """What a sandbox uses of memory, processes and disk, measured from outside.
 
 What no process shows is not seen: the kernel's own buffers (of sockets, pipes, System V queues), System V segments that nobody has
-attached, files and memfds that are only mapped, or under way from one process to another. Of memory a control group bounds those too.
+attached, files without a name that are only mapped, that are under way from one process to another, or that one thread alone has open. Nor
+is more than the larger of what is open and what is mapped of such memory, since most of it is both: a command may hold twice its limit. Of
+memory a control group bounds all those too.
 """
 
 import asyncio
@@ -29,9 +31,10 @@ _ENTRY_BYTES = 4096
 
 _DISK_MARGIN = 64 << 20
 """How far beyond a limit usage is told apart."""
-_RESIDENT = re.compile(rb"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+)", re.M)
-_SHARE = re.compile(rb"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+)", re.M)
-"""Lines of `status` and of `smaps_rollup`, in KiB."""
+_MEMORY = re.compile(rb"^(?:(?:RssAnon|VmSwap|Pss_Anon|SwapPss):\s+(\d+)|(?:RssShmem|Pss_Shmem):\s+(\d+))", re.M)
+"""Lines of `status` and of `smaps_rollup`, in KiB: what is a process's own, and what it maps of files in memory."""
+_HIDES_SECONDS = 0.05
+"""For how long a process has to hide what it has open: bwrap itself does, for a moment while it starts."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,13 @@ class ProcessUse:
     processes: int = 0
     """Processes and threads."""
     memory: int = 0
-    """Bytes of memory that is not file cache, swapped out or not: private, shared, and what memfds hold, mapped or not."""
+    """Bytes of memory that is not file cache, swapped out or not: private, and shared or in memfds and their like, mapped or not."""
     unlinked: int = 0
-    """Bytes that files take up on disk which are open and have no name any more."""
+    """Bytes that files take up on disk which are open and have no name any more; not those of file systems in memory."""
     files: int = 0
     """Open descriptors; above `MOST_FILES` memory and disk are those of some of them only."""
+    hidden: bool = False
+    """Whether a process lets nobody see what it has open; then the rest is not all there is."""
 
 
 class ProcessTable:
@@ -73,11 +78,12 @@ class ProcessTable:
             if current not in seen and current in threads:
                 seen.add(current)
                 waiting += children.get(current, ())
-        held = _held_by(seen)
-        memory = held.memory + sum(map(_resident, seen))
+        places = [_place(each, threads[each]) for each in seen]
+        held = _held_by(places)
+        memory = _memory(places, "status", held.memory)
         if memory > enough:
-            memory = held.memory + sum(map(_share, seen))
-        return replace(held, processes=sum(threads[p] for p in seen), memory=memory)
+            memory = _memory(places, "smaps_rollup", held.memory)
+        return replace(held, processes=sum(threads[each] for each in seen), memory=memory)
 
     def _read(self) -> None:
         children: dict[int, list[int]] = defaultdict(list)
@@ -95,54 +101,95 @@ class ProcessTable:
         self._children, self._threads, self._read_at = children, threads, time.monotonic()
 
 
-def _resident(pid: int) -> int:
-    """Bytes of memory of one process, by the kernel's own counters: 10 us, however large it is."""
-    return _sum_of(pid, "status", _RESIDENT)
+def _place(pid: int, threads: int) -> str:
+    """The folder that shows what a process has: of its first thread, or where that has ended, of one that lives on."""
+    place = f"/proc/{pid}/"
+    if threads > 1 and not _has_memory(place):
+        with suppress(OSError):  # it ended meanwhile
+            others = (f"{place}task/{thread}/" for thread in os.listdir(f"{place}task"))  # noqa: PTH208 - as above
+            return next(filter(_has_memory, others), place)
+    return place
 
 
-def _share(pid: int) -> int:
-    """The same, where pages of several processes are divided among them: the kernel walks through all, at 15 us a MiB."""
+def _has_memory(place: str) -> bool:
+    """Whether a thread has not ended."""
+    return b"\nVmSize:" in _text(place, "status")
+
+
+def _memory(places: Iterable[str], name: str, held: int) -> int:
+    """Bytes of memory, where files in memory that are open hold so many.
+
+    `status` has the kernel's own counters, read in 10 us, and counts in each process what several share. In `smaps_rollup` that is divided
+    among them: the kernel walks through all pages, at 15 us a MiB.
+    """
+    own = mapped = 0
+    for place in places:
+        for of_its_own, shared in _MEMORY.findall(_text(place, name)):
+            own += int(of_its_own or 0)
+            mapped += int(shared or 0)
+    return (own << 10) + max(held, mapped << 10)
+
+
+def _text(place: str, name: str) -> bytes:
     try:
-        return _sum_of(pid, "smaps_rollup", _SHARE)
+        return Path(place, name).read_bytes()
     except PermissionError:
-        return _resident(pid)  # it forbade that anybody looks into it
+        return _text(place, "status") if name != "status" else b""  # it forbade that anybody looks into it
+    except OSError:
+        return b""  # it ended meanwhile
 
 
-def _sum_of(pid: int, name: str, lines: re.Pattern[bytes]) -> int:
-    try:
-        return sum(map(int, lines.findall(Path(f"/proc/{pid}/{name}").read_bytes()))) << 10
-    except (FileNotFoundError, ProcessLookupError):
-        return 0  # it ended meanwhile
-
-
-def _held_by(pids: Iterable[int]) -> ProcessUse:
+def _held_by(places: Iterable[str]) -> ProcessUse:
     """What open files without a name hold, each once."""
     seen = set[tuple[int, int]]()
+    kinds = {_memfds(): True}
     memory = unlinked = files = 0
-    for pid in pids:
-        folder = f"/proc/{pid}/fd/"
-        with suppress(OSError):
-            names = os.listdir(folder)  # noqa: PTH208 - as above
-            files += len(names)
-            if files > MOST_FILES:
-                break
-            for name in names:
-                with suppress(FileNotFoundError):
-                    status = os.stat(folder + name)  # noqa: PTH116 - as above
-                    file = status.st_dev, status.st_ino
-                    if status.st_nlink == 0 and stat.S_ISREG(status.st_mode) and file not in seen:
-                        seen.add(file)
-                        size = max(_ENTRY_BYTES, status.st_blocks * 512)
-                        if status.st_dev == _memory_device():
-                            memory += size
-                        else:
-                            unlinked += size
+    for place in places:
+        names = _descriptors(place)
+        if names is None:
+            return ProcessUse(memory=memory, unlinked=unlinked, files=files, hidden=True)
+        files += len(names)
+        if files > MOST_FILES:
+            break
+        for name in names:
+            with suppress(OSError):  # closed meanwhile
+                status = os.stat(f"{place}fd/{name}")  # noqa: PTH116 - as above
+                file = status.st_dev, status.st_ino
+                if status.st_nlink == 0 and stat.S_ISREG(status.st_mode) and file not in seen:
+                    seen.add(file)
+                    if status.st_dev not in kinds:
+                        kinds[status.st_dev] = status.st_dev in _tmpfs(place)
+                    size = max(_ENTRY_BYTES, status.st_blocks * 512)
+                    if kinds[status.st_dev]:
+                        memory += size
+                    else:
+                        unlinked += size
     return ProcessUse(memory=memory, unlinked=unlinked, files=files)
 
 
+def _descriptors(place: str, wait: float = _HIDES_SECONDS) -> list[str] | None:
+    """The names of open descriptors; None where a process hides them, as one does whose program nobody may read."""
+    try:
+        return os.listdir(f"{place}fd")  # noqa: PTH208 - as above
+    except OSError as error:
+        if not isinstance(error, PermissionError) or not _has_memory(place):
+            return []  # it ended meanwhile
+    if not wait:
+        return None
+    time.sleep(wait)
+    return _descriptors(place, wait=0.0)
+
+
+def _tmpfs(place: str) -> set[int]:
+    """Devices of file systems in memory that a process sees."""
+    lines = (line.partition(b" - ") for line in _text(place, "mountinfo").splitlines())
+    numbers = (seen.split()[2].split(b":") for seen, _, kind in lines if kind.startswith(b"tmpfs "))
+    return {os.makedev(int(major), int(minor)) for major, minor in numbers}
+
+
 @cache
-def _memory_device() -> int:
-    """Where memfds lie, which no path leads to."""
+def _memfds() -> int:
+    """The device on which memfds lie, which no path leads to."""
     with open(os.memfd_create("device"), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         return os.fstat(file.fileno()).st_dev
 
