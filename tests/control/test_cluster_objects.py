@@ -5,6 +5,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import pytest
+
 from dagger_operator.api import DAggerRun, PodSettings
 from dagger_operator.control import Results, Role, StageName, Step, steps
 from dagger_operator.control.identity import WORKER_ROLE, build_identity
@@ -133,6 +135,15 @@ def test_a_teacher_over_several_nodes_is_one_engine_that_the_first_node_answers_
         assert (given["--node-rank"], given["--master-addr"]) == ("$(LWS_WORKER_INDEX)", "$(LWS_LEADER_ADDRESS)")
     selector = build_service(run, Role.TEACHER, serving)["spec"]["selector"]
     assert selector["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_server_that_is_ended_has_time_for_the_turns_under_way_and_hands_out_none_that_it_cuts_off(make_run: Make, gpus: int) -> None:
+    run = make_run(student={"model": "m", "serving": {"gpus": gpus}})
+    assert run.spec.student.served is not None
+    pod = build_server(run, Role.STUDENT, run.spec.student.served, replicas=1)["spec"]["template"]["spec"]
+    given = dict(pairwise(pod["containers"][0]["command"]))
+    assert 0 < int(given["--shutdown-timeout"]) < pod.get("terminationGracePeriodSeconds", 30)
 
 
 def test_in_a_queue_nothing_is_suspended_by_the_plan(make_run: Make) -> None:

@@ -139,6 +139,9 @@ async def test_what_may_pass_is_tried_again_and_counted(student, upstream, behav
         (another_version, PolicyUnavailable, "WrongVersion"),
         (status(400, '{"message": "This model\'s maximum context length is 64 tokens."}'), PolicyRefused, "ContextTooLong"),
         (status(400, '{"error": {"code": "context_length_exceeded"}}'), PolicyRefused, "ContextTooLong"),
+        # vLLM 0.32: a prompt that is longer than its context, and one that leaves no token of it.
+        (status(400, "The decoder prompt (length 70) is longer than the maximum model length of 64."), PolicyRefused, "ContextTooLong"),
+        (status(400, "max_tokens must be at least 1, got 0."), PolicyRefused, "ContextTooLong"),
         (status(400), PolicyRefused, "BadRequest"),
         (status(422), PolicyRefused, "BadRequest"),
         (status(413), PolicyRefused, "ContextTooLong"),

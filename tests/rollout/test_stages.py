@@ -253,6 +253,17 @@ async def test_a_teacher_whose_turns_cannot_be_run_is_named_as_the_cause(ground:
     assert len(await finished(ground.store(run), 1, Kind.ROLLOUT)) == 2, "no edit mends them, and they were forgotten"
 
 
+async def test_a_teacher_whose_endpoint_filters_its_turns_is_named_as_the_cause_and_not_asked_again(ground: Any) -> None:
+    run = ground.run(train=2, mixing={"beta": {"type": "Constant", "value": 0.0}})
+    answer = {"id": "x", "object": "chat.completion", "model": "teacher"}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "First I"}, "finish_reason": "content_filter"}
+    ground.policies.fault = lambda model, messages: web.json_response(answer | {"choices": [choice]}) if model == "teacher" else None
+    with pytest.raises(StageFailure, match=r"LabelCoverageTooLow.*ended them as content_filter.*0 of 2 rollouts are made again") as caught:
+        await rollout(ground.stage(run))
+    assert "maxTokens" not in caught.value.message, "more tokens do not help"
+    assert len(await finished(ground.store(run), 1, Kind.ROLLOUT)) == 2
+
+
 @pytest.mark.parametrize("flaw", [LabelFlaw.TRUNCATED, LabelFlaw.REFUSED])
 async def test_who_does_what_is_said_of_low_coverage_gets_a_whole_round(ground: Any, flaw: LabelFlaw) -> None:
     def run(max_tokens: int) -> Any:

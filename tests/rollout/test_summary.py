@@ -12,11 +12,12 @@ from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw,
 READER = action_reader(Scaffold(action_regex="(?s)(.+)"))
 
 
-def said(content: str, tokens: int = 1) -> Completion:
-    return Completion(message={"role": "assistant", "content": content}, policy="p", finish_reason="stop", completion_tokens=tokens)
+def said(content: str, tokens: int = 1, ended: str = "stop") -> Completion:
+    return Completion(message={"role": "assistant", "content": content}, policy="p", finish_reason=ended, completion_tokens=tokens)
 
 
-def turn(actor: Actor, action: str, label: str | None, *, tokens: int = 1, flaw: LabelFlaw | None = None) -> Turn:
+def turn(actor: Actor, action: str, label: str | None, *, tokens: int = 1, flaw: LabelFlaw | None = None, ended: str = "length") -> Turn:
+    """`ended`: as what its label did, where that was cut off."""
     return Turn(
         index=0,
         actor=actor,
@@ -25,7 +26,7 @@ def turn(actor: Actor, action: str, label: str | None, *, tokens: int = 1, flaw:
         kept=0,
         messages=(),
         action=said(action, tokens),
-        label=said(label) if label is not None else None,
+        label=said(label, ended=ended if flaw is LabelFlaw.TRUNCATED else "stop") if label is not None else None,
         label_flaw=flaw,
     )
 
@@ -100,3 +101,11 @@ def test_only_what_an_edit_may_mend_is_worth_another_try() -> None:
 
     tally = Tally.of(READER, [of(flaw.value, None, flaw) for flaw in LabelFlaw] + [of("whole", None), of("no turn")])
     assert tally.mendable == ["Truncated", "Refused", "RequestFailed", "no turn"]
+
+
+@pytest.mark.parametrize(("ended", "mendable"), [("length", True), ("tool_calls", True), ("content_filter", False)])
+def test_a_label_that_its_endpoint_ended_with_tokens_left_is_told_apart_and_not_paid_for_again(ended: str, mendable: bool) -> None:
+    cut = turn(Actor.STUDENT, "a", "b", flaw=LabelFlaw.TRUNCATED, ended=ended)
+    tally = Tally.of(READER, [trajectory(turn(Actor.STUDENT, "a", "b"), cut)])
+    assert (tally.turns, tally.labels, bool(tally.mendable)) == (2, 1, mendable)
+    assert (tally.flaws, tally.stopped) == (({LabelFlaw.TRUNCATED: 1}, {}) if mendable else ({}, {ended: 1}))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -330,6 +331,32 @@ async def test_weights_that_cannot_be_loaded_in_place_come_by_a_restart(served: 
         status, answer = await _chat(http, served, third)
         assert (status, answer["model"]) == (200, third)
         assert 'dagger_agent_swap_seconds_count{how="Restart"} 1.0' in await (await http.get(f"{served.url}/metrics")).text()
+
+
+async def test_a_server_that_is_ended_makes_turns_under_way_whole_or_gives_no_answer(served: ServingPod) -> None:
+    version, starts, long = await _version(served), served.vllm_starts, 1500
+    async with aiohttp.ClientSession() as http:
+        asked = [asyncio.create_task(_chat(http, served, version, max_tokens=tokens, ignore_eos=True)) for tokens in [200] + [long] * 63]
+        while _running(await (await http.get(f"{served.url}/metrics")).text()) < len(asked):
+            await asyncio.sleep(0.02)
+        served.processes["vllm"].terminate()  # as a kubelet does: the container's first process
+        first, *others = await asyncio.gather(*asked, return_exceptions=True)
+        assert not isinstance(first, BaseException), first
+        assert (first[0], first[1]["choices"][0]["finish_reason"], first[1]["usage"]["completion_tokens"]) == (200, "length", 200)
+        whole = [other for other in others if not isinstance(other, BaseException) and other[0] == 200]
+        assert all(answer["usage"]["completion_tokens"] == long for _, answer in whole)
+        assert all(isinstance(other, aiohttp.ClientError) or other[0] >= 500 for other in others if other not in whole)
+        while _status(f"{served.url}/health/ready") == 200:
+            await asyncio.sleep(0.1)
+        while _status(f"{served.url}/health/ready") != 200:
+            await asyncio.sleep(0.5)
+        assert served.vllm_starts == starts + 1 and (await _chat(http, served, version))[0] == 200
+
+
+def _running(metrics: str) -> int:
+    """Requests that vLLM works on."""
+    found = re.search(r"^vllm:num_requests_running\{.*\} ([0-9.]+)$", metrics, re.M)
+    return int(float(found[1])) if found else 0
 
 
 async def _assert_probabilities_are_those_of(http: aiohttp.ClientSession, pod: ServingPod, version: str, folder: Path) -> None:

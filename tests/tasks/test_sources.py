@@ -1,7 +1,9 @@
 """Task sources: what is read, and what is refused in which words."""
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,24 @@ async def test_a_tasks_environment_is_read_and_a_row_without_one_stays_as_it_was
     assert (one.env, other.env, without.env) == (env, env, {})
     assert json.loads(one.model_dump_json())["env"] == env
     assert "env" not in json.loads(without.model_dump_json())
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["readable", "closed"])
+async def test_commands_of_swe_tasks_activate_what_they_can_read_and_print_nothing_where_they_cannot(
+    tmp_path: Path, store: Store, readable: bool
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(lines(SWE))
+    (task,) = (await load_tasks(source(SourceType.SWE_BENCH, tmp_path / "tasks.jsonl"), store, {})).tasks
+    folder = tmp_path / "root"
+    folder.mkdir()
+    (folder / ".bashrc").write_text("export ACTIVE=testbed\n")
+    folder.chmod(0o700 if readable else 0)
+    env = {name: value.replace("/root/", f"{folder}/") for name, value in task.env.items()}
+    assert env != task.env
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []} if not readable and os.geteuid() == 0 else {}
+    done = subprocess.run(["bash", "-c", 'echo "$? $ACTIVE"'], env=env, cwd="/", text=True, capture_output=True, check=False, **nobody)
+    folder.chmod(0o700)
+    assert (done.stderr, done.stdout) == ("", "0 testbed\n" if readable else "0 \n")
 
 
 @pytest.mark.parametrize(

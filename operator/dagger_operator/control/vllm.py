@@ -14,6 +14,8 @@ SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 FOLLOWER = ("python3", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
 """What the further nodes of a replica run: workers of the first one's engine."""
 MASTER_PORT = 29501
+DRAIN_SECONDS = 5
+"""How long a server that is ended goes on with the turns under way: as long as its agent does, and well within a pod's grace."""
 
 
 def vllm_arguments(serving: Serving) -> list[str]:
@@ -22,6 +24,9 @@ def vllm_arguments(serving: Serving) -> list[str]:
     arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
     # A model's own generation config would add sampling settings that the spec does not name.
     arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
+    # With 0, vLLM's default, a server that is ended hands out turns as they are, and one in which its parser finds a call comes as a whole
+    # one. Turns that outlast this go down with the engine, and are no answer.
+    arguments += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     if serving.gpus > 1:
         arguments += ["--tensor-parallel-size", str(serving.gpus)]
     if serving.nodes > 1:

@@ -29,7 +29,12 @@ _REFUSALS = (400, 413, 422)
 """Statuses that are about the state that was sent; every other one is about the way to the policy."""
 _QUOTED = 500
 """Characters of what a policy says that a message holds."""
-_TOO_LONG = ("context_length_exceeded", "context length", "context window", "prompt is too long")
+_TOO_LONG = (
+    *("context_length_exceeded", "context length", "context window", "prompt is too long"),
+    # vLLM's of a prompt longer than its context, and of one that fills it: we never ask for less than one token.
+    *("maximum model length", "max_tokens must be at least 1"),
+)
+"""What endpoints say of a state that is too long, in lower case."""
 
 
 @dataclass(frozen=True)

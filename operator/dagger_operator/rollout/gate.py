@@ -82,6 +82,10 @@ async def covered(stage: Stage, tally: Tally) -> None:
         return
     await _forget(stage, Kind.ROLLOUT, tally.mendable)
     flawed = [f"{count} {flaw.value} ({_REMEDIES[flaw]})" for flaw, count in tally.flaws.most_common()]
+    flawed += [
+        f"{count} {LabelFlaw.TRUNCATED.value} (the teacher's endpoint ended them as {reason}: look there, then make a new run)"
+        for reason, count in tally.stopped.most_common()
+    ]
     raise StageFailure(
         "LabelCoverageTooLow",
         f"{tally.labels} of {tally.turns} visited states have a label that can be trained on, and labels.minCoverage asks for {least:g}: "

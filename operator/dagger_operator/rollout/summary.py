@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 from dagger_operator.api import RolloutSummary
 from dagger_operator.rollout.actions import ActionReader
-from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory
+from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, Turn
+
+_OUT_OF_TOKENS = ("length", "tool_calls")
+"""How labels end that were cut off for want of tokens; vLLM says `tool_calls` of those, too. Any other end is the endpoint's own."""
 
 
 class Tally:
@@ -17,7 +20,9 @@ class Tally:
         self.excluded: Counter[str] = Counter()
         """Rollouts that infrastructure broke, by reason."""
         self.flaws: Counter[LabelFlaw] = Counter()
-        """Visited states without a label to train on, by flaw."""
+        """Visited states without a label to train on, by flaw; those of `stopped` are left out."""
+        self.stopped: Counter[str] = Counter()
+        """Visited states whose label was cut off with tokens left, by its `finish_reason`, such as `content_filter`."""
         self.mendable: list[str] = []
         """Rollouts without a turn, or with a label that is flawed, which might come out whole after an edit of the run."""
         self.turns = self.labels = 0
@@ -40,7 +45,7 @@ class Tally:
         if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
             self.excluded[trajectory.failure.reason if trajectory.failure else "Unknown"] += 1
             return
-        if not trajectory.turns or any(turn.label_flaw not in (None, LabelFlaw.UNPARSABLE) for turn in trajectory.turns):
+        if not trajectory.turns or any(map(_mendable, trajectory.turns)):
             self.mendable.append(trajectory.rollout_id)
         for turn in trajectory.turns:
             self.turns += 1
@@ -48,6 +53,9 @@ class Tally:
             if turn.actor is Actor.TEACHER:
                 self._teacher_turns += 1
                 self._teacher_tokens += turn.action.completion_tokens
+            if reason := _stopped(turn):
+                self.stopped[reason] += 1
+                continue
             if turn.label is None or turn.label_flaw is not None:
                 self.flaws[turn.label_flaw or LabelFlaw.REQUEST_FAILED] += 1
                 continue
@@ -89,3 +97,15 @@ class Tally:
             data_digest=data_digest,
             seconds=self.seconds,
         )
+
+
+def _stopped(turn: Turn) -> str | None:
+    """As what the endpoint ended a turn's label while there were tokens left; None where it did not."""
+    if turn.label is None or turn.label_flaw is not LabelFlaw.TRUNCATED or turn.label.finish_reason in _OUT_OF_TOKENS:
+        return None
+    return turn.label.finish_reason
+
+
+def _mendable(turn: Turn) -> bool:
+    """Whether an edit of the run may give a flawed label's state one to train on."""
+    return turn.label_flaw not in (None, LabelFlaw.UNPARSABLE) and _stopped(turn) is None

@@ -13,9 +13,12 @@ from dagger_operator.tasks.task import SwebenchGrading, Task
 
 _GRADING = ("instance_id", "image", "repo", "version", "FAIL_TO_PASS", "PASS_TO_PASS", "log_parser", "eval_type", "eval_script")
 """What swebench's `make_test_spec` reads."""
-_ENV = {"BASH_ENV": "/root/.bashrc"}
+_ENV = {"BASH_ENV": "$(if [ -r /root/.bashrc ]; then echo /root/.bashrc; fi)"}
 """The images' Python with the project is the conda environment `testbed`, and only this file activates it. It is read by `bash -c` where
-BASH_ENV names it, which is also mini-swe-agent's way (`config/benchmarks/swebench.yaml`); grading scripts activate it themselves."""
+BASH_ENV names it, which is also mini-swe-agent's way (`config/benchmarks/swebench.yaml`); grading scripts activate it themselves.
+
+Bash expands the variable. Where commands are not root's they cannot read the file: if it were named all the same, bash would complain of it
+in the first line of every command's output."""
 
 
 class InvalidRow(ValueError):
