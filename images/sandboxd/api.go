@@ -32,9 +32,11 @@ type api struct {
 
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !a.allowed(r) {
+		w.Header().Set("Connection", "close")
 		http.Error(w, "wrong token", http.StatusUnauthorized)
 		return
 	}
+	visitorOf(r).known()
 	switch path := r.URL.Path; {
 	case strings.HasPrefix(path, "/commands/"):
 		number, err := strconv.ParseUint(strings.TrimPrefix(path, "/commands/"), 10, 64)

@@ -6,6 +6,9 @@ import (
 	"sync"
 )
 
+// Connections that are carried at once, of six descriptors each; more wait.
+const mostCarried = 128
+
 // forwardTo carries connections to 127.0.0.1, on the target's port, to the target: the one way out of the sandbox.
 func forwardTo(target string) error {
 	_, port, err := net.SplitHostPort(target)
@@ -17,10 +20,17 @@ func forwardTo(target string) error {
 		return err
 	}
 	go func() {
+		room := make(chan struct{}, mostCarried)
 		for {
-			if connection, err := listener.Accept(); err == nil {
-				go carry(connection.(*net.TCPConn), target)
+			room <- struct{}{}
+			connection, err := accept(listener)
+			if err != nil {
+				return
 			}
+			go func() {
+				carry(connection.(*net.TCPConn), target)
+				<-room
+			}()
 		}
 	}()
 	return nil

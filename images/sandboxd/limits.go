@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -36,81 +37,106 @@ func (l limits) inherit() error {
 	return nil
 }
 
-// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel shall
-// take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not get to look
-// while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the kubelet lets the kernel
-// kill a whole container that is out of memory. All that a command starts inherits it. Why it cannot is written to descriptor 3.
+// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel
+// shall take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not
+// get to look while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the
+// kubelet lets the kernel kill a whole container that is out of memory. The filter: see confine. All that a command starts inherits it.
+// Why it cannot is written to descriptor 3: the call and the error's number.
 func becomeHeld(memoryMiB, path string, argv []string) error {
 	err := hold(memoryMiB, path, argv)
-	_, _ = os.NewFile(3, "status").WriteString(err.Error())
+	why := err.(*os.SyscallError)
+	_, _ = fmt.Fprintf(os.NewFile(3, "status"), "%s %d", why.Syscall, why.Err)
 	return err
 }
 
+// hold returns with an os.SyscallError, or not at all.
 func hold(memoryMiB, path string, argv []string) error {
 	syscall.CloseOnExec(3)
 	size, err := strconv.ParseUint(memoryMiB, 10, 32)
 	if err != nil {
-		return err
+		return os.NewSyscallError("setrlimit", syscall.EINVAL)
 	}
-	runtime.LockOSThread() // which alone gets the priority
+	runtime.LockOSThread() // which alone gets the priority and the filter
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
 	if size > 0 {
 		_ = syscall.Setrlimit(syscall.RLIMIT_DATA, &syscall.Rlimit{Cur: size << 20, Max: size << 20})
 	}
-	return syscall.Exec(path, argv, os.Environ())
+	if err := confine(); err != nil {
+		return err
+	}
+	return os.NewSyscallError("execve", syscall.Exec(path, argv, os.Environ()))
 }
 
-// exceeded says which limit the running command exceeds; empty is none.
+// exceeded says which limit the running command exceeds; empty is none. What cannot be looked at exceeds them.
 func (l limits) exceeded() string {
-	if l.processes > 0 && l.tooMany() {
-		return fmt.Sprintf("more than %d processes", l.processes)
+	if l.processes > 0 {
+		if many, err := l.tooMany(); err != nil {
+			return blinded(err)
+		} else if many {
+			return fmt.Sprintf("more than %d processes", l.processes)
+		}
 	}
-	if l.memoryMiB > 0 && memoryUsed() > int64(l.memoryMiB)<<20 {
-		return l.outOfMemory()
+	if l.memoryMiB > 0 {
+		if used, err := memoryUsed(); err != nil {
+			return blinded(err)
+		} else if used > int64(l.memoryMiB)<<20 {
+			return l.outOfMemory()
+		}
 	}
 	return ""
 }
 
+func blinded(err error) string { return fmt.Sprintf("what is needed to look after it (%v)", err) }
+
 // tooMany stops everything at once where there are too many processes, before threads are counted: looking through them takes a while.
-func (l limits) tooMany() bool {
-	if len(numbers()) > 2*l.processes {
-		_ = syscall.Kill(-1, syscall.SIGSTOP)
-		return true
+func (l limits) tooMany() (bool, error) {
+	pids, err := numbers()
+	if err != nil {
+		return false, err
 	}
+	if len(pids) > 2*l.processes {
+		_ = syscall.Kill(-1, syscall.SIGSTOP)
+		return true, nil
+	}
+	found, err := others()
 	count := 0
-	for _, process := range others() {
+	for _, process := range found {
 		if !process.guest {
 			count += process.threads
 		}
 	}
-	return count > l.processes
+	return count > l.processes, err
 }
 
 func (l limits) outOfMemory() string { return fmt.Sprintf("more than %d MiB of memory", l.memoryMiB) }
 
-// memoryUsed is the container's memory that is not file cache, in bytes; 0 where the control group cannot be read.
-func memoryUsed() int64 {
-	if v2 := counters("/sys/fs/cgroup/memory.stat"); v2 != nil {
-		return v2["anon"] + v2["shmem"]
+// memoryUsed is the container's memory that is not file cache, in bytes, shared memory included, mapped or not; 0 without a control group.
+func memoryUsed() (int64, error) {
+	v2, err := counters("/sys/fs/cgroup/memory.stat")
+	if v2 != nil || err != nil {
+		return v2["anon"] + v2["shmem"], err
 	}
-	v1 := counters("/sys/fs/cgroup/memory/memory.stat")
-	return v1["rss"] + v1["shmem"]
+	v1, err := counters("/sys/fs/cgroup/memory/memory.stat")
+	return v1["rss"] + v1["shmem"], err
 }
 
 // oomKills is how many processes of the container the kernel killed for memory so far.
 func oomKills() int64 {
-	if v2 := counters("/sys/fs/cgroup/memory.events"); v2 != nil {
+	if v2, _ := counters("/sys/fs/cgroup/memory.events"); v2 != nil {
 		return v2["oom_kill"]
 	}
-	return counters("/sys/fs/cgroup/memory/memory.oom_control")["oom_kill"]
+	v1, _ := counters("/sys/fs/cgroup/memory/memory.oom_control")
+	return v1["oom_kill"]
 }
 
 // counters reads a file of lines with a name and a number; nil where there is none.
-func counters(path string) map[string]int64 {
+func counters(path string) (map[string]int64, error) {
 	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
 	}
 	found := map[string]int64{}
 	for _, line := range strings.Split(string(data), "\n") {
@@ -118,7 +144,7 @@ func counters(path string) map[string]int64 {
 			found[name], _ = strconv.ParseInt(value, 10, 64)
 		}
 	}
-	return found
+	return found, nil
 }
 
 // process is one that is not ours.
@@ -129,29 +155,35 @@ type process struct {
 }
 
 // numbers are those of all processes but this one.
-func numbers() []int {
+func numbers() ([]int, error) {
 	folder, err := os.Open("/proc")
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer folder.Close()
-	names, _ := folder.Readdirnames(-1)
+	names, err := folder.Readdirnames(-1)
 	var found []int
 	for _, name := range names {
 		if pid, err := strconv.Atoi(name); err == nil && pid != 1 {
 			found = append(found, pid)
 		}
 	}
-	return found
+	return found, err
 }
 
 // others are all processes of the container but this one, zombies included.
-func others() []process {
+func others() ([]process, error) {
+	pids, err := numbers()
+	if err != nil {
+		return nil, err
+	}
 	var found []process
-	for _, pid := range numbers() {
+	for _, pid := range pids {
 		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-		if err != nil {
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) {
 			continue // it ended meanwhile
+		} else if err != nil {
+			return nil, err
 		}
 		// After the name, which may hold anything: the state, the parent; threads is the 18th.
 		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
@@ -160,5 +192,5 @@ func others() []process {
 			found = append(found, process{pid: pid, threads: threads, guest: string(fields[1]) == "0"})
 		}
 	}
-	return found
+	return found, nil
 }

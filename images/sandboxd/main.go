@@ -18,8 +18,10 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // An abstract socket: no folder has to be writable, and no command can remove it.
@@ -94,6 +96,7 @@ func serve(arguments []string) error {
 	hide()
 	outlive()
 	runtime.GOMAXPROCS(2)
+	recruit()
 	if os.Getenv("PATH") == "" {
 		os.Setenv("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
@@ -106,14 +109,15 @@ func serve(arguments []string) error {
 		}
 	}
 	handler := &api{digest: digest, runner: newRunner(limits), files: files{}}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second}
+	// Who has no token has neither long nor much room to say so.
+	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: withVisitor}
 	ended := make(chan error)
 	for network, address := range map[string]string{"tcp": *listen, "unix": *socket} {
 		listener, err := net.Listen(network, address)
 		if err != nil {
 			return err
 		}
-		go func() { ended <- server.Serve(listener) }()
+		go func() { ended <- server.Serve(&door{Listener: listener}) }()
 	}
 	return <-ended
 }
@@ -129,7 +133,11 @@ func hide() {
 func outlive() {
 	dropped := make(chan os.Signal, 64)
 	for number := syscall.Signal(1); number < 65; number++ {
-		if number != syscall.SIGURG && number != syscall.SIGCHLD {
+		switch number {
+		case syscall.SIGURG, syscall.SIGCHLD:
+		case syscall.SIGILL, syscall.SIGTRAP, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGSEGV, syscall.SIGSTKFLT, syscall.SIGSYS:
+			ignore(number)
+		default:
 			signal.Notify(dropped, number)
 		}
 	}
@@ -137,4 +145,31 @@ func outlive() {
 		for range dropped {
 		}
 	}()
+}
+
+// ignore has the kernel drop a signal that the runtime would take for a fault of its own, and end for, where it was sent by another way
+// than kill (sigqueue, F_SETSIG). A true fault ends this process all the same.
+func ignore(number syscall.Signal) {
+	const sigIgn = 1
+	action := [4]uint64{sigIgn} // its flags, restorer and mask are nothing
+	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(number), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
+}
+
+// threads that are made at the start; the runtime has a few more.
+const threads = 32
+
+// recruit makes all threads now that this process may need at once. A command's filter goes by numbers: it protects the threads that were
+// there before the command, and none that are made while it runs.
+func recruit() {
+	var ready sync.WaitGroup
+	ready.Add(threads)
+	for i := 0; i < threads; i++ {
+		go func() {
+			runtime.LockOSThread() // which nobody else then uses, until all are there
+			defer runtime.UnlockOSThread()
+			ready.Done()
+			ready.Wait()
+		}()
+	}
+	ready.Wait()
 }

@@ -2,7 +2,7 @@ package main
 
 import (
 	"errors"
-	"io"
+	"fmt"
 	"os"
 	"os/signal"
 	"strconv"
@@ -62,9 +62,11 @@ func (c *children) start(path string, argv []string, attributes *syscall.ProcAtt
 		return nil, err
 	}
 	// It is closed when the program is there.
-	if why, _ := io.ReadAll(reader); len(why) > 0 {
+	var call string
+	var number syscall.Errno
+	if said, _ := fmt.Fscan(reader, &call, &number); said == 2 {
 		<-waiter
-		return nil, errors.New(string(why))
+		return nil, os.NewSyscallError(call, number)
 	}
 	return waiter, nil
 }
@@ -74,7 +76,8 @@ func (c *children) held(path string, argv []string, attributes *syscall.ProcAttr
 	c.mu.Lock() // so that it cannot be reaped before it is waited for
 	defer c.mu.Unlock()
 	// This program's file, which no command can replace.
-	pid, err := syscall.ForkExec("/proc/self/exe", append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...), attributes)
+	held := append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...)
+	pid, err := syscall.ForkExec("/proc/self/exe", held, attributes)
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +95,13 @@ func endAll(patience time.Duration) error {
 		left := 0
 		// Stopped first, all at one instant, so that none can start another while they are looked through.
 		_ = syscall.Kill(-1, syscall.SIGSTOP)
-		for _, process := range others() {
+		found, err := others()
+		if err != nil {
+			// Guests cannot be told apart, and go too: better than that anything of the command stays.
+			_ = syscall.Kill(-1, syscall.SIGKILL)
+			left++
+		}
+		for _, process := range found {
 			if process.guest {
 				_ = syscall.Kill(process.pid, syscall.SIGCONT)
 				continue

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -36,6 +38,8 @@ const (
 	tick     = 100 * time.Millisecond
 	patience = 5 * time.Second
 	kept     = 4 // results that can still be fetched
+
+	cannotExecute = 126 // a shell's exit code where a program is there and does not start
 )
 
 // execution is a command that was started, or cancelled before.
@@ -56,6 +60,7 @@ type runner struct {
 	seen     map[uint64]*execution
 	latest   uint64
 	running  *execution
+	begun    bool // whether a command could be started
 }
 
 func newRunner(limits limits) *runner {
@@ -118,9 +123,12 @@ func (r *runner) run(command *command, cancelled <-chan struct{}) result {
 	began, kills := time.Now(), oomKills()
 	output := newBounded(command.Limit)
 	ended, drained, err := r.launch(command, output)
-	if err != nil {
+	if err != nil && r.begun && spoilt(err) {
+		return result{Head: []byte(err.Error() + "\n"), ExitCode: cannotExecute}
+	} else if err != nil {
 		return result{Failed: err.Error()}
 	}
+	r.begun = true
 	found := result{ExitCode: -1}
 	found.TimedOut, found.Stopped = r.watch(ended, command.Timeout, cancelled, &found.ExitCode)
 	if err := endAll(patience); err != nil {
@@ -167,6 +175,21 @@ func (r *runner) watch(ended <-chan syscall.WaitStatus, timeout float64, cancell
 			}
 		}
 	}
+}
+
+// spoilt says whether a command cannot be started because of files. Where one could be started before, commands did that to them since:
+// then it is a result, and no fault of the sandbox.
+func spoilt(err error) bool {
+	causes := []error{
+		exec.ErrNotFound, fs.ErrNotExist, fs.ErrPermission, fs.ErrExist,
+		syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP, syscall.ENAMETOOLONG, syscall.ENOEXEC, syscall.ETXTBSY,
+	}
+	for _, cause := range causes {
+		if errors.Is(err, cause) {
+			return true
+		}
+	}
+	return false
 }
 
 // launch starts a command's shell; drained is closed when the last writer of its output is gone.

@@ -1,27 +1,19 @@
 """Sandboxes to test: of processes, of the pods' helper alone, and of pods on the test cluster."""
 
-import asyncio
-import secrets
-import socket
-import subprocess
+import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from hashlib import sha256
 from pathlib import Path
-from typing import Self
 
-import aiohttp
 import pytest
 
-from dagger_operator.api import SandboxLimits
-from dagger_operator.sandbox.helper_line import HelperLine, Network, Routes
 from dagger_operator.sandbox.interface import Sandbox, SandboxProvider, SandboxRequest
 from dagger_operator.sandbox.isolation import Isolation, probe
-from dagger_operator.sandbox.pod_sandbox import PodSandbox
 from dagger_operator.sandbox.pods import PodSandboxes
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
+from fixtures.helpers import HelperAlone, HelperInGvisor
 from fixtures.sandboxes import LIMITS, Nap
+from fixtures.tools import built
 
 
 def isolations() -> dict[str, Isolation]:
@@ -65,68 +57,22 @@ def nap() -> Nap:
     return Nap()
 
 
-class HelperAlone:
-    """A provider of such sandboxes."""
-
-    def __init__(self, program: Path, limits: SandboxLimits) -> None:
-        self._program, self._limits, self._open = program, limits, AsyncExitStack()
-        self.port, self._token = 0, ""
-
-    async def __aenter__(self) -> Self:
-        self._http = await self._open.enter_async_context(aiohttp.ClientSession())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._open.aclose()
-
-    async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
-        self.port, self._token = _free_port(), secrets.token_hex()
-        process = subprocess.Popen(self._command(request, self._token))
-
-        async def end() -> None:
-            process.kill()
-            await asyncio.to_thread(process.wait)
-
-        self._open.push_async_callback(end)
-        sandbox = PodSandbox(request, self._limits, self._line(self.port), asyncio.Future(), end)
-        await sandbox.prepare()
-        return sandbox
-
-    def rerouted(self, sandbox: PodSandbox, port: int) -> PodSandbox:
-        """The sandbox made last, reached through another port."""
-        sandbox._line = self._line(port)
-        return sandbox
-
-    def _line(self, port: int) -> HelperLine:
-        way = Network(self._http, "127.0.0.1", self._token, port)
-        return HelperLine("alone", way, way, Routes())
-
-    def _command(self, request: SandboxRequest, token: str) -> list[str]:
-        limits = self._limits
-        serve = ["serve", f"-listen=127.0.0.1:{self.port}", f"-socket=@sandboxd-{self.port}"]
-        serve += [f"-processes={limits.processes}", f"-memory-mib={limits.memory_mib}", f"-file-mib={limits.disk_mib}"]
-        if request.network_to is not None:
-            serve.append(f"-forward={request.network_to}")
-        system = [argument for name in ("bin", "lib", "lib64", "sbin") for argument in ("--symlink", f"usr/{name}", f"/{name}")]
-        return [
-            *("bwrap", "--die-with-parent", "--unshare-pid", "--as-pid-1", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"),
-            *("--ro-bind", "/usr", "/usr", *system, "--tmpfs", "/tmp", "--ro-bind", str(self._program), "/sandboxd"),
-            *("--clearenv", "--setenv", "DAGGER_TOKEN_SHA256", sha256(token.encode()).hexdigest(), "/sandboxd", *serve),
-        ]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture
 async def helper(sandboxd: Path) -> AsyncIterator[HelperAlone]:
     if not probe().bubblewrap:
         pytest.skip(f"no namespaces here: {probe().reason}")
     async with HelperAlone(sandboxd, LIMITS) as provider:
         yield provider
+
+
+@pytest.fixture(params=["linux", "gvisor"])
+async def any_helper(request: pytest.FixtureRequest, sandboxd: Path, tmp_path: Path) -> AsyncIterator[HelperAlone]:
+    """Under either of the kernels that pods have."""
+    if request.param == "gvisor" and os.geteuid() != 0:
+        pytest.skip("gVisor wants root here")
+    helper = HelperAlone(sandboxd, LIMITS) if request.param == "linux" else HelperInGvisor(sandboxd, LIMITS, built("gvisor"), tmp_path)
+    async with helper:
+        yield helper
 
 
 BACKENDS = ("process", pytest.param("helper", marks=pytest.mark.heavy), pytest.param("pod", marks=pytest.mark.heavy))

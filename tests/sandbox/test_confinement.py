@@ -1,8 +1,10 @@
 """What commands in a sandbox cannot reach."""
 
 import asyncio
+import ctypes
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -46,6 +48,52 @@ def environment(process: psutil.Process) -> dict[str, str]:
     with suppress(psutil.Error):
         return process.environ()
     return {}
+
+
+KEYS = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+kept = ctypes.create_string_buffer(100)
+found = libc.syscall(int(sys.argv[1]), 10, -3, b"user", b"a-token", 0)
+for key in (found, int(sys.argv[2])):
+    print(libc.syscall(int(sys.argv[1]), 11, key, kept, 100), kept.value)
+"""
+
+
+async def test_keys_of_the_workers_cannot_be_read(provider: ProcessSandboxes) -> None:
+    add_key, keyctl = {"x86_64": (248, 250), "aarch64": (217, 219)}[os.uname().machine]
+    libc = ctypes.CDLL(None, use_errno=True)
+    key = libc.syscall(add_key, b"user", b"a-token", b"secret", 6, -3)  # to the session's keyring
+    if key < 0:
+        pytest.skip(f"no key can be kept here: {os.strerror(ctypes.get_errno())}")
+    try:
+        here = subprocess.run([sys.executable, "-c", KEYS, str(keyctl), str(key)], capture_output=True, text=True, check=True)
+        assert here.stdout == "6 b'secret'\n" * 2
+        sandbox = await provider.create(SandboxRequest("keys", files={"keys.py": KEYS}), timeout=60)
+        result = await sandbox.execute(f"python3 keys.py {keyctl} {key}", timeout=60)
+    finally:
+        libc.syscall(keyctl, 3, key)  # revoke
+    assert result.output == "-1 b''\n" * 2
+
+
+async def test_no_namespaces_can_be_made_whose_file_systems_are_memory(sandbox: ProcessSandbox) -> None:
+    result = await sandbox.execute("unshare --user --map-root-user --mount sh -c 'mount -t tmpfs none /tmp && echo mounted'", timeout=60)
+    assert result.returncode != 0 and "mounted" not in result.output
+    # Threads and processes are made by the same calls.
+    script = "import subprocess, threading; threading.Thread(target=subprocess.run, args=(['echo', 'made'],)).start()"
+    assert (await sandbox.execute(f'python3 -c "{script}"', timeout=60)).output == "made\n"
+
+
+HIDES = """
+import ctypes
+prctl = ctypes.CDLL(None).prctl
+print(prctl(4, 0, 0, 0, 0), prctl(3, 0, 0, 0, 0), prctl(4, 1, 0, 0, 0), prctl(4, 7, 0, 0, 0))
+"""
+
+
+async def test_a_command_that_asks_to_be_hidden_is_told_that_it_is_and_is_not(provider: ProcessSandboxes) -> None:
+    sandbox = await provider.create(SandboxRequest("hides", files={"hides.py": HIDES}), timeout=60)
+    assert (await sandbox.execute("python3 hides.py", timeout=60)).output == "0 1 0 -1\n"
 
 
 async def test_no_descriptor_is_inherited(sandbox: ProcessSandbox, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What goes over a limit is stopped, said so, and the machine stays well."""
 
 import asyncio
+import os
 import resource
 import subprocess
 from pathlib import Path
@@ -17,6 +18,84 @@ import sys, time
 held = bytearray(int(sys.argv[1]) << 20)
 held[::4096] = b"x" * len(held[::4096])
 time.sleep(float(sys.argv[2]))
+print("held")
+"""
+
+SHARED = """
+import mmap, time
+held = mmap.mmap(-1, 500 << 20)
+for page in range(0, len(held), 4096):
+    held[page] = 1
+print("held", flush=True)
+time.sleep(5)
+"""
+
+MEMFDS = """
+import os, time
+held = [os.memfd_create("held") for _ in range(25)]
+for one in held:
+    os.write(one, bytes(20 << 20))
+print("held", flush=True)
+time.sleep(5)
+"""
+
+UNLINKED = """
+import os, time
+held = []
+for _ in range(6):
+    held.append(os.open("held", os.O_CREAT | os.O_WRONLY))
+    os.unlink("held")
+    os.write(held[-1], bytes(20 << 20))
+print("held", flush=True)
+time.sleep(5)
+"""
+
+MAPPED = """
+import mmap, os, time
+held = []
+for _ in range(8):
+    file = os.memfd_create("held")
+    os.truncate(file, 20 << 20)
+    held.append(mmap.mmap(file, 20 << 20))
+    for page in range(0, 20 << 20, 4096):
+        held[-1][page] = 1
+time.sleep(1)
+print("held")
+"""
+
+IN_MEMORY = """
+import os, time
+held = [open("/dev/shm/held%d" % number, "wb") for number in range(3)]
+for file in held:
+    os.unlink(file.name)
+    file.write(bytes(15 << 20))
+    file.flush()
+time.sleep(1)
+print("held")
+"""
+
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, mmap, sys, threading, time
+def hold():
+    time.sleep(0.5)
+    held = mmap.mmap(-1, 500 << 20)
+    for page in range(0, len(held), 4096):
+        held[page] = 1
+    print("held", flush=True)
+    time.sleep(5)
+threading.Thread(target=hold).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[sys.argv[1]], 0)
+"""
+
+FAMILY = """
+import os, time
+held = bytearray(os.urandom(1 << 20) * 100)
+for _ in range(4):
+    if os.fork() == 0:
+        time.sleep(2)
+        os._exit(0)
+for _ in range(4):
+    os.wait()
 print("held")
 """
 
@@ -60,6 +139,52 @@ async def test_many_processes_together_cannot_either(sandbox: ProcessSandbox) ->
     result = await sandbox.execute("for i in 1 2 3 4 5; do python3 hog.py 100 8 & done; wait", timeout=60)
     assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
     assert result.output.count("held") < 5
+
+
+@pytest.mark.parametrize("script", [SHARED, MEMFDS], ids=["shared", "behind descriptors"])
+async def test_memory_that_is_no_process_own_counts_too(sandbox: ProcessSandbox, script: str) -> None:
+    await sandbox.write({"hold.py": script})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+async def test_memory_counts_of_a_process_whose_first_thread_has_ended(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"hold.py": WITHOUT_ITS_FIRST_THREAD})
+    result = await sandbox.execute(f"python3 hold.py {os.uname().machine}", timeout=60)
+    assert result.returncode == 137 and "more than 256 MiB of memory" in result.output
+
+
+@pytest.mark.parametrize("script", [MAPPED, IN_MEMORY], ids=["mapped", "a file in memory"])
+async def test_memory_behind_a_descriptor_counts_once_and_not_as_disk(sandbox: ProcessSandbox, script: str) -> None:
+    await sandbox.write({"hold.py": script})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert (result.output, result.returncode) == ("held\n", 0)
+
+
+async def test_memory_that_processes_share_counts_once(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"family.py": FAMILY})
+    result = await sandbox.execute("python3 family.py", timeout=60)
+    assert (result.output, result.returncode) == ("held\n", 0)
+
+
+async def test_files_without_a_name_fill_the_disk_as_others_do(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({"hold.py": UNLINKED})
+    result = await sandbox.execute("python3 hold.py", timeout=60)
+    assert result.returncode == 137 and "more than 24 MiB of disk" in result.output
+    assert (await sandbox.execute("echo fits > file && cat file", timeout=60)).output == "fits\n"
+
+
+async def test_more_descriptors_than_can_be_looked_through_are_a_limit(sandbox: ProcessSandbox) -> None:
+    script = "import os, time; [os.fork() for _ in range(5)]; [os.open('/dev/null', 0) for _ in range(2100)]; time.sleep(20)"
+    result = await sandbox.execute(f'python3 -c "{script}"', timeout=60)
+    assert result.returncode == 137 and "more than 65536 open files" in result.output
+
+
+async def test_what_is_written_may_be_larger_than_the_memory(sandbox: ProcessSandbox) -> None:
+    await sandbox.write({f"part{number}": "x" * (10 << 20) for number in range(2)})
+    script = "import sys, time\nwhile sys.stdin.buffer.read(1 << 20): pass\ntime.sleep(0.5)"
+    ended = await sandbox._run(["python3", "-c", script], timeout=60, keep=4096, stdin=bytes(300 << 20))
+    assert (ended.stopped, ended.returncode) == (None, 0)
 
 
 async def test_memory_behind_dev_shm_is_bounded(sandbox: ProcessSandbox) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from dagger_operator.api import SandboxLimits
+from dagger_operator.api import SandboxLimits, SandboxPod
 from dagger_operator.sandbox import pod_fleet
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.pod_manifest import pod
@@ -86,6 +86,23 @@ async def test_a_pod_that_does_not_come_says_why_in_its_own_words(pods: Make) ->
             await provider.create(SandboxRequest("bad", image="No Image"), timeout=60)
         with pytest.raises(SandboxError, match=r"(ErrImagePull|ImagePullBackOff|CreateTimeout).*localhost/none"):
             await provider.create(SandboxRequest("missing", image="localhost/none:1"), timeout=20)
+
+
+async def test_sandboxes_are_of_the_runtime_class_that_is_asked_for(pods: Make, cluster: Any, namespace: str) -> None:
+    """Of the node's own handler: gVisor's wants more rights than this machine gives (tests/cluster/README.md)."""
+    runtime = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": namespace}, "handler": "runc"}
+    async with pods(pod=SandboxPod(runtime_class_name=namespace)) as provider:
+        with pytest.raises(SandboxError, match=f'RuntimeClass "{namespace}" not found'):
+            await provider.create(SandboxRequest("early"), timeout=60)
+        cluster.kubectl("apply", "--filename=-", input=json.dumps(runtime))
+        try:
+            sandbox = await provider.create(SandboxRequest("one"), timeout=120)
+            assert (await sandbox.execute("echo held", timeout=60)).output == "held\n"
+            (name,) = names(cluster, namespace)
+            path = "jsonpath={.spec.runtimeClassName}"
+            assert cluster.kubectl(f"--namespace={namespace}", "get", name, f"--output={path}") == namespace
+        finally:
+            cluster.kubectl("delete", "runtimeclass", namespace)
 
 
 async def test_a_namespace_that_is_not_there_is_named(pods: Make, namespace: str) -> None:

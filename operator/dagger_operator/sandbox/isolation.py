@@ -7,7 +7,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from dagger_operator.sandbox import seccomp
 from dagger_operator.sandbox.cgroup import Cgroups
+from dagger_operator.sandbox.handed import descriptor_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,19 @@ def probe(*, cgroups: bool = True) -> Isolation:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         return Isolation(None, "bwrap is not installed", found, root)
-    command = [bwrap, *namespaces(root), "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", *("--cap-drop", "ALL"), "true"]
-    tried = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.defpath}, cwd=Path("/"))
+    if not seccomp.known(machine := os.uname().machine):
+        return Isolation(None, f"no filter of system calls is known for {machine}", found, root)
+    with descriptor_of(seccomp.program(machine)) as handed:
+        options = ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--cap-drop", "ALL", "--seccomp", str(handed)]
+        tried = subprocess.run(
+            [bwrap, *namespaces(root), *options, "true"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"PATH": os.defpath},
+            cwd=Path("/"),
+            pass_fds=(handed,),
+        )
     if tried.returncode != 0:
         return Isolation(None, f"bwrap is not permitted here: {tried.stderr.strip() or f'exit code {tried.returncode}'}", found, root)
     return Isolation(bwrap, "", found, root)

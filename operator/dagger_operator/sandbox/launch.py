@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagger_operator.api import SandboxLimits
-from dagger_operator.sandbox import filesystem
+from dagger_operator.sandbox import filesystem, seccomp
 from dagger_operator.sandbox.cgroup import Cgroup
 from dagger_operator.sandbox.command import Argv, Start
+from dagger_operator.sandbox.handed import descriptor_of
 from dagger_operator.sandbox.isolation import Isolation, namespaces
 
 _MIB = 1 << 20
@@ -53,20 +54,19 @@ class Launcher:
         options += [*filesystem.mounts(self.folder, self.workdir), "--clearenv"]
         for name, value in env.items():
             options += ["--setenv", name, value]
-        # Options go through a descriptor: an argument vector can be read by every user of the machine, and env may hold a token.
-        described = os.memfd_create("bwrap-args")
         status, write_status = os.pipe()
         try:
             os.set_blocking(status, False)
-            os.write(described, b"".join(option.encode("utf-8", "surrogateescape") + b"\0" for option in options))
-            os.lseek(described, 0, os.SEEK_SET)
-            outer = [self.isolation.bubblewrap, "--args", str(described), "--json-status-fd", str(write_status), "--", *inner]
-            passed = (described, write_status, *inherit)
-            mark = {_MARK: os.environ[_MARK]} if _MARK in os.environ else {}
-            yield Start(self._join(outer), {"PATH": filesystem.PATH, **mark}, Path("/"), passed, status)
+            # Options go through a descriptor: an argument vector can be read by every user of the machine, and env may hold a token.
+            described = b"".join(option.encode("utf-8", "surrogateescape") + b"\0" for option in options)
+            with descriptor_of(described) as arguments, descriptor_of(seccomp.program(os.uname().machine)) as confined:
+                handed = {"--args": arguments, "--seccomp": confined, "--json-status-fd": write_status}
+                outer = [self.isolation.bubblewrap, *(word for option, fd in handed.items() for word in (option, str(fd))), "--", *inner]
+                mark = {_MARK: os.environ[_MARK]} if _MARK in os.environ else {}
+                yield Start(self._join(outer), {"PATH": filesystem.PATH, **mark}, Path("/"), (*handed.values(), *inherit), status)
         finally:
-            for descriptor in (described, status, write_status):
-                os.close(descriptor)
+            os.close(status)
+            os.close(write_status)
 
     def _prlimit(self, writable: bool) -> list[str]:
         size = self.limits.disk_mib * _MIB if writable else 0
@@ -87,11 +87,9 @@ class Launcher:
 
 @contextmanager
 def stdin_of(data: bytes | None) -> Iterator[int]:
-    """A descriptor to read `data` from, without anybody pumping."""
+    """A descriptor to read `data` from; of no data what subprocess takes for none."""
     if data is None:
         yield subprocess.DEVNULL
         return
-    with open(os.memfd_create("stdin"), "r+b") as file:  # noqa: PTH123 - a descriptor, not a path
-        file.write(data)
-        file.seek(0)
-        yield file.fileno()
+    with descriptor_of(data) as descriptor:
+        yield descriptor

@@ -5,13 +5,14 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 
 from dagger_operator.sandbox import filesystem, relay, shell
 from dagger_operator.sandbox.archive import archive
 from dagger_operator.sandbox.command import Ended, run
 from dagger_operator.sandbox.interface import CommandResult, SandboxError, SandboxRequest
 from dagger_operator.sandbox.launch import Launcher, stdin_of
-from dagger_operator.sandbox.usage import DiskMeter, ProcessTable
+from dagger_operator.sandbox.usage import DISK_SECONDS, MOST_FILES, DiskMeter, Paced, ProcessTable, ProcessUse
 
 _TICK_SECONDS = 0.1
 """How often a running command is looked at."""
@@ -130,7 +131,8 @@ class ProcessSandbox:
                 argv, inherit = door.wrap(argv), (door.fd,)
             start = stack.enter_context(self._launcher.start(argv, env, writable=not self._disk.full, inherit=inherit))
             source = stack.enter_context(stdin_of(stdin))
-            ended = await run(start, timeout=timeout, keep=keep, watch=self._watch, stdin=source)
+            watch = partial(self._watch, given=len(stdin or b""))
+            ended = await run(start, timeout=timeout, keep=keep, watch=watch, stdin=source)
             out_of_memory = self._out_of_memory()
             if not (start.reached() or ended.timed_out or ended.stopped or out_of_memory):
                 raise SandboxError(
@@ -140,18 +142,24 @@ class ProcessSandbox:
         await self._disk.measure(anew=self._disk.full)
         return replace(ended, stopped=ended.stopped or out_of_memory)
 
-    async def _watch(self, pid: int) -> str:
-        """Looks at a command that runs longer than a moment; returns which limit it exceeds."""
+    async def _watch(self, pid: int, *, given: int) -> str:
+        """Looks at a command that runs longer than a moment; returns which limit it exceeds. `given`: bytes of its input, our memfd."""
         limits, ceiling = self._launcher.limits, max(self._launcher.limits.disk_mib << 20, self._disk.used + _DISK_SLACK)
+        memory = (limits.memory_mib << 20) + given
+        sampled = self._launcher.cgroup is None or not self._launcher.isolation.counts_processes
+        processes = Paced(0.0 if sampled else DISK_SECONDS, ProcessUse())
         while True:
             await asyncio.sleep(_TICK_SECONDS)
-            if self._launcher.cgroup is None or not self._launcher.isolation.counts_processes:
-                use = self._processes.below(pid)
-                if use.memory > limits.memory_mib << 20:
-                    return f"more than {limits.memory_mib} MiB of memory"
-                if use.processes > limits.processes + _OWN_PROCESSES:
-                    return f"more than {limits.processes} processes"
-            if await self._disk.measure() > ceiling:
+            use = await processes.look(partial(self._processes.below, pid, memory))
+            if sampled and use.memory > memory:
+                return f"more than {limits.memory_mib} MiB of memory"
+            if sampled and use.processes > limits.processes + _OWN_PROCESSES:
+                return f"more than {limits.processes} processes"
+            if use.hidden and self._launcher.isolation.bubblewrap:  # elsewhere sudo is hidden, too, and those commands are trusted
+                return "a process that nobody can look into"
+            if use.files > MOST_FILES:
+                return f"more than {MOST_FILES} open files"
+            if await self._disk.measure() + use.unlinked > ceiling:
                 return f"more than {limits.disk_mib} MiB of disk"
 
     def _out_of_memory(self) -> str | None:

@@ -1,27 +1,56 @@
-"""What a sandbox uses of memory, processes and disk, measured from outside."""
+"""What a sandbox uses of memory, processes and disk, measured from outside.
+
+What no process shows is not seen: the kernel's own buffers (of sockets, pipes, System V queues), System V segments that nobody has
+attached, files without a name that are only mapped, that are under way from one process to another, or that one thread alone has open. Nor
+is more than the larger of what is open and what is mapped of such memory, since most of it is both: a command may hold twice its limit. Of
+memory a control group bounds all those too.
+"""
 
 import asyncio
 import os
+import re
 import stat
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
+
+DISK_SECONDS = 0.5
+"""How often the disk is looked at, at most."""
+MOST_FILES = 1 << 16
+"""Descriptors of one command, all its processes together: so many are looked through in a tenth of a second."""
 _ENTRY_BYTES = 4096
 """What a file, folder or link counts at least: empty ones use up inodes."""
 
 _DISK_MARGIN = 64 << 20
 """How far beyond a limit usage is told apart."""
+_MEMORY = re.compile(rb"^(?:(?:RssAnon|VmSwap|Pss_Anon|SwapPss):\s+(\d+)|(?:RssShmem|Pss_Shmem):\s+(\d+))", re.M)
+"""Lines of `status` and of `smaps_rollup`, in KiB: what is a process's own, and what it maps of files in memory."""
+_HIDES_SECONDS = 0.05
+"""For how long a process has to hide what it has open: bwrap itself does, for a moment while it starts."""
 
 
 @dataclass(frozen=True)
 class ProcessUse:
-    processes: int
+    """What processes use together."""
+
+    processes: int = 0
     """Processes and threads."""
-    memory: int
-    """Bytes of memory that is not file cache; pages shared after a fork count in each process."""
+    memory: int = 0
+    """Bytes of memory that is not file cache, swapped out or not: private, and shared or in memfds and their like, mapped or not."""
+    unlinked: int = 0
+    """Bytes that files take up on disk which are open and have no name any more; not those of file systems in memory."""
+    files: int = 0
+    """Open descriptors; above `MOST_FILES` memory and disk are those of some of them only."""
+    hidden: bool = False
+    """Whether a process lets nobody see what it has open; then the rest is not all there is."""
 
 
 class ProcessTable:
@@ -29,38 +58,140 @@ class ProcessTable:
 
     def __init__(self, max_age: float = 0.1) -> None:
         self._max_age = max_age
+        self._lock = threading.Lock()
         self._read_at = float("-inf")
         self._children: dict[int, list[int]] = {}
-        self._use: dict[int, tuple[int, int]] = {}
+        self._threads: dict[int, int] = {}
 
-    def below(self, pid: int) -> ProcessUse:
-        """What a process and everything that descends from it, or shares its session, uses."""
-        if time.monotonic() - self._read_at > self._max_age:
-            self._read()
+    def below(self, pid: int, enough: int) -> ProcessUse:
+        """What a process and everything that descends from it, or shares its session, uses. May take seconds where that tries to hide.
+
+        Memory up to `enough` bytes is counted quickly, and then too high: what processes share counts in each of them.
+        """
+        with self._lock:
+            if time.monotonic() - self._read_at > self._max_age:
+                self._read()
+            children, threads = self._children, self._threads
         seen, waiting = set[int](), [pid]
         while waiting:
             current = waiting.pop()
-            if current not in seen and current in self._use:
+            if current not in seen and current in threads:
                 seen.add(current)
-                waiting += self._children.get(current, ())
-        return ProcessUse(sum(self._use[p][0] for p in seen), sum(self._use[p][1] for p in seen))
+                waiting += children.get(current, ())
+        places = [_place(each, threads[each]) for each in seen]
+        held = _held_by(places)
+        memory = _memory(places, "status", held.memory)
+        if memory > enough:
+            memory = _memory(places, "smaps_rollup", held.memory)
+        return replace(held, processes=sum(threads[each] for each in seen), memory=memory)
 
     def _read(self) -> None:
         children: dict[int, list[int]] = defaultdict(list)
-        use: dict[int, tuple[int, int]] = {}
-        page = os.sysconf("SC_PAGE_SIZE")
+        threads: dict[int, int] = {}
         for name in os.listdir("/proc"):  # noqa: PTH208 - twice as fast as iterdir, ten times a second
             if name.isdigit():
                 with suppress(OSError):  # it ended meanwhile
-                    # After the name, which may hold anything: state, parent, group, session; threads is the 18th, RSS the 22nd.
+                    # After the name, which may hold anything: state, parent, group, session; threads is the 18th.
                     fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
-                    shared = int(Path(f"/proc/{name}/statm").read_bytes().split()[2])
                     pid, parent, session = int(name), int(fields[1]), int(fields[3])
                     children[parent].append(pid)
                     if session != pid:
                         children[session].append(pid)
-                    use[pid] = int(fields[17]), max(0, int(fields[21]) - shared) * page
-        self._children, self._use, self._read_at = children, use, time.monotonic()
+                    threads[pid] = int(fields[17])
+        self._children, self._threads, self._read_at = children, threads, time.monotonic()
+
+
+def _place(pid: int, threads: int) -> str:
+    """The folder that shows what a process has: of its first thread, or where that has ended, of one that lives on."""
+    place = f"/proc/{pid}/"
+    if threads > 1 and not _has_memory(place):
+        with suppress(OSError):  # it ended meanwhile
+            others = (f"{place}task/{thread}/" for thread in os.listdir(f"{place}task"))  # noqa: PTH208 - as above
+            return next(filter(_has_memory, others), place)
+    return place
+
+
+def _has_memory(place: str) -> bool:
+    """Whether a thread has not ended."""
+    return b"\nVmSize:" in _text(place, "status")
+
+
+def _memory(places: Iterable[str], name: str, held: int) -> int:
+    """Bytes of memory, where files in memory that are open hold so many.
+
+    `status` has the kernel's own counters, read in 10 us, and counts in each process what several share. In `smaps_rollup` that is divided
+    among them: the kernel walks through all pages, at 15 us a MiB.
+    """
+    own = mapped = 0
+    for place in places:
+        for of_its_own, shared in _MEMORY.findall(_text(place, name)):
+            own += int(of_its_own or 0)
+            mapped += int(shared or 0)
+    return (own << 10) + max(held, mapped << 10)
+
+
+def _text(place: str, name: str) -> bytes:
+    try:
+        return Path(place, name).read_bytes()
+    except PermissionError:
+        return _text(place, "status") if name != "status" else b""  # it forbade that anybody looks into it
+    except OSError:
+        return b""  # it ended meanwhile
+
+
+def _held_by(places: Iterable[str]) -> ProcessUse:
+    """What open files without a name hold, each once."""
+    seen = set[tuple[int, int]]()
+    kinds = {_memfds(): True}
+    memory = unlinked = files = 0
+    for place in places:
+        names = _descriptors(place)
+        if names is None:
+            return ProcessUse(memory=memory, unlinked=unlinked, files=files, hidden=True)
+        files += len(names)
+        if files > MOST_FILES:
+            break
+        for name in names:
+            with suppress(OSError):  # closed meanwhile
+                status = os.stat(f"{place}fd/{name}")  # noqa: PTH116 - as above
+                file = status.st_dev, status.st_ino
+                if status.st_nlink == 0 and stat.S_ISREG(status.st_mode) and file not in seen:
+                    seen.add(file)
+                    if status.st_dev not in kinds:
+                        kinds[status.st_dev] = status.st_dev in _tmpfs(place)
+                    size = max(_ENTRY_BYTES, status.st_blocks * 512)
+                    if kinds[status.st_dev]:
+                        memory += size
+                    else:
+                        unlinked += size
+    return ProcessUse(memory=memory, unlinked=unlinked, files=files)
+
+
+def _descriptors(place: str, wait: float = _HIDES_SECONDS) -> list[str] | None:
+    """The names of open descriptors; None where a process hides them, as one does whose program nobody may read."""
+    try:
+        return os.listdir(f"{place}fd")  # noqa: PTH208 - as above
+    except OSError as error:
+        if not isinstance(error, PermissionError) or not _has_memory(place):
+            return []  # it ended meanwhile
+    if not wait:
+        return None
+    time.sleep(wait)
+    return _descriptors(place, wait=0.0)
+
+
+def _tmpfs(place: str) -> set[int]:
+    """Devices of file systems in memory that a process sees."""
+    lines = (line.partition(b" - ") for line in _text(place, "mountinfo").splitlines())
+    numbers = (seen.split()[2].split(b":") for seen, _, kind in lines if kind.startswith(b"tmpfs "))
+    return {os.makedev(int(major), int(minor)) for major, minor in numbers}
+
+
+@cache
+def _memfds() -> int:
+    """The device on which memfds lie, which no path leads to."""
+    with open(os.memfd_create("device"), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        return os.fstat(file.fileno()).st_dev
 
 
 def disk_use(folder: Path, enough: int) -> int:
@@ -84,24 +215,41 @@ def disk_use(folder: Path, enough: int) -> int:
     return total
 
 
+class Paced(Generic[T]):
+    """What is found by looking, in a thread, no more often than worth it: `least` seconds apart, and at most a tenth of the time."""
+
+    def __init__(self, least: float, found: T) -> None:
+        """`found` holds until the first look, which is due at once."""
+        self._least, self._due = least, 0.0
+        self.found = found
+        """By the last look."""
+
+    async def look(self, look: Callable[[], T], *, anew: bool = False) -> T:
+        """Looks where it is due, or `anew` in any case."""
+        began = time.monotonic()
+        if anew or began >= self._due:
+            self.found = await asyncio.to_thread(look)
+            ended = time.monotonic()
+            self._due = ended + max(self._least, 10 * (ended - began))
+        return self.found
+
+
 class DiskMeter:
-    """What one folder takes up on disk, measured no more often than worth it."""
+    """What one folder takes up on disk."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        self._at, self._cost = time.monotonic(), 0.0
-        self.used = 0
+        self._paced = Paced(DISK_SECONDS, 0)
+
+    @property
+    def used(self) -> int:
         """Bytes at the last measurement; counted no further than a little above the limit."""
+        return self._paced.found
 
     @property
     def full(self) -> bool:
         return self.used > self._limit
 
     async def measure(self, *, anew: bool = False) -> int:
-        """Measures, unless it was just done: at most every half second, and at most a tenth of the time; `anew`: in any case."""
-        now = time.monotonic()
-        if anew or now - self._at >= max(0.5, 10 * self._cost):
-            self.used = await asyncio.to_thread(disk_use, self._folder, self._limit + _DISK_MARGIN)
-            self._at = time.monotonic()
-            self._cost = self._at - now
-        return self.used
+        """Measures, unless it was just done; `anew`: in any case."""
+        return await self._paced.look(partial(disk_use, self._folder, self._limit + _DISK_MARGIN), anew=anew)
