@@ -49,7 +49,7 @@ endif
 cluster-up: ## A real single-node Kubernetes on this machine, for tests (tests/cluster/README.md)
 	@tests/cluster/up
 
-cluster-down: ## End it, and leave nothing of it
+cluster-down: ## End it, and leave nothing of it but its images
 	@tests/cluster/down
 
 generate: setup ## The CRD and its reference, from the models; the plain manifests, from the chart

@@ -8,6 +8,7 @@ N=${DAGGER_CLUSTER:-0}
 NAME=dagger-test-$N # network interface on the host, and cgroup
 CACHE=${DAGGER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dagger-operator}
 STATE=$CACHE/cluster/$N
+IMAGES=$CACHE/images/node-$N # the node's images outlive it: gigabytes take a minute to unpack
 HOST=172.30.$N.1 # this machine, as pods and the node see it
 NODE=172.30.$N.2 # the node, as this machine sees it
 NOWHERE=172.30.$N.254 # nobody has it: the default route, so nothing leaves the machine

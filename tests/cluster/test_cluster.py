@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -114,7 +116,7 @@ BESIDE = str(128 + int(os.environ.get("DAGGER_CLUSTER", "0")))
 """A cluster of its own beside the session's."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def beside(cluster: Any) -> Iterator[dict[str, str]]:
     """The environment of the scripts for a second cluster, in which a pod runs."""
     environ = {**os.environ, "DAGGER_CLUSTER": BESIDE}
@@ -146,23 +148,46 @@ def cgroups() -> list[Path]:
     return [path for pattern in ("", "*/") for path in Path("/sys/fs/cgroup").glob(f"{pattern}dagger-test-{BESIDE}")]
 
 
+def place_of(environ: dict[str, str]) -> tuple[str, str, str, int]:
+    """Network and process namespaces of a cluster that runs, its folder, and its first process."""
+    inside = [HERE / "in", "readlink", "/proc/1/ns/net", "/proc/1/ns/pid"]
+    network, pids = subprocess.run(inside, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    show = f'source "{HERE}/lib.sh"; echo "$STATE" "$(first_process)"'
+    folder, first = subprocess.run(["bash", "-c", show], env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return network, pids, folder, int(first)
+
+
+def ctr(environ: dict[str, str], *arguments: str) -> list[str]:
+    command = [HERE / "in", "ctr", "--namespace=k8s.io", *arguments]
+    return subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+
+
 @ours
-@pytest.mark.parametrize("crash", [False, True], ids=["as it runs", "after its first process was killed"])
-def test_an_api_server_that_was_killed_comes_back_and_nothing_is_left_of_a_cluster(beside: dict[str, str], crash: bool) -> None:
+def test_an_api_server_that_was_killed_comes_back(beside: dict[str, str]) -> None:
     before = running(beside, "kube-apiserver")
     subprocess.run([HERE / "in", "kill", "-KILL", *before], env=beside, check=True)
     subprocess.run([HERE / "up"], env=beside, check=True, stdout=subprocess.DEVNULL)  # waits for it
     assert running(beside, "kube-apiserver") != before
-    inside = [HERE / "in", "readlink", "/proc/1/ns/net", "/proc/1/ns/pid"]
-    network, pids = subprocess.run(inside, env=beside, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    show = f'source "{HERE}/lib.sh"; echo "$STATE" "$(first_process)"'
-    folder, first = subprocess.run(["bash", "-c", show], env=beside, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    assert len(inside_of(network)) > 8
-    assert cgroups()
-    if crash:
-        os.kill(int(first), 9)
-    subprocess.run([HERE / "down"], env=beside, check=True)
 
+
+@ours
+def test_of_a_cluster_that_ends_or_is_killed_only_the_projects_images_are_left(beside: dict[str, str]) -> None:
+    network, _, _, first = place_of(beside)
+    assert len(inside_of(network)) > 8 and cgroups() and ctr(beside, "containers", "ls", "--quiet")
+    kept, other = "docker.io/dagger-operator/kept:1", "localhost/other:1"
+    ctr(beside, "images", "tag", "--force", "localhost/busybox:1", kept, other)
+
+    os.kill(first, signal.SIGKILL)
+    while Path(f"/proc/{first}").exists():
+        time.sleep(0.05)
+    subprocess.run([HERE / "up"], env=beside, check=True, stdout=subprocess.DEVNULL)
+    images = ctr(beside, "images", "ls", "--quiet")
+    assert kept in images and other not in images
+    assert not ctr(beside, "containers", "ls", "--quiet")
+
+    network, pids, folder, _ = place_of(beside)
+    ctr(beside, "images", "rm", kept)
+    subprocess.run([HERE / "down"], env=beside, check=True)
     assert not inside_of(network)
     assert not [path for path in Path("/proc").glob("[0-9]*") if link(path / "ns" / "pid") == pids]
     assert not cgroups()
