@@ -51,6 +51,19 @@ async def test_a_kind_that_comes_later_ends_this_life_so_that_the_next_one_watch
     running.cancel()
 
 
+async def test_kopf_keeps_nothing_of_an_object_beside_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+
+    async def operator(**settings: Any) -> None:
+        given.update(settings)
+
+    monkeypatch.setattr(kopf, "operator", operator)
+    client = cast("Client", Server())
+    await Watches(Settings.read({}), Cache(), client, wake=lambda _: None, gone=lambda _: None, heard=lambda *_: None).run()
+    await given["memories"].recall({"metadata": {"uid": "u"}}, noticed_by_listing=True, memobase=kopf.Memo())
+    assert list(given["memories"].iter_all_memories()) == []
+
+
 @pytest.mark.parametrize(
     ("becomes", "known"),
     [("unlabelled", ["Job"]), ("gone", []), ("not to be asked for", [])],

@@ -7,6 +7,8 @@ from typing import Any
 
 import kopf
 import structlog
+from kopf._cogs.structs.bodies import RawBody
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory
 
 from dagger_operator.api import GROUP, KIND, VERSION
 from dagger_operator.cluster.cache import Cache, RunKey, identity
@@ -74,7 +76,8 @@ class Watches:
             return await kopf_session([self.streams.trace, *traces])
 
         namespaces = self._settings.namespaces
-        await kopf.operator(registry=registry, settings=_settings(), clusterwide=not namespaces, namespaces=namespaces)
+        memories = _Forgetful()
+        await kopf.operator(registry=registry, settings=_settings(), memories=memories, clusterwide=not namespaces, namespaces=namespaces)
 
     async def fill(self) -> None:
         """Returns once the cache holds all that there was when the watches were opened; then every run is to be looked at.
@@ -169,6 +172,13 @@ class _NoMemory(kopf.DiffBaseStorage):
 
     def store(self, **_: Any) -> None:
         return None
+
+
+class _Forgetful(ResourceMemories):
+    """kopf keeps a kilobyte of each object, for kinds of handlers of which there is none here."""
+
+    async def recall(self, raw_body: RawBody, *, ephemeral: bool = False, **more: Any) -> ResourceMemory:
+        return await super().recall(raw_body, ephemeral=True, **more)
 
 
 def _settings() -> kopf.OperatorSettings:
