@@ -77,7 +77,7 @@ class Serving(ApiModel):
     cel: ClassVar[tuple[Rule, ...]] = (Rule("self.nodes == 1 || self.gpus > 0", _NODES_HAVE_GPUS),)
 
     image: Annotated[str, Field(min_length=1, max_length=512)] = "docker.io/vllm/vllm-openai:v0.32.0"
-    """Image with vLLM; not used on one machine without containers."""
+    """Image with vLLM 0.18 or newer, which is the first to know `--shutdown-timeout`; not used on one machine without containers."""
     replicas: Annotated[int, Field(ge=1, le=256)] = 1
     """Servers; a rollout stays with one of them, so that its prefix stays cached there."""
     gpus: Annotated[int, Field(ge=0, le=16)] = 1
