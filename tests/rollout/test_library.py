@@ -45,4 +45,9 @@ def test_commands_get_the_librarys_variables_whatever_the_protocol_and_images_th
         "eval_type": "pass_and_fail",
     }
     for task in (swe.swebench_task(row), swe.swegym_task(row)):
-        assert {**text, **task.env} == library().config(Protocol.TOOL_CALL)["environment"]["env"]
+        theirs = dict(library().config(Protocol.TOOL_CALL)["environment"]["env"])
+        file = theirs.pop("BASH_ENV")
+        assert (
+            task.env["BASH_ENV"] == f"$(if [ -r {file} ]; then echo {file}; fi)"
+        )  # and where nobody may read it, nothing is said about it
+        assert {**text, **task.env} == theirs | {"BASH_ENV": task.env["BASH_ENV"]}
