@@ -47,7 +47,5 @@ def test_commands_get_the_librarys_variables_whatever_the_protocol_and_images_th
     for task in (swe.swebench_task(row), swe.swegym_task(row)):
         theirs = dict(library().config(Protocol.TOOL_CALL)["environment"]["env"])
         file = theirs.pop("BASH_ENV")
-        assert (
-            task.env["BASH_ENV"] == f"$(if [ -r {file} ]; then echo {file}; fi)"
-        )  # and where nobody may read it, nothing is said about it
+        assert task.env["BASH_ENV"] == f"$(if [ -r {file} ]; then echo {file}; fi)"  # so that no command says that it may not read it
         assert {**text, **task.env} == theirs | {"BASH_ENV": task.env["BASH_ENV"]}
