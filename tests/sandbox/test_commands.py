@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,25 @@ async def test_cancelling_again_and_again_leaves_no_process_behind(sandbox: Proc
             await asyncio.sleep(0)
         assert task.cancelled() and nap.alive == 0
     gc.collect()  # a process that nobody waited for warns here, and a warning is an error
+
+
+def states(pids: list[int]) -> set[str]:
+    """Of processes that are there: R, S, and so on; Z where nothing is left but an entry."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            found.add(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+    return found
+
+
+async def test_nothing_of_a_command_lives_any_more_when_its_end_is_told(sandbox: ProcessSandbox, nap: Nap) -> None:
+    for _ in range(2):
+        many = f"for i in $(seq 40); do (setsid nohup {nap} >/dev/null 2>&1 &); done; {nap}"
+        running = asyncio.create_task(sandbox.execute(many, timeout=2))
+        while len(pids := nap.pids) < 41 and not running.done():
+            await asyncio.sleep(0.05)
+        assert (await running).timed_out
+        assert states(pids) <= {"Z", "X"}
 
 
 async def test_closing_ends_what_runs_removes_everything_and_may_be_done_twice(

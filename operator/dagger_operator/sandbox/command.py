@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ async def run(
         raise SandboxError("CannotStart", f"{start.argv[0]!r} cannot be started: {error}") from error
     assert process.stdout is not None
     pipe, output = process.stdout.fileno(), BoundedOutput(keep)
-    exited, eof = loop.create_future(), loop.create_future()
+    exited, eof, below = loop.create_future(), loop.create_future(), dict[int, asyncio.Future[None]]()
     os.set_blocking(pipe, False)
 
     def read() -> None:
@@ -124,12 +124,7 @@ async def run(
                 loop.remove_reader(pipe)
                 eof.set_result(None)
 
-    def exit_seen() -> None:
-        loop.remove_reader(pidfd)
-        exited.set_result(None)
-
-    pidfd = os.pidfd_open(process.pid)
-    loop.add_reader(pidfd, exit_seen)
+    pidfd = _notice(process.pid, exited)
     loop.add_reader(pipe, read)
     watching = asyncio.create_task(watch(process.pid))
     try:
@@ -138,15 +133,21 @@ async def run(
         timed_out = not exited.done() and stopped is None
     finally:
         watching.cancel()
+        # The first process of a namespace: the kernel ends all others there with it, whatever group they went to, and then itself.
+        for child in _children(process.pid):
+            with suppress(ProcessLookupError):
+                end = loop.create_future()
+                below[_notice(child, end)] = end
         # Also where the leader has ended by itself: what it left in the background must not outlive it.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         try:
-            await _undisturbed(_gone(exited, eof))
+            await _undisturbed(_gone(exited, eof, below.values()))
         finally:
-            loop.remove_reader(pidfd)
+            for descriptor in (pidfd, *below):
+                loop.remove_reader(descriptor)
+                os.close(descriptor)
             loop.remove_reader(pipe)
-            os.close(pidfd)
             process.stdout.close()
             returncode = process.poll()
     if returncode is None:
@@ -154,9 +155,28 @@ async def run(
     return Ended(output, returncode if returncode >= 0 else 128 - returncode, timed_out, stopped, time.monotonic() - started)
 
 
-async def _gone(exited: asyncio.Future[None], eof: asyncio.Future[None]) -> None:
-    """Waits for a killed process to vanish and for what it printed last."""
-    await asyncio.wait({exited}, timeout=_GRACE_SECONDS)
+def _notice(pid: int, end: asyncio.Future[None]) -> int:
+    """Has a process's end told, until the descriptor that is returned is closed."""
+    loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(pid)
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        end.set_result(None)
+
+    loop.add_reader(pidfd, ended)
+    return pidfd
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []  # it ended meanwhile
+
+
+async def _gone(exited: asyncio.Future[None], eof: asyncio.Future[None], below: Iterable[asyncio.Future[None]]) -> None:
+    """Waits for a killed process and its children to vanish, and for what they printed last."""
+    await asyncio.wait({exited, *below}, timeout=_GRACE_SECONDS)
     if exited.done():
         # A process that escaped the group may hold the pipe open; it is not waited for.
         await asyncio.wait({eof}, timeout=0.2)
