@@ -46,6 +46,7 @@ const (
 	allow  = 0x7fff0000
 	refuse = 0x00050000 | uint32(syscall.EPERM)
 	absent = 0x00050000 | uint32(syscall.ENOSYS)
+	nobody = 0x00050000 | uint32(syscall.ESRCH)
 )
 
 type program []syscall.SockFilter
@@ -90,13 +91,14 @@ func standing(who, own uint32) program {
 }
 
 // sparing lets a call through unless its first argument is one of the numbers below `first`, which are process 1's and its threads'. Groups
-// are negative ones, and not that.
+// are negative ones, and not that. As if nobody had that number: for who looks whether the process of an old file lives, EPERM means that
+// it does.
 func sparing(first uint32) program {
 	return program{
 		load(atArguments),
 		jump(syscall.BPF_JEQ, 0, 2, 0),
 		jump(syscall.BPF_JGE, first, 1, 0),
-		answerWith(refuse),
+		answerWith(nobody),
 		answerWith(allow),
 	}
 }

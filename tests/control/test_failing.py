@@ -199,7 +199,10 @@ def test_a_step_waits_for_what_a_lost_node_holds_says_so_and_fails_in_time(
 ) -> None:
     tale = story(gpuSharing="TimeShared", preRunningDeadlineSeconds=600)
     tale.into_rollouts()
-    lost = {"pods": 1, "lost": Trouble("NodeLost", "pod p was to end, and its node gpu-7 does not say that it did", tale.now)}
+    lost = {
+        "pods": 1,
+        "lost": Trouble("NodeLost", "pod p was to end, and its node gpu-7 does not say that it did", tale.now - timedelta(hours=5)),
+    }
     if holder == "student":
         tale.see("rollout", state=ChildState.SUCCEEDED, pods=0)
         tale.done("rollout", round_number=1)
@@ -216,8 +219,11 @@ def test_a_step_waits_for_what_a_lost_node_holds_says_so_and_fails_in_time(
     assert ("Job", step) not in wanted(waits)
     assert (waits.status.phase.lower(), waits.status.reason) == (step, "NodeLost")
     said = tale.condition("Progressing").message
-    assert held in said and "its node gpu-7" in said and "(since 2026-01-01 00:00:00 UTC)" in said
-    tale.later(minutes=11)
+    assert held in said and "its node gpu-7" in said and "(since 2026-01-01 00:00:00 UTC)" in said, "since it is in the way"
+    tale.later(minutes=9)
+    assert tale.plan().status.reason == "NodeLost"
+    tale.later(minutes=2)
+    assert tale.plan().status.phase is Phase.FAILED
     failed = tale.plan()
     assert (failed.status.phase, failed.status.reason) == (Phase.FAILED, "NodeLost")
     assert tale.condition("Failed").message.endswith("; preRunningDeadlineSeconds is 600")

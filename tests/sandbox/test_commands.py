@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dagger_operator.sandbox.command import BoundedOutput
 from dagger_operator.sandbox.interface import SandboxError, SandboxRequest
 from dagger_operator.sandbox.process import ProcessSandboxes
 from dagger_operator.sandbox.process_sandbox import ProcessSandbox
+from dagger_operator.sandbox.usage import Paced
 from fixtures.sandboxes import Nap
 
 
@@ -96,3 +98,16 @@ def test_bounded_output_keeps_head_and_tail_and_counts_the_rest(chunks: list[byt
     assert whole.startswith(head) and whole.endswith(tail)
     assert len(head) + len(tail) == min(limit, len(whole))
     assert (f"[{output.dropped} bytes left out]" in output.text()) == (output.dropped > 0)
+
+
+async def test_a_command_is_looked_at_however_busy_the_threads_of_the_worker_are() -> None:
+    loop, busy = asyncio.get_running_loop(), threading.Event()
+    waiting = [loop.run_in_executor(None, busy.wait) for _ in range(64)]
+    try:
+        paced = Paced(0.0, 0)
+        assert await asyncio.wait_for(paced.look(lambda: 1), 10) == 1
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(paced.look(lambda: 2), 10) == 2, "to wait for a thread is not to look"
+    finally:
+        busy.set()
+        await asyncio.gather(*waiting)

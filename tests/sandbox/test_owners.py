@@ -153,3 +153,13 @@ async def test_what_is_allowed_is_not_done_where_there_are_namespaces(provider: 
     async with ProcessSandboxes(provider._limits, tmp_path / "both", allow_unconfined=True, isolation=provider.isolation) as best:
         sandbox = await best.create(SandboxRequest("one"), timeout=60)
         assert (await sandbox.execute("pwd", timeout=60)).output == "/testbed\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can do without")
+def test_root_that_may_not_see_what_others_have_open_says_so() -> None:
+    script = "from dagger_operator.sandbox.isolation import probe; print(probe().describe())"
+    for options, says in (([], False), (["--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"], True)):
+        told = subprocess.run(["setpriv", *options, sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        if "WITHOUT namespaces" in told:
+            pytest.skip(told)
+        assert ("CAP_SYS_PTRACE" in told) is says

@@ -108,6 +108,18 @@ async def test_only_who_speaks_of_the_object_says_that_it_is_not_there(body: byt
         assert await store.get("run.json") is None
 
 
+async def test_a_404_to_a_question_without_an_answers_body_is_asked_for_its_reason(tmp_path: Path) -> None:
+    for body, there in ((b"default backend - 404", None), (NO_SUCH_KEY, False)):
+        with recording(saying(404, body)) as server:
+            store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))
+            for ask in (store.exists("run.json"), store.download("run.json", tmp_path / "file")):
+                if there is None:
+                    with pytest.raises(StoreUnavailable, match=r"run\.json in s3://bucket/run: .*404"):
+                        await ask
+                else:
+                    assert await ask is there
+
+
 async def test_what_a_server_says_is_told_in_few_words() -> None:
     with recording(saying(403, b"x" * 100_000)) as server:
         store = Store.open(Storage(url="s3://bucket/run", endpoint_url=server.url), Keys(KEYS, "Secret keys"))

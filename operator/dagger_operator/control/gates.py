@@ -1,7 +1,7 @@
 """What stands in a step's way, and what has failed for good."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from dagger_operator.api import DAggerRun, GpuSharing, RunStatus
@@ -12,7 +12,7 @@ from dagger_operator.control.failures import given_up, server_given_up
 from dagger_operator.control.jobs import pods_of
 from dagger_operator.control.names import RETRY, Role
 from dagger_operator.control.observe import Observed
-from dagger_operator.control.refusals import since
+from dagger_operator.control.refusals import since, waited_since
 from dagger_operator.control.rounds import StageName, Step, Work
 
 RESULT_GRACE = timedelta(seconds=60)
@@ -81,7 +81,7 @@ def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, server
             return Failure(step, Trouble(known.reason, f"{known.message}; {_patience(run)}"), one)
     for step, trouble in blocked(run, observed, work, jobs, servers).items():
         if trouble.reason == Reason.NODE_LOST and not run.spec.suspend and _waited_too_long(run, trouble.since, observed.now):
-            return Failure(step, Trouble(trouble.reason, f"{trouble.message}; {_patience(run)}"))
+            return Failure(step, Trouble(trouble.reason, f"{since(trouble)}; {_patience(run)}"))
     refused = observed.refused
     if refused is not None and _waited_too_long(run, refused.since, observed.now):
         return Failure(work.step, Trouble(refused.reason, f"{since(refused)}; {_patience(run)}"), refused=True)
@@ -131,22 +131,24 @@ def _may_work(run: DAggerRun, step: Step, job: Child | None, released: bool) -> 
 
 def _obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: Child | None, servers: Servers) -> Trouble | None:
     if job is not None and job.deleting:
-        return _held_up(Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted", [job])
+        return _held_up(run, observed, Reason.LEFTOVERS_STOPPING, f"Job {job.name} is being deleted", [job])
     same = [one for one in observed.children if (one.round, one.component) == (step.round, step.stage) and one is not job]
     if leftovers := [one for one in same if one.holds]:
-        return _held_up(Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}", leftovers)
+        return _held_up(run, observed, Reason.LEFTOVERS_STOPPING, f"an earlier attempt has not stopped yet: {_named(leftovers)}", leftovers)
     shared = run.spec.gpu_sharing is GpuSharing.TIME_SHARED
     if work.beside is not None and waits_for_evaluation(run.spec, step.stage):
         return Trouble(Reason.WAITING_FOR_EVALUATION, f"evaluation of round {work.beside.round} still asks the student as it is")
     if shared and (holding := _holding(observed, step)):
-        return _held_up(Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}", holding)
+        return _held_up(run, observed, Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}", holding)
     return servers_trouble(servers) if step.stage in ASKS_SERVERS else None
 
 
-def _held_up(reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
-    """That others have to end first, and which of them never will by itself."""
+def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
+    """That others have to end first, and which of them never will by itself: in this run's way since it waits, not since that is lost."""
     lost = next((one.lost for one in by if one.lost is not None), None)
-    return Trouble(reason, message) if lost is None else replace(lost, message=f"{message}: {lost.message}")
+    if lost is None:
+        return Trouble(reason, message)
+    return Trouble(lost.reason, f"{message}: {lost.message}", waited_since(run.status, lost.reason, observed.now))
 
 
 def servers_trouble(servers: Servers) -> Trouble | None:

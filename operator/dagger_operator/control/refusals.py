@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from dagger_operator.api import Phase, RunStatus
 from dagger_operator.control.child import Trouble
-from dagger_operator.control.conditions import ConditionType
+from dagger_operator.control.conditions import ConditionType, Reason
 
 _FORM = "%Y-%m-%d %H:%M:%S"
 _SINCE = re.compile(r"\(since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC\)")
@@ -19,7 +19,16 @@ def since(trouble: Trouble) -> str:
 
 def failed_by(status: RunStatus | None) -> Trouble | None:
     """The refusal that a run failed by: it holds until the object is taken, whoever looks."""
-    return _told(status, ConditionType.FAILED) if status is not None and status.phase is Phase.FAILED else None
+    told = _told(status, ConditionType.FAILED) if status is not None and status.phase is Phase.FAILED else None
+    return None if told is None or told.reason == Reason.NODE_LOST else told
+
+
+def waited_since(status: RunStatus | None, reason: str, now: datetime) -> datetime:
+    """Since when a run waits for a reason of which nothing else tells how long it has been in the run's way."""
+    for kind in (ConditionType.FAILED, ConditionType.PROGRESSING):
+        if (told := _told(status, kind)) is not None and told.reason == reason and told.since is not None:
+            return told.since
+    return now
 
 
 def dated(refusal: Trouble, known: Trouble | None, status: RunStatus | None) -> Trouble:

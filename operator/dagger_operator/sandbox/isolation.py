@@ -11,6 +11,8 @@ from dagger_operator.sandbox import seccomp
 from dagger_operator.sandbox.cgroup import Cgroups
 from dagger_operator.sandbox.handed import descriptor_of
 
+_CAP_SYS_PTRACE = 19
+
 
 @dataclass(frozen=True)
 class Isolation:
@@ -24,6 +26,8 @@ class Isolation:
     """Kernel-enforced limits; None: this process samples memory and processes instead."""
     root: bool
     """Whether this process is root; then each namespaced sandbox runs under an unprivileged user id of its own."""
+    sees_files: bool = True
+    """Whether what commands have open can be looked at: of another user id's it takes CAP_SYS_PTRACE."""
 
     @property
     def counts_processes(self) -> bool:
@@ -35,6 +39,8 @@ class Isolation:
     def describe(self) -> str:
         """One line for people, such as `daggerctl run` prints."""
         memory = f"memory and CPU limited by {self.cgroups.describe()}" if self.cgroups else "memory limited by sampling, CPU not limited"
+        if not self.sees_files:
+            memory += "; files in memory and files without a name do not count, for which root needs CAP_SYS_PTRACE"
         if self.bubblewrap:
             user = "a user id of its own" if self.root else "this user in a namespace of its own"
             return f"Process sandboxes: bubblewrap namespaces, no network, no host files but read-only /usr, {user}; {memory}."
@@ -75,7 +81,12 @@ def probe(*, cgroups: bool = True) -> Isolation:
         )
     if tried.returncode != 0:
         return Isolation(None, f"bwrap is not permitted here: {tried.stderr.strip() or f'exit code {tried.returncode}'}", found, root)
-    return Isolation(bwrap, "", found, root)
+    return Isolation(bwrap, "", found, root, not root or _may_trace())
+
+
+def _may_trace() -> bool:
+    held = re.search(r"^CapEff:\s+(\w+)", Path("/proc/self/status").read_text(), re.M)
+    return held is not None and bool(int(held[1], 16) >> _CAP_SYS_PTRACE & 1)
 
 
 def namespaces(root: bool) -> tuple[str, ...]:

@@ -59,6 +59,8 @@ class ProcessSandboxes:
             if not self._allow_unconfined:
                 raise SandboxError(NO_NAMESPACES, self._isolation.refusal())
             structlog.get_logger().warning("sandboxes without namespaces", isolation=self._isolation.describe())
+        elif not self._isolation.sees_files:
+            structlog.get_logger().warning("not all that sandboxes use can be seen", isolation=self._isolation.describe())
         try:
             self._tenancy = await asyncio.to_thread(Tenancy.take, self._root, self._isolation.cgroups)
         except OSError as error:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -226,12 +227,19 @@ class Paced(Generic[T]):
 
     async def look(self, look: Callable[[], T], *, anew: bool = False) -> T:
         """Looks where it is due, or `anew` in any case."""
-        began = time.monotonic()
-        if anew or began >= self._due:
-            self.found = await asyncio.to_thread(look)
-            ended = time.monotonic()
-            self._due = ended + max(self._least, 10 * (ended - began))
+        if anew or time.monotonic() >= self._due:
+            self.found, took = await asyncio.get_running_loop().run_in_executor(_LOOKERS, _timed, look)
+            self._due = time.monotonic() + max(self._least, 10 * took)
         return self.found
+
+
+_LOOKERS = ThreadPoolExecutor(4, "look")
+"""Of their own: in those of the event loop, folders are removed meanwhile, and a limit that nobody looks at is none."""
+
+
+def _timed(look: Callable[[], T]) -> tuple[T, float]:
+    began = time.monotonic()
+    return look(), time.monotonic() - began
 
 
 class DiskMeter:

@@ -171,6 +171,21 @@ class Store:
                 raise self._unavailable("reading", key, error) from error
             return None
 
+    def _there(self, key: str, call: Callable[[], T]) -> T:
+        """What a call for an object gives. Raises `_NotThere` where the server says so: a 404 to a HEAD has no body, and is asked again."""
+        try:
+            return call()
+        except FileNotFoundError as error:
+            if self._folder is not None or ABSENT.search(str(error)):
+                raise _NotThere from error
+        try:
+            self._backend.get(self._prefix + key)
+        except FileNotFoundError as error:
+            if ABSENT.search(str(error)):
+                raise _NotThere from error
+            raise
+        return call()
+
     async def signed(self, key: str) -> str:
         """A URL by which whoever has it may read the object, for 15 minutes. Not of folders."""
         backend = cast(Any, self._backend)
@@ -178,9 +193,9 @@ class Store:
 
     async def exists(self, key: str) -> bool:
         try:
-            await self._run("reading", key, lambda: self._backend.head(self._prefix + key), answers=(FileNotFoundError,))
+            await self._run("reading", key, lambda: self._there(key, lambda: self._backend.head(self._prefix + key)), answers=(_NotThere,))
             return True
-        except FileNotFoundError:
+        except _NotThere:
             return False
 
     async def put(self, key: str, data: bytes) -> None:
@@ -292,9 +307,7 @@ class Store:
 
         def of_storage(call: Callable[[], T]) -> T:
             try:
-                return call()
-            except FileNotFoundError as error:
-                raise _NotThere from error
+                return self._there(key, call)
             except (BaseError, OSError) as error:
                 raise self._unavailable("downloading", key, error) from error
 
