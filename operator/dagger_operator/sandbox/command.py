@@ -133,14 +133,15 @@ async def run(
         timed_out = not exited.done() and stopped is None
     finally:
         watching.cancel()
-        # The first process of a namespace: the kernel ends all others there with it, whatever group they went to, and then itself.
-        for child in _children(process.pid):
-            with suppress(ProcessLookupError):
-                end = loop.create_future()
-                below[_notice(child, end)] = end
+        # Of bubblewrap it is the first process of a namespace: the kernel ends all others there with it, whatever group they went to.
+        children = [] if start.status is None else _children(process.pid)
         # Also where the leader has ended by itself: what it left in the background must not outlive it.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
+            with suppress(OSError):  # it is gone, or there is no descriptor left to wait by
+                end = loop.create_future()
+                below[_notice(child, end)] = end
         try:
             await _undisturbed(_gone(exited, eof, below.values()))
         finally:

@@ -233,7 +233,7 @@ class Paced(Generic[T]):
         return self.found
 
 
-_LOOKERS = ThreadPoolExecutor(4, "look")
+_LOOKERS = ThreadPoolExecutor(thread_name_prefix="look")
 """Of their own: in those of the event loop, folders are removed meanwhile, and a limit that nobody looks at is none."""
 
 
