@@ -67,6 +67,7 @@ class PodFleet:
         self._known: dict[str, Manifest] = {}
         self._lives: dict[str, Life] = {}
         self._coming: set[str] = set()
+        self._leaving: set[str] = set()
         self._fewer = asyncio.Condition()
 
     async def admit(self, name: str, most: int) -> None:
@@ -125,15 +126,20 @@ class PodFleet:
 
     async def _remove(self, uid: str, pod: Manifest) -> None:
         """One that was gone already is forgotten here: its end may have been told before it was known, and is not told again."""
-        with suppress(ApiError):
-            if not await self._kube.delete(Kind.PODS, pod):
-                self._known.pop(uid, None)
-                async with self._fewer:
-                    self._fewer.notify_all()
+        self._leaving.add(uid)
+        try:
+            with suppress(ApiError):
+                if not await self._kube.delete(Kind.PODS, pod):
+                    self._known.pop(uid, None)
+                    async with self._fewer:
+                        self._fewer.notify_all()
+        finally:
+            self._leaving.discard(uid)
 
     def _unwanted(self, uid: str, metadata: Manifest) -> bool:
         ours = any(owner["uid"] == self._owner() for owner in metadata.get("ownerReferences") or ())
-        return ours and uid not in self._lives and metadata["name"] not in self._coming and not metadata.get("deletionTimestamp")
+        asked = uid in self._leaving or metadata.get("deletionTimestamp")
+        return ours and uid not in self._lives and metadata["name"] not in self._coming and not asked
 
     async def _see_all(self, pods: Iterable[Manifest]) -> None:
         found = {pod["metadata"]["uid"]: pod for pod in pods}
