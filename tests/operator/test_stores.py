@@ -17,7 +17,7 @@ from fixtures.secrets import Secrets
 
 async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:
     secrets, run = Secrets(), make_run(secretRef={"name": "keys"})
-    read = Stores(secrets)  # type: ignore[arg-type]
+    read = Stores(secrets)  # type: ignore[arg-type]  # as Secrets
     with pytest.raises(StoreUnavailable, match=r"Secret keys in namespace lab .* does not exist: create it"):
         await read.read(run)
     secrets.held["keys"] = ("1", {})
@@ -38,7 +38,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
     make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, hangs = make_run(), asyncio.Event()
-    read, reads = Stores(Secrets()), 0  # type: ignore[arg-type]
+    read, reads = Stores(Secrets()), 0  # type: ignore[arg-type]  # as Secrets
     real = stores._read
 
     async def slow(*arguments: Any) -> Any:
@@ -68,7 +68,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
 async def test_a_store_that_was_away_holds_nobody_up_until_it_answers_in_time_again(
     make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, read, real, answers = make_run(), Stores(Secrets()), stores._read, asyncio.Event()  # type: ignore[arg-type]
+    run, read, real, answers = make_run(), Stores(Secrets()), stores._read, asyncio.Event()  # type: ignore[arg-type]  # as Secrets
     honest = False
 
     async def slow(*arguments: Any) -> Any:
