@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dagger_operator.cluster.places import Places
 from dagger_operator.cluster.queue import Backoff, WorkQueue
 
 KEYS = st.sampled_from("abc")
@@ -168,7 +169,7 @@ async def test_workers_are_bounded_and_one_key_has_one_worker() -> None:
 
     for key in range(20):
         queue.add(key)
-    running = asyncio.create_task(queue.run(work, workers=4))
+    running = asyncio.create_task(queue.run(work, Places(4)))
     async with asyncio.timeout(30):
         await finished.wait()
     running.cancel()

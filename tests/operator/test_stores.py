@@ -8,6 +8,7 @@ import pytest
 
 from dagger_operator.api import DAggerRun
 from dagger_operator.cluster import stores
+from dagger_operator.cluster.places import Places, sit
 from dagger_operator.cluster.stores import Stores
 from dagger_operator.store.objects import Store, StoreUnavailable
 from dagger_operator.store.owner import take_prefix
@@ -103,3 +104,33 @@ async def test_a_store_that_was_away_holds_nobody_up_until_it_answers_in_time_ag
     await asyncio.sleep(3 * stores.GLANCE_SECONDS)
     answers.set()
     assert (await patient)[0].records == {}, "it is waited for as any other"
+
+
+async def test_a_look_lets_others_work_while_it_waits_for_a_slow_store_and_only_then(
+    make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, answers = make_run(), asyncio.Event()
+    read, places = Stores(Secrets()), Places(1)  # type: ignore[arg-type]  # as Secrets
+    real = stores._read
+
+    async def slow(*arguments: Any) -> Any:
+        await answers.wait()
+        return await real(*arguments)
+
+    async def look() -> None:
+        sit(place)
+        await read.read(run)
+
+    place = await places.take()
+    monkeypatch.setattr(stores, "AT_HAND_SECONDS", 3600.0)
+    await asyncio.create_task(look())
+    others = asyncio.create_task(places.take())
+    await asyncio.sleep(0.01)
+    assert not others.done()
+    monkeypatch.setattr(stores, "_read", slow)
+    monkeypatch.setattr(stores, "AT_HAND_SECONDS", 0.01)
+    looking = asyncio.create_task(look())
+    await asyncio.wait_for(others, 10)
+    assert not looking.done()
+    answers.set()
+    await looking

@@ -16,6 +16,7 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.health import Health
 from dagger_operator.cluster.leader import Leader
 from dagger_operator.cluster.metrics import Metrics
+from dagger_operator.cluster.places import Places
 from dagger_operator.cluster.queue import WorkQueue
 from dagger_operator.cluster.readings import Readings
 from dagger_operator.cluster.reaper import Reaper
@@ -64,7 +65,7 @@ async def operate(settings: Settings) -> None:
         tasks: list[Coroutine[Any, Any, None]] = [
             health.watch_the_loop(),
             metrics.count_gpus(cache),
-            _work(queue, watches, metrics.timed(reconciler.reconcile), settings.workers),
+            _work(queue, watches, metrics.timed(reconciler.reconcile), Places(settings.workers)),
             *([leader.keep()] if leader else []),
             *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
             watches.run([metrics.trace()]),
@@ -77,9 +78,9 @@ async def operate(settings: Settings) -> None:
                 await leader.release()
 
 
-async def _work(queue: WorkQueue[RunKey], watches: Watches, look: Callable[[RunKey], Awaitable[float | None]], workers: int) -> None:
+async def _work(queue: WorkQueue[RunKey], watches: Watches, look: Callable[[RunKey], Awaitable[float | None]], places: Places) -> None:
     await watches.fill()
-    await queue.run(look, workers)
+    await queue.run(look, places)
 
 
 async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:

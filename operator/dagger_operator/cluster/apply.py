@@ -53,7 +53,7 @@ class Applier:
             else:
                 fresh = await self._client.apply(stamped, dry_run=dry_run)
         except (Refused, Missing, Unavailable) as error:
-            return _refusal(one.kind, one.name, error)
+            return _refusal(one.kind, one.namespace, one.name, error)
         if dry_run:
             return None
         self._settled[fresh["metadata"]["uid"]] = _version(fresh)
@@ -70,7 +70,7 @@ class Applier:
         try:
             answer = await self._client.delete(ref.api_version, ref.kind, run.metadata.namespace, ref.name, preconditions=preconditions)
         except (Refused, Missing, Unavailable) as error:
-            return _refusal(ref.kind, f"{ref.name} cannot be removed", error)
+            return _refusal(ref.kind, run.metadata.namespace, f"{ref.name} cannot be removed", error)
         log.info("removing", kind=ref.kind, namespace=run.metadata.namespace, name=ref.name)
         if answer is not None:
             self._cache.put(answer)
@@ -151,10 +151,10 @@ def _may_touch(run: DAggerRun, manifest: Manifest, live: Manifest) -> bool:
     return (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER and run_key(live) == run_key(manifest)
 
 
-def _refusal(kind: str, name: str, error: ApiError) -> Trouble:
+def _refusal(kind: str, namespace: str, name: str, error: ApiError) -> Trouble:
     if not error.about_one:
         raise error
-    log.info("refused", kind=kind, name=name, reason=error.reason, message=error.message)
+    log.info("refused", kind=kind, namespace=namespace, name=name, reason=error.reason, message=error.message)
     return Trouble(error.reason or "Refused", f"{kind} {name}: {shortened(error.message)}", datetime.now(UTC))
 
 

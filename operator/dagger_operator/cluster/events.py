@@ -30,7 +30,9 @@ class Teller:
             except Conflict:
                 await self._again(manifest)
         except ApiError as error:
-            log.info("event not told", told=event.reason, error=str(error))
+            log.info(
+                "event not told", namespace=run["metadata"]["namespace"], name=run["metadata"]["name"], told=event.reason, error=str(error)
+            )
 
     async def _again(self, manifest: dict[str, Any]) -> None:
         place = manifest["metadata"]

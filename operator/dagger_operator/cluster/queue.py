@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 
 import structlog
 
+from dagger_operator.cluster.places import Place, Places, sit
+
 K = TypeVar("K", bound=Hashable)
 
 log = structlog.get_logger()
@@ -134,15 +136,15 @@ class WorkQueue(Generic[K]):
         now = self.clock()
         return [now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now]
 
-    async def run(self, work: Callable[[K], Awaitable[float | None]], workers: int) -> None:
-        """Works until it is cancelled, on so many keys at a time. `work` returns the seconds after which it wants to look again."""
-        free = asyncio.Semaphore(workers)
+    async def run(self, work: Callable[[K], Awaitable[float | None]], places: Places) -> None:
+        """Works until it is cancelled, where there is a place. `work` returns the seconds after which it wants to look again."""
         async with asyncio.TaskGroup() as group:
             while True:
-                await free.acquire()
-                group.create_task(self._work(await self._next(), work)).add_done_callback(lambda _: free.release())
+                place = await places.take()
+                group.create_task(self._work(await self._next(), work, place))
 
-    async def _work(self, key: K, work: Callable[[K], Awaitable[float | None]]) -> None:
+    async def _work(self, key: K, work: Callable[[K], Awaitable[float | None]], place: Place) -> None:
+        sit(place)
         try:
             again_after = await work(key)
         except asyncio.CancelledError:
@@ -152,6 +154,8 @@ class WorkQueue(Generic[K]):
             log.warning("failed, to be tried again", key=key, error=repr(error), seconds=round(wait, 1))
         else:
             self.done(key, again_after=again_after)
+        finally:
+            place.leave()
 
     async def _next(self) -> K:
         while True:

@@ -51,8 +51,8 @@ class Settings(BaseModel):
     """0 turns a server off."""
     lease: Annotated[str, Field(pattern=r"^(-|[a-z0-9]([-a-z0-9.]*[a-z0-9])?)$", max_length=253)] = "dagger-operator"
     """Name of the Lease by which replicas agree who works; `-` goes without, for one replica alone."""
-    workers: Annotated[int, Field(ge=1, le=256)] = 16
-    """Runs that are worked on at the same time."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 4
+    """Runs that are looked at at the same time, not counting those that wait for storage."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:

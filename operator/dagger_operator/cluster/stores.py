@@ -14,6 +14,7 @@ from dagger_operator.api import DAggerRun, Storage
 from dagger_operator.cluster.cache import RunKey
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.named_server import NamedServer, session
+from dagger_operator.cluster.places import give_way
 from dagger_operator.control import Results, read_progress, read_results
 from dagger_operator.control.progress import Progress
 from dagger_operator.kube.errors import ApiError, Missing
@@ -26,6 +27,8 @@ PATIENCE_SECONDS = 10.0
 """A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
 GLANCE_SECONDS = 0.2
 """For one that was away, until it has answered in time again: whoever waits for it does no other run's work meanwhile."""
+AT_HAND_SECONDS = 0.05
+"""What a look waits for a store without giving its place to another."""
 PROGRESS_A_SECOND = 20.0
 """Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
 _THREADS = 16
@@ -75,7 +78,7 @@ class Stores:
             begun_before = opened.reading is not None
             task = opened.reading = opened.reading or asyncio.create_task(_timed(opened, run))
             if not begun_before:
-                await asyncio.wait({task}, timeout=GLANCE_SECONDS if opened.problem else PATIENCE_SECONDS)
+                await _waited_for(task, GLANCE_SECONDS if opened.problem else PATIENCE_SECONDS)
             if not task.done():
                 opened.problem = opened.problem or f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s"
                 raise StoreUnavailable(opened.problem)
@@ -154,6 +157,14 @@ def _decoded(value: str, what: str) -> str:
         return b64decode(value, validate=True).decode(errors="replace")
     except ValueError as error:
         raise StoreUnavailable(f"{what} is not base64 ({error}): make the Secret anew with `kubectl create secret`") from None
+
+
+async def _waited_for(reading: asyncio.Task[tuple[Results, Progress]], seconds: float) -> None:
+    """Until it is done, or so long; whoever waits longer than for a store at hand lets others work."""
+    await asyncio.wait({reading}, timeout=min(seconds, AT_HAND_SECONDS))
+    if not reading.done():
+        give_way()
+        await asyncio.wait({reading}, timeout=seconds - AT_HAND_SECONDS)
 
 
 async def _timed(opened: _Open, run: DAggerRun) -> tuple[Results, Progress]:

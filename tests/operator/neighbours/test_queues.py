@@ -53,11 +53,16 @@ TRAINING = {"gpusPerNode": 4, "processesPerNode": 4, "nodes": 2}
 
 
 async def _stays(lab: Any, reason: str, seconds: float = 8) -> None:
-    """Longer than its deadline for what waits elsewhere."""
-    await lab.until_reason(reason)
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        assert (await lab.run())["status"]["reason"] == reason
+    """Longer than its deadline for what waits elsewhere; another server may wait for a moment, for the same reason, before."""
+    settled = time.monotonic() + 60
+    since: float | None = None
+    while since is None or time.monotonic() < since + seconds:
+        status = (await lab.run()).get("status", {})
+        if status.get("reason") != reason:
+            since = None
+        elif since is None:
+            since = time.monotonic()
+        assert since is not None or time.monotonic() < settled, status
         await asyncio.sleep(0.5)
 
 
@@ -92,7 +97,8 @@ async def test_what_kueue_writes_into_a_job_at_work_is_left_alone(operator: Any,
     assert {one["key"] for one in spec["tolerations"]} == {"own", "gpu"}
     lab.working = set()
     await lab.until_phase("Succeeded")
-    assert '"event": "refused"' not in operator.log.read_text()
+    said = map(json.loads, operator.log.read_text().splitlines())
+    assert not [one for one in said if one.get("namespace") == lab.namespace and one["event"] == "refused"]
 
 
 async def test_a_training_that_the_queue_has_no_room_for_waits_as_a_whole_and_says_so(
