@@ -1,6 +1,6 @@
 """What one pass over a trajectory and all its labels saves: time, and memory, as ratios within one run.
 
-    python benchmarks/training.py [--turns 4,8,16,32] [--acted 0,0.5] [--widths narrow,wide] [--blocks 5] [--json FILE]
+    python benchmarks/training.py [--shapes "100 turns,50 turns"] [--turns 4,8,16,32] [--acted 0,0.5] [--widths narrow,wide] [--blocks 5]
 
 Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which the student
 alone acts (`--acted 0`: every label branches off, the case that saves least), and in which the teacher acts on a share of turns, whose
@@ -16,14 +16,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training_load import FOR_MEMORY, SIZES, TURNS, VARIANTS, Load, Measured, matmul_rate, measure, measure_memory, measure_resume
+from training_load import (
+    FOR_MEMORY,
+    FOR_MEMORY_SHAPE,
+    SIZES,
+    TURNS,
+    VARIANTS,
+    Load,
+    Measured,
+    matmul_rate,
+    measure,
+    measure_memory,
+    measure_resume,
+)
 
 
-def times(turns: list[int], acted: float, blocks: int, width: str) -> list[dict[str, float]]:
-    measure(Load(max(turns)), "trees", width), measure(Load(4), "labels", width)  # caches, threads and kernels
+def times(shape: str, turns: list[int], acted: float, blocks: int, width: str) -> list[dict[str, float]]:
+    measure(Load(max(turns), shape), "trees", width), measure(Load(4, shape), "labels", width)  # caches, threads and kernels
     found = []
     for count in turns:
-        load = Load(count, acted)
+        load = Load(count, shape, acted)
         pairs = [(measure(load, "trees", width), measure(load, "labels", width)) for _ in range(blocks)]
         ratio = statistics.median(apart.seconds / together.seconds for together, apart in pairs)
         fast: Measured = min((together for together, _ in pairs), key=lambda one: one.seconds)
@@ -81,6 +93,7 @@ def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="100 turns,50 turns", help="conversations, by how many turns end at 64K tokens")
     parser.add_argument("--turns", default="4,8,16,32", help="turns of a conversation, each with a label")
     parser.add_argument("--acted", default="0,0.5", help="shares of turns on which the teacher acts")
     parser.add_argument("--widths", default="narrow,wide", help=f"students: of {'; '.join(SIZES)}")
@@ -89,12 +102,13 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="measure the memory of this one alone, in this process")
     asked = parser.parse_args()
     if asked.variant:
-        print(json.dumps(vars(measure_memory(Load(TURNS), asked.variant, FOR_MEMORY))))
+        print(json.dumps(vars(measure_memory(Load(TURNS, FOR_MEMORY_SHAPE), asked.variant, FOR_MEMORY))))
         return
     print(f"load average {os.getloadavg()[0]:.2f}\n")
     widths, turns = asked.widths.split(","), [int(count) for count in asked.turns.split(",")]
     figures = {
-        f"time, {width}, the teacher acts on {float(acted):.0%} of turns": times(turns, float(acted), asked.blocks, width)
+        f"time, {shape}, {width}, the teacher acts on {float(acted):.0%} of turns": times(shape, turns, float(acted), asked.blocks, width)
+        for shape in asked.shapes.split(",")
         for width in widths
         for acted in asked.acted.split(",")
     }

@@ -37,9 +37,23 @@ TURNS = 24
 """Of the conversation that memory is measured with."""
 VARIANTS = ("trees", "labels", "all logits", "checkpointing", "all logits, checkpointing", "head", "head, all logits")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FIRST, TURN, LABEL = 256, 128, 28
-"""Tokens of the first prompt; of an action with what came of it; of a label. About a tenth of what they are in repairs of software: 50
-turns that end at 64K tokens, with labels of 280."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of conversations, in tokens: about a tenth of what they are in repairs of software."""
+
+    turn: int
+    """Of an action with what came of it."""
+    label: int
+    first: int = 400
+    """Of the first prompt."""
+
+
+SHAPES = {"100 turns": Shape(60, 20), "50 turns": Shape(120, 30)}
+"""By how many turns end at 64K tokens, the paper's context, of which it allows 100. As `daggerctl estimate` takes them: 4,000 tokens before
+the first turn, and 300 for an action, at most a third of what a turn adds."""
+FOR_MEMORY_SHAPE = "50 turns"
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,9 @@ class Size:
 
 
 SIZES = {"narrow": Size(256, 4), "wide": Size(512, 4), "wide with a large vocabulary": Size(512, 32)}
-"""Of students of four layers. At 32 turns attention has that share of the work which it has in Qwen3-8B at 64K tokens (narrow) and 32K
-(wide). With 4 tokens a channel the head has the share of a token's work which it has below Qwen3-8B's 36 layers; it has 37 a channel."""
+"""Of students of four layers. At 32 turns of the longer shape attention has that share of the work which it has in Qwen3-8B at 64K tokens
+(narrow) and 32K (wide); of the shorter one, which ends at 2,320 tokens, what it has at 35K and 17K. With 4 tokens a channel the head has
+the share of a token's work which it has below Qwen3-8B's 36 layers; it has 37 a channel."""
 FOR_MEMORY = "wide with a large vocabulary"
 
 
@@ -73,16 +88,17 @@ class Load:
     """One conversation with a label of the teacher's at every turn. Where the teacher acted (`acted`, a share of turns, spread evenly)
     the label is what was done; where the student did, it never is."""
 
-    def __init__(self, turns: int, acted: float = 0.0) -> None:
-        self.labels = turns
+    def __init__(self, turns: int, shape: str, acted: float = 0.0) -> None:
+        self.shape, self.labels = SHAPES[shape], turns
+        first, turn_tokens, label_tokens = self.shape.first, self.shape.turn, self.shape.label
         random, vocabulary = np.random.default_rng(turns), min(size.vocabulary for size in SIZES.values())
-        conversation = random.integers(1, vocabulary, FIRST + turns * TURN, dtype=np.int32)
+        conversation = random.integers(1, vocabulary, first + turns * turn_tokens, dtype=np.int32)
         self.samples = []
         for turn in range(turns):
-            end = FIRST + turn * TURN
-            state, action = conversation[:end], conversation[end : end + LABEL]
+            end = first + turn * turn_tokens
+            state, action = conversation[:end], conversation[end : end + label_tokens]
             teacher_acted = int((turn + 1) * acted) > int(turn * acted)
-            label = action if teacher_acted else random.integers(1, vocabulary, LABEL, dtype=np.int32)
+            label = action if teacher_acted else random.integers(1, vocabulary, label_tokens, dtype=np.int32)
             self.samples.append(Sample("0001/00000", turn, Strand(np.concatenate([state, label])), len(state)))
 
     def packs(self, variant: str) -> list[Pack]:
@@ -104,7 +120,7 @@ class Load:
         )
         channels = config.num_hidden_layers * config.num_attention_heads * config.head_dim
         head = config.hidden_size * config.vocab_size
-        return 6 * (weights * self.tokens(variant) + head * self.labels * LABEL) + 12 * channels * pairs
+        return 6 * (weights * self.tokens(variant) + head * self.labels * self.shape.label) + 12 * channels * pairs
 
     @cached_property
     def _together(self) -> list[Pack]:
@@ -180,7 +196,7 @@ def measure_memory(load: Load, variant: str, width: str) -> Measured:
         leave_the_head_alone(width)
     if "checkpointing" in variant:
         student(width).policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    measure(Load(1), variant, width)
+    measure(Load(1, FOR_MEMORY_SHAPE), variant, width)
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -233,7 +249,7 @@ def matmul_rate() -> float:
 
 def measure_resume(width: str) -> dict[str, float]:
     """One rank's checkpoint as training makes it: stored, fetched, verified and loaded, beside a step."""
-    step = measure(Load(TURNS), "trees", width).seconds
+    step = measure(Load(TURNS, FOR_MEMORY_SHAPE), "trees", width).seconds
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_store_and_resume(Path(folder), width, step))
 
@@ -248,7 +264,7 @@ async def _store_and_resume(folder: Path, width: str, step: float) -> dict[str, 
     device = engine.join(0, 1, 0)
     training = Training(precision="FP32", processes_per_node=1, gpus_per_node=int(DEVICE.type == "cuda"))
     trainer = engine.build(training, weights, 1, device, engine.adamw(training))
-    trainer.backward(trainer(**collate(Load(1).packs("trees"), limits(), Share(), device)))
+    trainer.backward(trainer(**collate(Load(1, FOR_MEMORY_SHAPE).packs("trees"), limits(), Share(), device)))
     trainer.step()
     store = Store.open(Storage(url=f"file://{folder}/store"))
     kept = Checkpoints(store, folder, 1, "", zero_stage=training.deepspeed.zero_stage, node=0, every_steps=1)
