@@ -45,6 +45,20 @@ def test_what_infrastructure_ends_has_a_budget_of_its_own_and_then_fails_the_run
     assert (tale.plan().status.phase, tale.plan().status.reason) == (Phase.FAILED, "StorageUnavailable")
 
 
+def test_an_outage_that_ends_all_workers_costs_each_of_them_one_retry(story: Callable[..., Story]) -> None:
+    tale = story(rollouts={"workers": 32}, failurePolicy={"infrastructureRetries": 2})
+    tale.into_rollouts()
+
+    def outages(times: int) -> tuple[PodFailure, ...]:
+        return tuple(replace(AWAY, index=f"{index}") for index in range(32)) * times
+
+    tale.see("rollout", failures=outages(2))
+    assert tale.plan().status.phase is Phase.ROLLOUT
+    tale.see("rollout", failures=(*outages(2), replace(AWAY, index="7")))
+    assert tale.plan().status.phase is Phase.FAILED
+    assert "3 pods of index 7 failed, failurePolicy.infrastructureRetries allows 2" in tale.condition("Failed").message
+
+
 def test_a_server_that_lacks_a_service_has_the_budget_of_infrastructure(story: Callable[..., Story]) -> None:
     tale = story(failurePolicy={"infrastructureRetries": 2})
     tale.into_rollouts()
@@ -83,7 +97,7 @@ def test_a_rule_by_reason_is_decided_by_the_plan(story: Callable[..., Story]) ->
     tale.into_rollouts()
     spec = build_job(tale.run, ROLLOUT, Results())["spec"]
     assert "podFailurePolicy" not in spec, "what comes after the rule is the plan's to decide as well"
-    assert spec["backoffLimit"] == 6 * 3 + 4
+    assert spec["backoffLimit"] == (6 + 4) * 3
     tale.see("rollout", failures=(BROKEN,) * 18)
     assert tale.plan().status.phase is Phase.ROLLOUT
     tale.see("rollout", failures=(BROKEN,) * 19)

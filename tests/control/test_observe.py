@@ -1,59 +1,13 @@
 """Children mirror what their pods say, so that a condition can say why a run waits."""
 
 import json
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import UTC, datetime
 
 import pytest
 
-from dagger_operator import control
-from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, Child, ChildState, Trouble
+from control.observed import LABELS, NOW, STAGE_SAID, Json, child, children, deployment, ended, job, of, pod, server_pod, waiting
+from dagger_operator.control import COMPONENT, FAILED, ROUND, ChildState, Trouble
 from dagger_operator.control.names import COMPLETION_INDEX
-
-Json = dict[str, Any]
-NOW = datetime(2026, 1, 1, 2, tzinfo=UTC)
-LABELS = {COMPONENT: "rollout", ROUND: "2", ATTEMPT: "abcd1234"}
-
-
-def child(manifest: Json, pods: Sequence[Json] = (), now: datetime = NOW) -> Child:
-    return control.child(manifest, pods, now)
-
-
-def children(objects: Sequence[Json], pods: Sequence[Json], warnings: Mapping[tuple[str, str], Trouble] = {}) -> tuple[Child, ...]:
-    return control.children(objects, pods, NOW, warnings)
-
-
-def ago(**passed: float) -> str:
-    return (NOW - timedelta(**passed)).isoformat()
-
-
-def job(*, spec: Json | None = None, **status: Any) -> Json:
-    metadata = {"name": "demo-r002-rollout-abcd1234", "uid": "j", "labels": LABELS}
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec or {}, "status": status}
-
-
-def deployment(*, wanted: int = 1, annotations: Json | None = None, generation: int = 1, **status: Any) -> Json:
-    metadata = {"name": "demo-student", "labels": LABELS | {COMPONENT: "student"}, "generation": generation, "annotations": annotations}
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": {"replicas": wanted}, "status": status}
-
-
-def pod(
-    name: str = "p", phase: str = "Running", *, labels: Json | None = None, containers: list[Json] | None = None, **status: Any
-) -> Json:
-    metadata = {"name": name, "labels": labels or LABELS, "creationTimestamp": "2026-01-01T00:00:00Z"}
-    return {"kind": "Pod", "metadata": metadata, "status": {"phase": phase, "containerStatuses": containers or [], **status}}
-
-
-def ended(code: int, message: str = "", *, at: str = "2026-01-01T00:00:00Z", **more: Any) -> Json:
-    return {"name": "stage", "state": {"terminated": {"exitCode": code, "message": message, "finishedAt": at, **more}}}
-
-
-def waiting(reason: str, message: str = "", **more: Any) -> Json:
-    return {"name": "stage", "state": {"waiting": {"reason": reason, "message": message}}, **more}
-
-
-STAGE_SAID = json.dumps({"reason": "LabelCoverageTooLow", "message": "raise labels.attempts"})
 
 
 def test_a_job_is_waiting_running_suspended_succeeded_or_failed() -> None:
@@ -185,131 +139,6 @@ def test_a_container_that_is_being_created_is_no_trouble() -> None:
     assert child(job(active=1), [pod(phase="Pending", containers=[waiting("ContainerCreating")])]).trouble is None
 
 
-READY = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "readyReplicas": 1}
-
-
-def test_a_deployment_is_ready_when_all_replicas_of_this_generation_are() -> None:
-    assert child(deployment(**READY)).state is ChildState.READY
-    assert child(deployment(generation=2, **READY)).state is ChildState.RUNNING
-    assert child(deployment(wanted=2, **READY)).state is ChildState.RUNNING
-    assert child(deployment(**READY | {"replicas": 2})).state is ChildState.RUNNING
-    scaled_down = child(deployment(wanted=0, **READY))
-    assert (scaled_down.state, scaled_down.pods) == (ChildState.SUSPENDED, 1), "it still holds what the last pod holds"
-
-
-def server_pod(**container: Any) -> Json:
-    return pod("s", labels=LABELS | {COMPONENT: "student"}, containers=[{"name": "vllm", **container}])
-
-
-def test_a_server_is_given_up_when_a_retry_would_not_mend_it_or_many_did_not() -> None:
-    last = {"terminated": {"exitCode": 1, "message": "CUDA out of memory"}}
-    back_off = {"waiting": {"reason": "CrashLoopBackOff"}}
-    assert child(deployment(), [server_pod(state=back_off, lastState=last, restartCount=2)]).state is ChildState.WAITING
-    looping = child(deployment(), [server_pod(state=back_off, lastState=last, restartCount=5)])
-    assert looping.state is ChildState.FAILED
-    assert looping.trouble is not None
-    assert "CUDA out of memory" in looping.trouble.message
-    permanent = {"terminated": {"exitCode": 3, "message": STAGE_SAID}}
-    assert child(deployment(), [server_pod(state=back_off, lastState=permanent, restartCount=0)]).state is ChildState.FAILED
-    of_another_attempt = server_pod(state=back_off, lastState=permanent, restartCount=9)
-    of_another_attempt["metadata"]["labels"][ATTEMPT] = "00000000"
-    assert child(deployment(), [of_another_attempt]).state is ChildState.RUNNING
-
-
-def test_a_server_that_lacks_a_service_is_waited_for_and_its_ends_are_counted() -> None:
-    away = {"terminated": {"exitCode": 75, "message": '{"reason": "ModelUnreachable", "message": "the hub is away"}'}}
-    weights = {"name": "weights", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": away, "restartCount": 9}
-    starting = pod("s", "Pending", labels=LABELS | {COMPONENT: "student"}, initContainerStatuses=[weights])
-    seen = child(deployment(), [starting])
-    assert seen.state is ChildState.WAITING and seen.trouble is not None and "the hub is away" in seen.trouble.message
-    assert [failure.reason for failure in seen.failures] == ["ModelUnreachable"] * 10
-    starting["status"]["conditions"] = placed(ago(hours=1))["status"]["conditions"]
-    given_up = late_server(starting)
-    assert given_up.state is ChildState.FAILED and given_up.trouble is not None, "its startup deadline holds all the same"
-    assert given_up.trouble.reason == "ModelUnreachable"
-    running = {**weights, "state": {"running": {}}}
-    assert not child(deployment(), [server_pod(**running)]).failures, "it may have come through"
-
-
-LATE = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}
-
-
-COMPLETE_ONCE = {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable", "message": "has successfully progressed"}
-
-
-def late_server(*pods: Json, now: datetime = NOW, progress: Json = LATE) -> Child:
-    """A server with 30 minutes to start, which its Deployment says are over, or reckons with no more."""
-    manifest = deployment(wanted=len(pods), conditions=[progress])
-    manifest["spec"]["progressDeadlineSeconds"] = 1800
-    return child(manifest, pods, now)
-
-
-def placed(since: str, *, unready: str | None = None, ready: bool = False) -> Json:
-    conditions = [
-        {"type": "PodScheduled", "status": "True", "lastTransitionTime": since},
-        {"type": "Ready", "status": str(ready), "lastTransitionTime": unready or since},
-    ]
-    return pod("s", labels=LABELS | {COMPONENT: "student"}, conditions=conditions)
-
-
-def test_a_server_past_its_deadline_failed_unless_it_waits_for_room() -> None:
-    assert late_server(placed(ago(minutes=31))).state is ChildState.FAILED
-    untimed = pod("s", conditions=[{"type": "Ready", "status": "False"}])
-    del untimed["metadata"]["creationTimestamp"]
-    assert late_server(untimed).state is ChildState.FAILED, "as one machine says it, where nothing waits for room"
-    no_room = pod("s", "Pending", conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no GPU"}])
-    assert late_server(no_room).state is ChildState.WAITING
-    assert late_server().state is not ChildState.FAILED, "a quota refuses its pods: nothing of it has begun"
-
-
-def test_a_server_that_waited_for_its_turn_has_all_its_time_from_then_on() -> None:
-    begun = placed(ago(seconds=5))
-    assert late_server(begun).state is ChildState.RUNNING
-    assert late_server(begun, now=NOW + timedelta(minutes=29)).state is ChildState.RUNNING
-    assert late_server(begun, now=NOW + timedelta(minutes=31)).state is ChildState.FAILED
-    serves = placed(ago(hours=1), ready=True)
-    assert late_server(serves, begun).state is ChildState.RUNNING, "the first replica had room, the second one waited"
-    changes_weights = placed(ago(hours=1), unready=ago(seconds=5))
-    assert late_server(changes_weights, begun).state is ChildState.RUNNING
-
-
-def test_a_server_that_is_scaled_back_up_has_the_same_time_though_its_deployment_was_complete_once() -> None:
-    again = placed(ago(minutes=31))
-    failed = late_server(again, progress=COMPLETE_ONCE)
-    assert failed.state is ChildState.FAILED and failed.trouble is not None
-    assert failed.trouble.reason == "ProgressDeadlineExceeded"
-    assert all(part in failed.trouble.message for part in ("pod s ", "1800 s", "spec.student.serving.startupDeadlineSeconds"))
-    assert late_server(placed(ago(minutes=29)), progress=COMPLETE_ONCE).state is ChildState.RUNNING
-    assert late_server(placed(ago(hours=9), unready=ago(seconds=5)), progress=COMPLETE_ONCE).state is ChildState.RUNNING
-    first = {"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}
-    assert late_server(again, progress=first).state is ChildState.RUNNING, "it reckons with its progress: another replica has just come"
-
-
-@pytest.mark.parametrize("progress", [LATE, COMPLETE_ONCE])
-def test_a_server_that_is_late_fails_with_what_its_container_said_last(progress: Json) -> None:
-    again = placed(ago(minutes=31))
-    killed = {"terminated": {"exitCode": 137, "reason": "Error", "message": "probe failed"}}
-    again["status"]["containerStatuses"] = [{"name": "vllm", "state": {"running": {}}, "lastState": killed, "restartCount": 3}]
-    failed = late_server(again, progress=progress)
-    assert failed.state is ChildState.FAILED and failed.trouble is not None
-    assert "exit code 137" in failed.trouble.message
-
-
-def test_a_server_that_starts_again_and_again_says_why_while_it_runs() -> None:
-    killed = {"terminated": {"exitCode": 137, "reason": "Error", "message": "no answer"}}
-    seen = child(deployment(), [server_pod(state={"running": {}}, lastState=killed, restartCount=3)])
-    assert seen.state is ChildState.RUNNING and seen.trouble is not None
-    assert all(part in seen.trouble.message for part in ("container vllm", "exit code 137", "no answer", "restarts so far: 3"))
-    assert child(deployment(**READY), [server_pod(state={"running": {}}, lastState=killed, restartCount=3)]).trouble is None
-
-
-def test_a_given_up_server_is_known_by_its_annotation_alone() -> None:
-    seen = child(deployment(wanted=0, annotations={FAILED: STAGE_SAID}))
-    assert seen.state is ChildState.FAILED
-    assert seen.trouble is not None
-    assert seen.trouble.reason == "LabelCoverageTooLow"
-
-
 def test_pods_belong_to_their_object_by_labels_and_orphans_are_seen() -> None:
     other_round = pod("of-round-1", labels=LABELS | {ROUND: "1"})
     gone = pod("ended-orphan", "Succeeded", labels=LABELS | {ROUND: "1"})
@@ -377,69 +206,6 @@ def test_workers_do_not_wait_for_each_other_and_ranks_do() -> None:
     assert child(training, pods).waiting_since == datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def of(component: str, *objects: Json) -> list[Json]:
-    """The same objects as another component's."""
-    return [{**one, "metadata": {**one["metadata"], "labels": LABELS | {COMPONENT: component}}} for one in objects]
-
-
-def going(name: str, due: str, phase: str = "Running") -> Json:
-    one = pod(name, phase)
-    return {**one, "metadata": {**one["metadata"], "deletionTimestamp": due}, "spec": {"nodeName": "gpu-7"}}
-
-
-def test_a_pod_whose_node_does_not_say_that_it_ended_is_waited_for_and_named() -> None:
-    overdue, due = going("a", ago(minutes=5)), NOW - timedelta(minutes=5)
-    seen = child(job(active=0, terminating=1), [overdue])
-    assert seen.trouble is not None
-    assert (seen.state, seen.trouble.reason, seen.waiting_since, seen.pods) == (ChildState.WAITING, "NodeLost", due, 1)
-    assert all(part in seen.trouble.message for part in ("pod a ", "node gpu-7 ", "delete node", "out-of-service", "--force"))
-    training, *ranks = of("training", job(), overdue, pod("b"))
-    gang = child(training, ranks)
-    assert (gang.state, gang.waiting_since) == (ChildState.WAITING, due), "its peers wait for it"
-    workers = child(job(), [overdue, pod("b")])
-    assert (workers.state, workers.waiting_since) == (ChildState.RUNNING, None), "the others work"
-
-
-def test_a_pod_that_ends_in_its_time_or_has_ended_is_no_lost_one() -> None:
-    for one in (going("a", ago(seconds=5)), going("a", ago(seconds=-120)), going("a", ago(hours=1), "Failed")):
-        trouble = child(job(), [one, pod("b")]).trouble
-        assert trouble is None
-
-
-def test_a_server_waits_for_a_lost_node_where_nothing_takes_its_place() -> None:
-    manifest, overdue = of("student", deployment(), going("s", ago(minutes=5)))
-    assert child(manifest, [overdue]).trouble is None, "its Deployment makes another pod at once"
-    group = child(manifest | {"kind": "LeaderWorkerSet"}, [overdue])
-    assert group.trouble is not None
-    assert (group.state, group.trouble.reason) == (ChildState.WAITING, "NodeLost")
-
-
-@pytest.mark.parametrize("kind", ["Deployment", "LeaderWorkerSet"])
-def test_an_edited_server_waits_for_the_node_that_keeps_a_pod_of_the_earlier_attempt_and_says_since_when(kind: str) -> None:
-    old = going("s-old", ago(minutes=5))
-    old["metadata"]["labels"] = LABELS | {COMPONENT: "student", ATTEMPT: "00000000"}
-    seen = child(deployment() | {"kind": kind}, [old])
-    assert seen.trouble is not None
-    assert (seen.state, seen.trouble.reason, seen.waiting_since) == (ChildState.WAITING, "NodeLost", NOW - timedelta(minutes=5))
-    assert "node gpu-7" in seen.trouble.message
-    old["metadata"]["deletionTimestamp"] = ago(seconds=5)
-    assert child(deployment() | {"kind": kind}, [old]).trouble is None, "it ends in its time"
-
-
-def test_a_lost_pod_is_known_also_of_what_waits_for_nothing_itself() -> None:
-    server, overdue = of("student", deployment(wanted=0), going("s", ago(minutes=5)))
-    given_up, _ = of("student", deployment(annotations={FAILED: "broken"}), overdue)
-    deleting = job()
-    deleting["metadata"] = {**deleting["metadata"], "deletionTimestamp": ago(minutes=6)}
-    failed = job(conditions=[{"type": "Failed", "status": "True"}])
-    at_rest = [child(server, [overdue]), child(given_up, [overdue])]
-    at_rest += [child(one, [going("a", ago(minutes=5))]) for one in (job(spec={"suspend": True}), failed, deleting)]
-    for one in at_rest:
-        assert one.lost is not None
-        assert (one.lost.reason, one.lost.since) == ("NodeLost", NOW - timedelta(minutes=5)), one
-    assert child(server, [going("s", ago(seconds=5))]).lost is None, "it ends in its time"
-
-
 def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     away = json.dumps({"reason": "StorageUnavailable", "message": "connection refused"})
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
@@ -460,6 +226,14 @@ def test_a_job_tells_how_each_of_its_pods_failed() -> None:
     assert [one.index for one in seen if one.exit_code == 75] == ["2"]
 
 
+def test_a_pod_that_ends_because_it_is_deleted_costs_nothing_also_while_it_is_still_there() -> None:
+    words = json.dumps({"reason": "Terminated", "message": "asked to end"})
+    failed = pod("a", "Failed", containers=[ended(75, words)])
+    assert [failure.reason for failure in child(job(active=1), [failed]).failures] == ["Terminated"]
+    failed["metadata"]["deletionTimestamp"] = NOW.isoformat()
+    assert child(job(active=1), [failed]).failures == ()
+
+
 def test_a_job_that_the_plan_gave_up_has_failed_whatever_its_pods_do() -> None:
     given_up = job(spec={"suspend": True})
     given_up["metadata"] = {**given_up["metadata"], "annotations": {FAILED: STAGE_SAID}}
@@ -476,10 +250,3 @@ def test_a_pod_of_another_job_is_not_taken_for_one_of_this_by_its_labels() -> No
     own["metadata"]["ownerReferences"] = [{"kind": "Job", "uid": "j"}]
     (seen,) = children([job()], [stranger, own])
     assert (seen.pods, seen.failures) == (1, ())
-
-
-def test_a_group_of_nodes_is_observed_as_a_server_is() -> None:
-    group = deployment(**{name: count for name, count in READY.items() if name != "observedGeneration"})
-    group |= {"kind": "LeaderWorkerSet"}
-    assert child(group).state is ChildState.READY
-    assert child(group | {"spec": {"replicas": 0}}).state is ChildState.SUSPENDED

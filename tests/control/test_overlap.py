@@ -86,6 +86,30 @@ def test_time_shared_training_waits_for_the_evaluation_that_asks_the_servers(sto
     assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 0
 
 
+def test_time_shared_an_evaluation_that_is_wanted_while_training_is_suspended_takes_its_place(
+    story: Callable[..., Story], wanted: Wanted
+) -> None:
+    tale = story(gpuSharing="TimeShared", evaluation={"mode": "LastRound"})
+    into_the_second_round(tale)
+    tale.done("rollout", round_number=2)
+    tale.carry_out(tale.plan())
+    tale.carry_out(tale.plan())
+    assert ("Job", "training") in wanted(tale.plan())
+    tale.edit(suspend=True)
+    tale.carry_out(tale.plan())
+    tale.edit(suspend=False, evaluation={"mode": "EveryRound"})
+    for _ in range(3):
+        tale.carry_out(tale.plan())
+        tale.serve()
+    planned = wanted(tale.plan())
+    assert {key for key in planned if key[0] == "Job"} == {("Job", "evaluation")}
+    assert planned["Deployment", "student"]["spec"]["replicas"] == 2
+    tale.done("evaluation", round_number=1)
+    tale.carry_out(tale.plan())
+    tale.carry_out(tale.plan())
+    assert ("Job", "training") in wanted(tale.plan()), "it goes on from its checkpoint"
+
+
 def test_without_overlap_rollouts_wait_for_the_evaluation(story: Callable[..., Story], wanted: Wanted) -> None:
     tale = story(evaluation={"overlap": "None"})
     into_the_second_round(tale)

@@ -13,7 +13,7 @@ from dagger_operator.cluster import stores
 from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.reconcile import Reconciler
 from dagger_operator.cluster.settings import Settings
-from dagger_operator.kube.errors import Unavailable, error_of
+from dagger_operator.kube.errors import Conflict, Unavailable, error_of
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
 from dagger_operator.store.results import PrepareResult, save_result
@@ -290,3 +290,39 @@ async def test_a_run_of_another_manager_is_left_alone_though_its_spec_is_not_und
     assert await looks.reconciler.reconcile(DEMO) is None
     assert "status" not in looks.stored
     assert looks.told() == []
+
+
+async def test_a_run_that_is_edited_during_the_look_at_which_its_time_is_over_stays(
+    looks: Looks, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks.edit(preRunningDeadlineSeconds=600, ttlSecondsAfterFinished=3600)
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    await looks.look()
+    clock.later(minutes=11)
+    assert (await looks.look())["phase"] == "Failed"
+    clock.later(hours=2)
+    read = stores._read
+
+    async def edited_meanwhile(*of: Any) -> Any:
+        looks.edit(ttlSecondsAfterFinished=86400)
+        return await read(*of)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stores, "_read", edited_meanwhile)
+        with pytest.raises(Conflict):
+            await looks.look()
+    assert (await looks.look())["phase"] == "Failed"
+    clock.later(days=1)
+    await looks.reconciler.reconcile(DEMO)
+    assert ("DAggerRun", *DEMO) not in looks.objects.there
+
+
+async def test_what_was_refused_is_not_held_against_another_run_of_the_same_name(looks: Looks, clock: Clock) -> None:
+    looks.edit(preRunningDeadlineSeconds=600)
+    looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)
+    await looks.look()
+    clock.later(minutes=11)
+    another = {**looks.stored, "metadata": {**looks.stored["metadata"], "uid": "another"}, "status": None}
+    looks.objects.there.clear()
+    looks.cache.put(looks.objects.put(another))
+    assert (await looks.look())["phase"] == "Preparing"

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import aiohttp
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagger_operator.serving.engine import RELOADING
+from dagger_operator.serving import replica
+from dagger_operator.serving.engine import RELOADING, Health
 from dagger_operator.store.objects import StoreUnavailable
 
 FIRST, SECOND, THIRD = "r000-aaaaaaaaaaaa", "r001-bbbbbbbbbbbb", "r002-cccccccccccc"
@@ -91,6 +93,20 @@ async def test_a_failed_reload_makes_vllm_restart_on_the_new_weights(pod: Any) -
         await pod.settle()
         assert (pod.vllm.starts, pod.vllm.weights, pod.gate.version) == (2, SECOND, SECOND)
         assert await pod.replica.server_well()
+
+
+async def test_a_vllm_that_is_silent_is_taken_for_a_busy_one_and_left_alone_for_some_minutes(
+    pod: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent() -> Health:
+        return Health.SILENT
+
+    async with pod.running():
+        assert await pod.replica.server_well()
+        monkeypatch.setattr(pod.replica._engine, "health", silent)
+        assert await pod.replica.server_well()
+        monkeypatch.setattr(replica, "BUSY_SECONDS", 0.0)
+        assert not await pod.replica.server_well()
 
 
 async def test_a_reload_that_changed_nothing_is_found_out(pod: Any) -> None:

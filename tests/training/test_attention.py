@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,17 +191,26 @@ def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask(bu
         assert (mine - right).norm() <= 2e-3 * right.norm(), "TF32 rounds to three digits"
 
 
-def test_flex_attention_is_compiled_for_more_lengths_than_torch_would_by_itself() -> None:
+def test_flex_attention_is_compiled_for_more_lengths_than_torch_would_by_itself_in_every_thread() -> None:
     import torch
+    from torch._dynamo.testing import CompileCounter
 
     from dagger_operator.training import flex
 
     torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch gives it no types
-    kernel, cpu = flex.compiled("eager"), torch.device("cpu")
-    with torch.no_grad():
-        for tokens in range(128, 128 * 13, 128):
+    compilations = CompileCounter()
+    kernel = flex.compiled(compilations)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]  # torch gives it no types
+    def attend_rows_of(lengths: range) -> None:
+        for tokens in lengths:
             query, key, value = (tensor.detach() for tensor in inputs(tokens, 2, 1))
-            kernel(query, key, value, block_mask=flex.block_mask((Chain(0, tokens),), cpu), enable_gqa=True)
+            kernel(query, key, value, block_mask=flex.block_mask((Chain(0, tokens),), torch.device("cpu")), enable_gqa=True)
+
+    attend_rows_of(range(128, 128 * 13, 128))
+    with ThreadPoolExecutor(1) as autograd:
+        autograd.submit(attend_rows_of, range(128 * 13, 128 * 25, 128)).result()
+    assert compilations.frame_count == 24
 
 
 @pytest.mark.parametrize("way", ["joined", "segments"])

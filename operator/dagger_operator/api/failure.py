@@ -60,8 +60,8 @@ class FailurePolicy(ApiModel):
     stage's own fault."""
 
     infrastructure_retries: Annotated[int, Field(ge=0, le=1000)] = 20
-    """Further tries of one stage's pods that infrastructure ended: disruption, exit code 75, and what rules add. The nodes of a training
-    end together, and count as one. A server that starts again for want of storage or the hub has as many."""
+    """Further tries of each pod of a stage that infrastructure ended: disruption, exit code 75, and what rules add. A server that starts
+    again for want of storage or the hub has as many."""
     rules: Annotated[list[FailureRule], Field(max_length=16)] = []
     """The first rule that matches decides."""
     keep: Keep = Keep.LOGS

@@ -93,7 +93,8 @@ class Serving(ApiModel):
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=list_map("name"))] = []
     """Further environment of vLLM's container. What runs beside it has `pod.env`."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
-    """How long loading may take before a replica counts as failed."""
+    """How long a replica may take, from a node of its own to answering, before it counts as failed: pulling images, fetching weights,
+    loading them."""
     pod: PodSettings = PodSettings()
     """Scheduling, resources and environment of the serving pods; one machine without a cluster uses the environment alone."""
 

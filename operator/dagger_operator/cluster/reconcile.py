@@ -71,10 +71,10 @@ class Reconciler:
         refusal = await self._carry_out(key, run, planned, observed)
         if refusal != observed.refused:
             planned = plan(run, replace(observed, refused=refusal))
-        await self._say(stored, run, planned.status, planned.events)
+        written = await self._say(stored, run, planned.status, planned.events)
 
         if planned.expired:
-            await self._delete(stored)
+            await self._delete(written)
         if planned.status.phase is Phase.SUCCEEDED or (planned.status.phase in RESTING and observed.storage_problem is None):
             self._stores.forget(key)  # not that its storage is away, where it is asked again and again
             self._read.pop(key, None)
@@ -84,7 +84,10 @@ class Reconciler:
     def _run(self, key: RunKey, stored: Manifest) -> DAggerRun:
         """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""
         version = f"{stored['metadata']['uid']}/{stored['metadata']['resourceVersion']}"
-        if (read := self._read.get(key)) is None or read[0] != version:
+        read = self._read.get(key)
+        if read is not None and read[1].metadata.uid != stored["metadata"]["uid"]:
+            self._forget(key)  # another, of the same name
+        if read is None or read[0] != version:
             read = self._read[key] = version, completed(_loaded(stored), self._settings)
         return read[1]
 
@@ -100,10 +103,11 @@ class Reconciler:
             self._refused.pop(key, None)
         return None
 
-    async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> None:
-        """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it."""
+    async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> Manifest:
+        """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it. The run as it
+        was looked at, with the status that it has now."""
         if status == run.status or run.metadata.deletion_timestamp is not None:
-            return
+            return stored
         metadata = {name: stored["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         head = {"apiVersion": stored["apiVersion"], "kind": stored["kind"], "metadata": metadata}
         written = await self._client.apply({**head, "status": status.wire()}, "status")
@@ -115,12 +119,12 @@ class Reconciler:
             )
         for event in events:
             await self._teller.tell(written, event)
+        return written
 
     async def _delete(self, stored: Manifest) -> None:
-        """Its time to live is over; not if somebody changed it since."""
+        """Its time to live is over; not if somebody changed it since it was looked at."""
         metadata = stored["metadata"]
-        current = self._cache.run(RunKey(metadata["namespace"], metadata["name"])) or stored
-        preconditions = {name: current["metadata"][name] for name in ("uid", "resourceVersion")}
+        preconditions = {name: metadata[name] for name in ("uid", "resourceVersion")}
         await self._client.delete(
             stored["apiVersion"],
             stored["kind"],

@@ -30,13 +30,10 @@ def own_retries(run: DAggerRun, stage: StageName, pods: int) -> int:
     return run.spec.training.retries if stage is StageName.TRAINING else RETRIES * pods
 
 
-def counted(stage: StageName, failures: Sequence[PodFailure]) -> Sequence[PodFailure]:
-    """Those that cost a retry. The nodes of a training end together, whichever was the cause, so what happened to it is counted by the
-    node that failed most often."""
-    if stage is not StageName.TRAINING:
-        return failures
-    by_node = Counter(failure.index for failure in failures)
-    most = max(by_node, key=by_node.__getitem__, default="")
+def of_the_worst(failures: Sequence[PodFailure]) -> Sequence[PodFailure]:
+    """Those of the pod, with what took its place, that failed most often."""
+    by_pod = Counter(failure.index for failure in failures)
+    most = max(by_pod, key=by_pod.__getitem__, default="")
     return [failure for failure in failures if failure.index == most]
 
 
@@ -62,10 +59,14 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
         FailureAction.RETRY: ("the stage's own retries", own_retries(run, stage, pods)),
     }
     for action, (name, budget) in budgets.items():
-        spent = counted(stage, [failure for one, failure in verdicts if one is action])
+        spent: Sequence[PodFailure] = [failure for one, failure in verdicts if one is action]
+        # An outage ends all workers, and what ends one node of a training ends its peers.
+        if action is FailureAction.RETRY_WITHOUT_COUNTING or stage is StageName.TRAINING:
+            spent = of_the_worst(spent)
         if len(spent) > budget:
             last = spent[-1]
-            return Trouble(last.reason, f"{len(spent)} pods failed, {name} allows {budget}; the last one: {last.message}")
+            whose = f"pods of index {last.index}" if last.index and len(spent) < len(job.failures) else "pods"
+            return Trouble(last.reason, f"{len(spent)} {whose} failed, {name} allows {budget}; the last one: {last.message}")
     return None
 
 
@@ -85,7 +86,7 @@ def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
     decided = [_on_exit_codes(_ACTIONS[rule.action], *rule.exit_codes) for rule in by_code]
     limit = own_retries(run, stage, pods)
     if len(by_code) < len(rules):
-        limit += run.spec.failure_policy.infrastructure_retries
+        limit += run.spec.failure_policy.infrastructure_retries * (1 if stage is StageName.TRAINING else pods)
     else:
         decided.append(_on_exit_codes("FailJob", ExitCode.PERMANENT))
         decided.append(_on_exit_codes("Ignore", ExitCode.UNAVAILABLE))

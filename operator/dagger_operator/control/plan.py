@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from dagger_operator.api import DAggerRun, Phase, RunStatus
-from dagger_operator.control.child import Child, ChildState
+from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Event, Reason, events
 from dagger_operator.control.gates import Failure, Jobs, Servers, active_deadline, blocked, failure, gpus_released, overdue
 from dagger_operator.control.jobs import build_job
@@ -101,11 +101,17 @@ def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: 
     for step, job in jobs.items():
         if step not in waits:
             objects.append(build_job(run, step, observed.results))
-        elif job is not None and not job.deleting and run.spec.kueue is None:
+        elif job is not None and not job.deleting and not _leaves(run, waits[step]):
             objects.append(build_job(run, step, observed.results, suspend=True))
     situation = at_work(run, observed, work, jobs, waits)
-    keep = [job for step, job in jobs.items() if job is not None and not (step in waits and run.spec.kueue)]
+    keep = [job for step, job in jobs.items() if job is not None and not (step in waits and _leaves(run, waits[step]))]
     return _close(run, observed, work, objects, leftovers(run, observed, work, objects, keep), situation, {} if released else servers)
+
+
+def _leaves(run: DAggerRun, waits: Trouble) -> bool:
+    """Whether a Job that may not work is removed instead of suspended: Kueue would let it go; and an evaluation that is to come first may
+    want the GPUs for which it would stay in line."""
+    return run.spec.kueue is not None or waits.reason == Reason.WAITING_FOR_EVALUATION
 
 
 def _stand_still(

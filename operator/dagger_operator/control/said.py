@@ -139,10 +139,10 @@ def _backs_off(container: Manifest) -> bool:
 
 
 def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
-    """How pods that failed ended, oldest first."""
+    """How pods that failed ended, oldest first. One that is being deleted was ended by whoever deletes it, which costs nothing."""
     found = []
     for pod in pods:
-        if phase(pod) != "Failed":
+        if phase(pod) != "Failed" or pod["metadata"].get("deletionTimestamp"):
             continue
         disrupted = any(one["type"] == "DisruptionTarget" and one["status"] == "True" for one in status(pod).get("conditions") or ())
         at, said, code = _end(pod)

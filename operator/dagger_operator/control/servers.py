@@ -22,6 +22,8 @@ from dagger_operator.control.scheduling import pod_template, queue_labels
 from dagger_operator.control.vllm import FOLLOWER, SERVER, vllm_arguments, vllm_environment
 
 PROBE_SECONDS = 2
+PATIENCE_SECONDS = 15
+"""The agent waits ten seconds for vLLM's answer before it says that it is silent."""
 
 
 def served(run: DAggerRun, role: Role) -> Serving | None:
@@ -97,7 +99,8 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
         SERVER,
         # The agent answers for vLLM, which listens on a Unix socket only.
         startupProbe=_probe("/health/server", failures=-(-serving.startup_deadline_seconds // PROBE_SECONDS)),
-        livenessProbe=_probe("/health/server", failures=5),
+        # Longer than the agent takes to be started anew.
+        livenessProbe=_probe("/health/server", failures=4, period=5, timeout=PATIENCE_SECONDS),
     )
     agent = _own_container(
         run,
@@ -148,10 +151,10 @@ def _own_container(run: DAggerRun, role: Role, serving: Serving, name: str, **mo
     return container(name, run.spec.image or WORKER_IMAGE, command, env, env_from=own_secrets(run, serving.pod), mounts=mounts, **more)
 
 
-def _probe(path: str, *, failures: int) -> dict[str, Any]:
+def _probe(path: str, *, failures: int, period: int = PROBE_SECONDS, timeout: int = PROBE_SECONDS) -> dict[str, Any]:
     return {
         "httpGet": {"path": path, "port": AGENT_PORT},
-        "periodSeconds": PROBE_SECONDS,
-        "timeoutSeconds": PROBE_SECONDS,
+        "periodSeconds": period,
+        "timeoutSeconds": timeout,
         "failureThreshold": failures,
     }

@@ -25,6 +25,9 @@ from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 
 log = structlog.get_logger()
 
+BUSY_SECONDS = 300.0
+"""How long a vLLM that listens and does not answer is taken for one that is busy."""
+
 
 class State(StrEnum):
     STARTING = "Starting"
@@ -62,6 +65,8 @@ class Replica:
         self._engine, self._shared, self._gate, self._metrics = engine, shared, gate, metrics
         self._wanted, self._provide = wanted, provide
         self._restarting = False
+        self._heard = time.monotonic()
+        """When vLLM was last not silent."""
         self.state = State.STARTING
         self.reason = ""
         """Why it does not serve what it should; empty where it does."""
@@ -75,8 +80,11 @@ class Replica:
         return self.state is not State.STARTING
 
     async def server_well(self) -> bool:
-        """Whether vLLM runs and need not be replaced."""
-        return not self._restarting and await self._engine.health() is Health.UP
+        """Whether vLLM runs and need not be replaced. One that is silent reads many long prompts, perhaps, and is given time."""
+        health, now = await self._engine.health(), time.monotonic()
+        if health is not Health.SILENT:
+            self._heard = now
+        return not self._restarting and (health is Health.UP or (health is Health.SILENT and now - self._heard < BUSY_SECONDS))
 
     async def step(self) -> None:
         """Looks, and does what is to be done. Whatever goes wrong becomes `reason`, and the next step tries again."""

@@ -107,6 +107,8 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
     threads = len(os.sched_getaffinity(0)) // training.processes_per_node if training.deepspeed.offload is Offload.OPTIMIZER else 1
     environ = {
         "OMP_NUM_THREADS": f"{max(1, threads)}",
+        # Passes differ in length, and blocks of one size in a GPU's memory do not serve the next.
+        **({} if "PYTORCH_CUDA_ALLOC_CONF" in stage.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         **stage.environ,
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{local_rank}",

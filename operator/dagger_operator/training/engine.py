@@ -82,7 +82,8 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
     """DeepSpeed's configuration, for so many groups of ranks that share rows.
 
     BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast as they
-    are used. Gradients are summed in FP32 either way, over passes and between ranks. By default DeepSpeed reduces between ranks in BF16:
+    are used. Gradients are summed in FP32 either way, over passes and between ranks; within a pass, where
+    the head is taken in pieces, in BF16. By default DeepSpeed reduces between ranks in BF16:
     half the traffic, of every gradient eight bits, and with ZeRO-1 of its sum over a whole step.
     """
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
@@ -142,7 +143,7 @@ def build(
     low_precision = training.precision is Precision.BF16 and training.deepspeed.zero_stage > 0
     config = AutoConfig.from_pretrained(weights, local_files_only=True)
     groups = sequence.share_rows(config.get_text_config(), training.sequence_parallel)
-    # Each rank holds the weights whole in host memory until DeepSpeed shards them.
+    # Each rank holds the weights whole, in host memory and then on its GPU, until DeepSpeed shards them: there they have to fit for once.
     policy = AutoModelForCausalLM.from_pretrained(
         weights,
         config=config,

@@ -75,9 +75,7 @@ def _kernel(device: str) -> Callable[..., Tensor]:
 
 
 def compiled(backend: str = "inductor") -> Callable[..., Tensor]:
-    """The kernel, compiled anew for each length of rows and never given up on."""
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _MOST_KERNELS
-    dynamo.fail_on_recompile_limit_hit = True
-    kernel: Any = torch.compile(flex_attention, dynamic=False, backend=backend)
+    """The kernel, compiled anew for each length of rows and never given up on: whole or not at all, in whichever thread. What torch's
+    configuration says holds for the thread that says it, and checkpoints are computed again in autograd's own."""
+    kernel: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True, recompile_limit=_MOST_KERNELS, backend=backend)  # type: ignore[call-overload]  # its overloads lack the limit
     return kernel  # type: ignore[no-any-return]  # torch's overloads are more than can be said here
