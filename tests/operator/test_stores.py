@@ -16,6 +16,11 @@ from dagger_operator.store.results import PrepareResult, save_result
 from fixtures.secrets import Secrets
 
 
+async def _late_answers(read: Stores) -> None:
+    """Until nothing is being read any more."""
+    await asyncio.wait([one.reading for one in read._open.values() if one.reading is not None], timeout=20)
+
+
 async def test_a_missing_secret_is_named_and_a_new_one_is_taken_at_once(make_run: Callable[..., DAggerRun]) -> None:
     secrets, run = Secrets(), make_run(secretRef={"name": "keys"})
     read = Stores(secrets)  # type: ignore[arg-type]  # as Secrets
@@ -97,8 +102,10 @@ async def test_a_store_that_was_away_holds_nobody_up_until_it_answers_in_time_ag
                 await look()
     honest = True
     answers.set()
-    await asyncio.sleep(0.05)
-    assert (await look())[0].records == {}
+    await _late_answers(read)
+    with monkeypatch.context() as patched:
+        patched.setattr(stores, "GLANCE_SECONDS", 10.0)
+        assert (await look())[0].records == {}
     answers.clear()
     patient = asyncio.create_task(look())
     await asyncio.sleep(3 * stores.GLANCE_SECONDS)
@@ -134,3 +141,37 @@ async def test_a_look_lets_others_work_while_it_waits_for_a_slow_store_and_only_
     assert not looking.done()
     answers.set()
     await looking
+
+
+async def test_a_server_that_hangs_is_waited_for_by_one_of_its_runs_and_briefly_by_the_others(
+    make_run: Callable[..., DAggerRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, real, answers = Stores(Secrets()), stores._read, asyncio.Event()  # type: ignore[arg-type]  # as Secrets
+
+    async def slow(*arguments: Any) -> Any:
+        await answers.wait()
+        return await real(*arguments)
+
+    async def look(name: str) -> Any:
+        return await asyncio.wait_for(read.read(make_run(name)), 20)
+
+    monkeypatch.setattr(stores, "_read", slow)
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(StoreUnavailable, match="did not answer"):
+        await look("first")
+    monkeypatch.setattr(stores, "PATIENCE_SECONDS", 3600.0)
+    monkeypatch.setattr(stores, "WARY_SECONDS", 0.05)
+    for name in ("second", "third"):
+        with pytest.raises(StoreUnavailable, match="did not answer"):
+            await look(name)
+    answers.set()
+    await _late_answers(read)
+    monkeypatch.setattr(stores, "GLANCE_SECONDS", 10.0)
+    assert (await look("second"))[0].records == {}
+    monkeypatch.setattr(stores, "WARY_SECONDS", 0.0)
+    answers.clear()
+    patient = asyncio.create_task(look("fourth"))
+    await asyncio.sleep(0.1)
+    assert not patient.done(), "it answers in time again, so it is waited for as any other"
+    answers.set()
+    assert (await patient)[0].records == {}

@@ -27,6 +27,8 @@ PATIENCE_SECONDS = 10.0
 """A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
 GLANCE_SECONDS = 0.2
 """For one that was away, until it has answered in time again: whoever waits for it does no other run's work meanwhile."""
+WARY_SECONDS = 2.0
+"""For one whose server kept another run waiting that long: else all of its runs would, and those of other servers with them."""
 AT_HAND_SECONDS = 0.05
 """What a look waits for a store without giving its place to another."""
 PROGRESS_A_SECOND = 20.0
@@ -37,12 +39,23 @@ _ENCRYPTS = "AWS_SSE_CUSTOMER_KEY_BASE64"
 
 
 @dataclass
+class _Server:
+    """What runs with storage on one server share."""
+
+    threads: ThreadPoolExecutor
+    """One server that hangs holds up its own runs only. They end with the last run that uses them."""
+    silent: bool = False
+    """Whether it kept a run waiting for too long, and has answered none in time since."""
+
+
+@dataclass
 class _Open:
     uid: str | None
     storage: Storage
     secret_version: str
     checked: float
     """When the Secret was read last."""
+    server: _Server
     store: Store
     reads: Reads
     results: Results = field(default_factory=Results)
@@ -59,7 +72,7 @@ class Stores:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._open: dict[RunKey, _Open] = {}
-        self._threads: WeakValueDictionary[str, ThreadPoolExecutor] = WeakValueDictionary()
+        self._servers: WeakValueDictionary[str, _Server] = WeakValueDictionary()
         self._clients = Clients()
         self._http: aiohttp.ClientSession | None = None
 
@@ -76,15 +89,17 @@ class Stores:
         opened = await self._opened(key, run)
         while True:
             begun_before = opened.reading is not None
+            patience = GLANCE_SECONDS if opened.problem else WARY_SECONDS if opened.server.silent else PATIENCE_SECONDS
             task = opened.reading = opened.reading or asyncio.create_task(_timed(opened, run))
             if not begun_before:
-                await _waited_for(task, GLANCE_SECONDS if opened.problem else PATIENCE_SECONDS)
+                await _waited_for(task, patience)
             if not task.done():
-                opened.problem = opened.problem or f"{opened.store.url} did not answer within {PATIENCE_SECONDS:.0f} s"
+                opened.server.silent = True
+                opened.problem = opened.problem or f"{opened.store.url} did not answer within {patience:.0f} s"
                 raise StoreUnavailable(opened.problem)
             opened.reading = None
             if opened.took <= PATIENCE_SECONDS:
-                opened.problem = None
+                opened.problem, opened.server.silent = None, False
             try:
                 results, progress = task.result()
             except StoreUnavailable as error:
@@ -113,8 +128,9 @@ class Stores:
             opened.checked = now
             return opened
         self.forget(key)
-        store = Store.open(storage, credentials, self._pool(storage), self._clients)
-        self._open[key] = _Open(run.metadata.uid, storage, version, now, store, self._reads(store, credentials))
+        server = self._server(storage)
+        store = Store.open(storage, credentials, server.threads, self._clients)
+        self._open[key] = _Open(run.metadata.uid, storage, version, now, server, store, self._reads(store, credentials))
         return self._open[key]
 
     async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
@@ -143,13 +159,12 @@ class Stores:
         self._http = self._http or session()
         return NamedServer(store, self._http)
 
-    def _pool(self, storage: Storage) -> ThreadPoolExecutor:
-        """Threads by server: one that hangs holds up its own runs only. They end with the last run that uses them."""
+    def _server(self, storage: Storage) -> _Server:
         url = urlsplit(storage.url)
-        server = storage.endpoint_url or f"{url.scheme}://{url.netloc}"
-        if (pool := self._threads.get(server)) is None:
-            pool = self._threads[server] = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
-        return pool
+        name = storage.endpoint_url or f"{url.scheme}://{url.netloc}"
+        if (server := self._servers.get(name)) is None:
+            server = self._servers[name] = _Server(ThreadPoolExecutor(_THREADS, thread_name_prefix="store"))
+        return server
 
 
 def _decoded(value: str, what: str) -> str:
