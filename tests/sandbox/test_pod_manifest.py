@@ -179,6 +179,13 @@ def test_a_pod_that_its_own_limits_ended_is_told_from_one_that_its_node_gave_up(
         assert (state.stand, state.exceeded) == (Stand.ENDED, exceeded)
 
 
+def test_a_pod_on_its_way_says_which_container_waits_for_its_image_or_its_volumes() -> None:
+    waits = container("sandbox", waiting={"reason": "ContainerCreating"})
+    state = state_of({"metadata": {"name": "p"}, "status": {"phase": "Pending", "containerStatuses": [waits]}})
+    assert (state.stand, state.reason) == (Stand.COMING, "")
+    assert state.message == "container sandbox is being made: its image is pulled, or a volume mounted"
+
+
 def test_a_pod_that_is_being_deleted_is_over_though_it_still_runs() -> None:
     status = {"phase": "Running", "containerStatuses": RUNNING, "podIP": "10.1.1.1"}
     assert seen(status, deletionTimestamp="2026-01-01T00:00:00Z") == (Stand.ENDED, "PodDeleted")
