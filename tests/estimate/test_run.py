@@ -202,6 +202,15 @@ def test_what_does_not_fit_names_the_field_and_the_value_and_then_fits() -> None
     assert _estimate(_spec({**big, **mended})).fits
 
 
+def test_weights_have_to_fit_one_gpu_for_once_on_however_many() -> None:
+    """DeepSpeed shards them there."""
+    large = {"student.model": "Qwen/Qwen3-Coder-30B-A3B-Instruct", "training.deepspeed.zeroStage": 3, "training.nodes": 32}
+    small, enough = (_estimate(_spec(large), gpu).findings for gpu in ("A100-40GB", "H200"))
+    (finding,) = (one for one in small if one.field == "training")
+    assert finding.fatal and "58.1 GiB of a GPU's" in finding.value and "before the first step" in finding.value
+    assert not [one for one in enough if one.field == "training" and "before the first step" in one.value]
+
+
 def test_a_teacher_that_does_not_fit_one_gpu_is_given_two() -> None:
     found = _estimate(_spec({"teacher.serving.gpus": 1}), gpu="L40S")
     assert any("teacher.serving.gpus: 2" in finding.remedy for finding in found.findings if finding.fatal)

@@ -7,7 +7,7 @@ from dagger_operator.api import PodSettings, RunSpec
 from dagger_operator.estimate.finding import Finding
 from dagger_operator.estimate.hardware import GIB, Gpu
 from dagger_operator.estimate.host import Need, too_little
-from dagger_operator.estimate.memory import Memory, Setup, training_memory
+from dagger_operator.estimate.memory import Memory, Setup, before_sharding, training_memory
 from dagger_operator.estimate.models import Shape
 from dagger_operator.estimate.serving import Pool
 from dagger_operator.estimate.waste import idle, in_flight, parted
@@ -48,6 +48,12 @@ MARGIN = 0.9
 
 
 def _training(spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory) -> Iterator[Finding]:
+    at_first = before_sharding(shape, Setup.of(spec.training))
+    if at_first > gpu.memory:
+        value = f"takes {at_first / GIB:.1f} GiB of a GPU's {gpu.memory / GIB:.1f} before the first step"
+        why = "every GPU has the weights whole for once, also with ZeRO-3, which shards them then"
+        yield Finding("training", value, why, "take GPUs with more memory, or a smaller student", fatal=True)
+        return
     if memory.total <= MARGIN * gpu.memory:
         return
     fits = memory.total <= gpu.memory

@@ -138,6 +138,12 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
     )
 
 
+def before_sharding(shape: Shape, setup: Setup) -> float:
+    """Bytes on one GPU before its first step: DeepSpeed puts all weights there before ZeRO-3 shards them (0.19,
+    `_configure_distributed_model`), so they have to fit for once on however many GPUs."""
+    return CONTEXT + (2 if setup.bf16 and setup.stage else 4) * (shape.parameters + shape.adapters(setup.adapter_rank))
+
+
 def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) -> float:
     """What reduction takes in a layer's backward pass, and gathered weights."""
     if setup.stage == 0:
