@@ -63,7 +63,7 @@ async def test_a_published_row_becomes_a_task_without_its_solution(tmp_path: Pat
 def test_mypy_is_tested_by_the_names_of_its_cases() -> None:
     patch = "diff --git a/test-data/unit/check.test b/test-data/unit/check.test\n+[case testOne]\n+[case testTwo]\n"
     script = swegym.grading_of(row("abc", repo="python/mypy", test_patch=patch))["eval_script"]
-    assert "pytest -rA -k 'testOne or testTwo'\n" in script
+    assert "pytest -n0 -rA -k 'testOne or testTwo'\n" in script
 
 
 @pytest.mark.parametrize("change", [{"repo": "owner/other"}, {"test_patch": ""}, {"base_commit": None}])

@@ -25,7 +25,8 @@ _COMMANDS = {
     "pandas-dev/pandas": f"{_PYTEST} --tb=long",
     "project-monai/monai": _PYTEST,
     "pydantic/pydantic": f"{_PYTEST} --tb=short -vv -o console_output_style=classic --no-header",
-    "python/mypy": _PYTEST,
+    # From 1.7 on theirs leaves mypy's own `-nauto` in place, one process for each processor of a node, of which a sandbox has few.
+    "python/mypy": _IN_ONE_PROCESS,
 }
 REPOSITORIES = tuple(_COMMANDS)
 
