@@ -160,7 +160,7 @@ async def test_a_helper_that_cannot_look_stops_the_command_and_leaves_nothing_of
     usual = process.rlimit(resource.RLIMIT_NOFILE)
     process.rlimit(resource.RLIMIT_NOFILE, (3, usual[1]))
     result = await running
-    assert nap.alive == 0
+    await there(lambda: nap.alive == 0)  # it cannot see that what it killed is gone
     process.rlimit(resource.RLIMIT_NOFILE, usual)
     assert (result.returncode, result.timed_out) == (137, False)
     assert "[stopped: it used what is needed to look after it" in result.output
