@@ -57,6 +57,8 @@ def test_an_outage_that_ends_all_workers_costs_each_of_them_one_retry(story: Cal
     tale.see("rollout", failures=(*outages(2), replace(AWAY, index="7")))
     assert tale.plan().status.phase is Phase.FAILED
     assert "3 pods of index 7 failed, failurePolicy.infrastructureRetries allows 2" in tale.condition("Failed").message
+    tale.see("rollout", failures=tuple(replace(BROKEN, index=f"{index}") for index in range(193)) + outages(1))
+    assert "193 pods failed, the stage's own retries allows 192" in tale.plan(told=False).status.conditions[-1].message
 
 
 def test_a_server_that_lacks_a_service_has_the_budget_of_infrastructure(story: Callable[..., Story]) -> None:

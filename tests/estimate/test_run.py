@@ -209,6 +209,10 @@ def test_weights_have_to_fit_one_gpu_for_once_on_however_many() -> None:
     (finding,) = (one for one in small if one.field == "training")
     assert finding.fatal and "58.1 GiB of a GPU's" in finding.value and "before the first step" in finding.value
     assert not [one for one in enough if one.field == "training" and "before the first step" in one.value]
+    (in_fp32,) = (one for one in _estimate(_spec({**large, "training.precision": "FP32"})).findings if one.field == "training")
+    assert in_fp32.remedy == "write training.precision: BF16"
+    (without_zero,) = (one for one in _estimate(_spec({**large, "training.deepspeed.zeroStage": 0})).findings if one.field == "training")
+    assert "training.deepspeed.zeroStage" in without_zero.remedy
 
 
 def test_a_teacher_that_does_not_fit_one_gpu_is_given_two() -> None:

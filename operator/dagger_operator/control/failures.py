@@ -61,11 +61,12 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
     for action, (name, budget) in budgets.items():
         spent: Sequence[PodFailure] = [failure for one, failure in verdicts if one is action]
         # An outage ends all workers, and what ends one node of a training ends its peers.
-        if action is FailureAction.RETRY_WITHOUT_COUNTING or stage is StageName.TRAINING:
+        by_pod = action is FailureAction.RETRY_WITHOUT_COUNTING or stage is StageName.TRAINING
+        if by_pod:
             spent = of_the_worst(spent)
         if len(spent) > budget:
             last = spent[-1]
-            whose = f"pods of index {last.index}" if last.index and len(spent) < len(job.failures) else "pods"
+            whose = f"pods of index {last.index}" if by_pod and last.index else "pods"
             return Trouble(last.reason, f"{len(spent)} {whose} failed, {name} allows {budget}; the last one: {last.message}")
     return None
 

@@ -101,14 +101,14 @@ def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: 
     for step, job in jobs.items():
         if step not in waits:
             objects.append(build_job(run, step, observed.results))
-        elif job is not None and not job.deleting and not _leaves(run, waits[step]):
+        elif job is not None and not job.deleting and not _makes_room(run, waits[step]):
             objects.append(build_job(run, step, observed.results, suspend=True))
     situation = at_work(run, observed, work, jobs, waits)
-    keep = [job for step, job in jobs.items() if job is not None and not (step in waits and _leaves(run, waits[step]))]
+    keep = [job for step, job in jobs.items() if job is not None and not (step in waits and _makes_room(run, waits[step]))]
     return _close(run, observed, work, objects, leftovers(run, observed, work, objects, keep), situation, {} if released else servers)
 
 
-def _leaves(run: DAggerRun, waits: Trouble) -> bool:
+def _makes_room(run: DAggerRun, waits: Trouble) -> bool:
     """Whether a Job that may not work is removed instead of suspended: Kueue would let it go; and an evaluation that is to come first may
     want the GPUs for which it would stay in line."""
     return run.spec.kueue is not None or waits.reason == Reason.WAITING_FOR_EVALUATION

@@ -48,11 +48,14 @@ MARGIN = 0.9
 
 
 def _training(spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory) -> Iterator[Finding]:
-    at_first = before_sharding(shape, Setup.of(spec.training))
-    if at_first > gpu.memory:
+    setup = Setup.of(spec.training)
+    sharded = replace(setup, stage=max(1, setup.stage))  # what is wrong without ZeRO is told below
+    if (at_first := before_sharding(shape, sharded)) > gpu.memory:
         value = f"takes {at_first / GIB:.1f} GiB of a GPU's {gpu.memory / GIB:.1f} before the first step"
         why = "every GPU has the weights whole for once, also with ZeRO-3, which shards them then"
-        yield Finding("training", value, why, "take GPUs with more memory, or a smaller student", fatal=True)
+        halved = before_sharding(shape, replace(sharded, bf16=True)) <= gpu.memory
+        remedy = "write training.precision: BF16" if halved else "take GPUs with more memory, or a smaller student"
+        yield Finding("training", value, why, remedy, fatal=True)
         return
     if memory.total <= MARGIN * gpu.memory:
         return

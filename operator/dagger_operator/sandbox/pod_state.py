@@ -51,11 +51,11 @@ def state_of(pod: Json) -> PodState:
         return PodState(Stand.ENDED, *(_disruption(status) or ("PodDeleted", "the pod was deleted")))
     if status.get("phase") in ("Failed", "Succeeded"):
         return PodState(Stand.ENDED, *_end(status))
-    made = ""
+    creating = ""
     for container in _containers(status):
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") == "ContainerCreating":
-            made = made or f"container {container['name']} is being made: its image is pulled, or a volume mounted"
+            creating = creating or f"container {container['name']} is being made: its image is pulled, or a volume mounted"
         reason, message = waiting.get("reason") or "", waiting.get("message") or f"container {container['name']}"
         if reason not in _USUAL:
             stand = Stand.ENDED if reason in _HOPELESS else Stand.STUCK if reason in _PULLING else Stand.COMING
@@ -65,7 +65,7 @@ def state_of(pod: Json) -> PodState:
     scheduled = _condition(status, "PodScheduled")
     if scheduled.get("status") == "False":
         return PodState(Stand.COMING, scheduled.get("reason") or "Unschedulable", scheduled.get("message") or "")
-    return PodState(Stand.COMING, "", made, status.get("podIP") or "")
+    return PodState(Stand.COMING, "", creating, status.get("podIP") or "")
 
 
 def _exceeded(status: Json) -> bool:

@@ -107,8 +107,6 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
     threads = len(os.sched_getaffinity(0)) // training.processes_per_node if training.deepspeed.offload is Offload.OPTIMIZER else 1
     environ = {
         "OMP_NUM_THREADS": f"{max(1, threads)}",
-        # Passes differ in length, and blocks of one size in a GPU's memory do not serve the next.
-        **({} if "PYTORCH_CUDA_ALLOC_CONF" in stage.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         **stage.environ,
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{local_rank}",
@@ -121,6 +119,9 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if training.gpus_per_node and "PYTORCH_CUDA_ALLOC_CONF" not in stage.environ:
+        # Passes differ in length, and blocks of one size in a GPU's memory do not serve the next.
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if training.nodes == 1:
         environ["GLOO_SOCKET_IFNAME"] = "lo"  # by default it asks a name server for this host
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "dagger_operator.training.rank", env=environ)

@@ -82,9 +82,9 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
     """DeepSpeed's configuration, for so many groups of ranks that share rows.
 
     BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast as they
-    are used. Gradients are summed in FP32 either way, over passes and between ranks; within a pass, where
-    the head is taken in pieces, in BF16. By default DeepSpeed reduces between ranks in BF16:
-    half the traffic, of every gradient eight bits, and with ZeRO-1 of its sum over a whole step.
+    are used. Gradients are summed in FP32 either way, over passes and between ranks; within a pass, where the head is taken in
+    pieces, in BF16. By default DeepSpeed reduces between ranks in BF16: half the traffic, of every gradient eight bits, and with ZeRO-1
+    of its sum over a whole step.
     """
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
     # Where DeepSpeed overlaps reduction with the backward pass, memory of a gradient above the bucket is freed, and written to, while it
