@@ -51,6 +51,7 @@ def endpoint(**secret: str) -> Json:
         ("training", {"lora": {"targetModules": []}}, "spec.training.lora.targetModules", "at least 1 item"),
         ("training", {"lora": {"targetModules": ["all-linear"]}}, "spec.training.lora.targetModules[0]", "such as q_proj"),
         ("training", {"mode": "Sometimes"}, "spec.training.mode", "'Enabled' or 'Disabled'"),
+        ("evaluation", {"initial": "yes"}, "spec.evaluation.initial", "write a valid boolean"),
         ("training", {"loss": "ForwardKL"}, "spec.labels.topLogprobs", "such as 8, or training.loss CrossEntropy"),
         ("labels", {"topLogprobs": 21}, "spec.labels.topLogprobs", "less than or equal to 20"),
         ("storage", {"url": "ftp://host/x"}, "spec.storage.url", "s3://bucket/prefix"),

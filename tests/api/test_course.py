@@ -10,15 +10,15 @@ from dagger_operator.api import RunSpec, load
 from dagger_operator.api.course import StageName, Step, cost, gpus_held, spans, steps
 
 COURSES = [
-    dict(zip(("rounds", "gpuSharing", "overlap", "mode", "training"), one, strict=True))
+    dict(zip(("rounds", "gpuSharing", "overlap", "mode", "training", "initial"), one, strict=True))
     for one in product(
-        (1, 2, 4), ("TimeShared", "Dedicated"), ("NextRound", "None"), ("EveryRound", "LastRound", "Disabled"), (True, False)
+        (1, 2, 4), ("TimeShared", "Dedicated"), ("NextRound", "None"), ("EveryRound", "LastRound", "Disabled"), (True, False), (True, False)
     )
 ]
 SECONDS = {"prepare": 1.0, "preflight": 2.0, "rollout": 10.0, "training": 5.0, "publish": 1.0, "evaluation": 12.0}
 
 
-def _spec(rounds: int, gpuSharing: str, overlap: str, mode: str, training: bool) -> RunSpec:  # noqa: N803
+def _spec(rounds: int, gpuSharing: str, overlap: str, mode: str, training: bool, initial: bool = False) -> RunSpec:  # noqa: N803
     """A student on 2 GPUs, a teacher on 4, training on 8."""
     tasks = {"type": "JSONL", "uri": "tasks"}
     spec: Mapping[str, Any] = {
@@ -28,7 +28,7 @@ def _spec(rounds: int, gpuSharing: str, overlap: str, mode: str, training: bool)
         "teacher": {"model": "t", "serving": {"gpus": 2, "replicas": 2}},
         "tasks": {"source": tasks, "heldOut": {"source": tasks}},
         "training": {"gpusPerNode": 8, "mode": "Enabled" if training else "Disabled"},
-        "evaluation": {"mode": mode, "overlap": overlap},
+        "evaluation": {"mode": mode, "overlap": overlap, "initial": initial},
         "storage": {"url": "file:///tmp/x"},
     }
     return load({"metadata": {"name": "x"}, "spec": spec}).spec
@@ -42,10 +42,26 @@ def test_every_step_has_its_place_on_the_clock_once_and_none_before_what_it_need
     begun = {step: at for at, span in enumerate(spans(spec)) for step in (*span.steps, *([span.beside] if span.beside else []))}
     for step in seen:
         if step.stage is StageName.EVALUATION:
-            assert begun[step] > begun[Step(step.round, StageName.PUBLISH)]
+            assert begun[step] > begun[Step(step.round, StageName.PUBLISH if step.round else StageName.PREFLIGHT)]
             assert begun[step] < begun.get(Step(step.round + 1, StageName.PUBLISH), len(begun)), "it is of this student, not of the next"
     alone = [step for span in spans(spec) for step in span.steps]
     assert alone == [step for step in steps(spec) if step in alone]
+
+
+@pytest.mark.parametrize("course", [course for course in COURSES if course["initial"]], ids=str)
+def test_the_initial_student_is_evaluated_after_preflight_whatever_else_is_evaluated_or_trained(course: dict[str, Any]) -> None:
+    first = [Step(0, StageName.PREPARE), Step(0, StageName.PREFLIGHT)]
+    others = list(steps(_spec(**course | {"initial": False})))
+    assert list(steps(_spec(**course))) == [*first, Step(0, StageName.EVALUATION), *others[2:]]
+
+
+@pytest.mark.parametrize(("overlap", "clock", "paid"), [("NextRound", 3 + 12, 2 * 6 + 10 * 6 + 2 * 2), ("None", 3 + 12 + 10, 24 * 6)])
+def test_where_nothing_is_trained_the_initial_students_evaluation_may_outlast_all_rollouts_without_the_teacher(
+    overlap: str, clock: float, paid: float
+) -> None:
+    spec = _spec(rounds=1, gpuSharing="Dedicated", overlap=overlap, mode="Disabled", training=False, initial=True)
+    found = cost(spec, lambda step: SECONDS[step.stage])
+    assert (found.seconds, found.gpu_seconds) == (clock, paid)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,16 @@ Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
 
 
+@pytest.mark.parametrize("training", ["Enabled", "Disabled"])
+@pytest.mark.parametrize("initial", [False, True], ids=["trained students", "the initial one too"])
 @pytest.mark.parametrize("overlap", ["NextRound", "None"])
 @pytest.mark.parametrize(
     ("mode", "evaluated"), [("EveryRound", {1, 2}), ("LastRound", {2}), ("Disabled", set())], ids=["every round", "last round", "disabled"]
 )
-def test_evaluation_follows_its_mode(story: Callable[..., Story], mode: str, evaluated: set[int], overlap: str) -> None:
-    tale = story(evaluation={"mode": mode, "overlap": overlap})
+def test_evaluation_follows_its_mode(
+    story: Callable[..., Story], mode: str, evaluated: set[int], overlap: str, initial: bool, training: str
+) -> None:
+    tale = story(evaluation={"mode": mode, "overlap": overlap, "initial": initial}, training={"mode": training})
     seen = set()
     for _ in range(20):
         work = next_steps(tale.run.spec, Results(tale.results))
@@ -33,7 +37,79 @@ def test_evaluation_follows_its_mode(story: Callable[..., Story], mode: str, eva
         last = list(work)[-1]
         tale.done(str(last.stage), round_number=last.round)
     assert tale.plan().status.phase is Phase.SUCCEEDED
-    assert seen == evaluated
+    assert seen == (evaluated if training == "Enabled" else set()) | ({0} if initial else set())
+
+
+INITIAL = {"initial": True}
+
+
+def test_the_initial_student_is_evaluated_beside_the_first_rollouts_and_not_replaced_before(
+    story: Callable[..., Story], wanted: Wanted
+) -> None:
+    tale = story(evaluation=INITIAL)
+    tale.into_rollouts()
+    both = tale.plan()
+    jobs = {key[1]: one for key, one in wanted(both).items() if key[0] == "Job"}
+    assert jobs.keys() == {"rollout", "evaluation"}
+    assert jobs["evaluation"]["metadata"]["name"].startswith("demo-r000-evaluation-")
+    env = {one["name"]: one.get("value") for one in jobs["evaluation"]["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert (env["DAGGER_ROUND"], env["DAGGER_POLICY"]) == ("0", "r000-base")
+    assert (both.status.phase, both.status.round) == (Phase.ROLLOUT, 1)
+    assert "round 0 of 2, evaluation beside it" in tale.condition("Progressing").message
+    tale.done("rollout", "training", round_number=1)
+    publishing = tale.plan()
+    assert {key[1] for key in wanted(publishing) if key[0] == "Job"} == {"evaluation"}, "the student must stay what is measured"
+    assert (publishing.status.phase, publishing.status.reason) == (Phase.PUBLISHING, "EvaluationRunning")
+    tale.done("evaluation")
+    assert ("Job", "publish") in wanted(tale.plan())
+
+
+def test_without_overlap_the_first_rollouts_wait_for_the_initial_students_evaluation(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(evaluation={**INITIAL, "overlap": "None"})
+    tale.into_rollouts()
+    planned = tale.plan()
+    assert {key for key in wanted(planned) if key[0] == "Job"} == {("Job", "evaluation")}
+    assert (planned.status.phase, planned.status.round) == (Phase.EVALUATION, 0)
+    tale.done("evaluation")
+    assert {key for key in wanted(tale.plan()) if key[0] == "Job"} == {("Job", "rollout")}
+
+
+def test_time_shared_the_first_training_waits_for_the_initial_students_evaluation(story: Callable[..., Story], wanted: Wanted) -> None:
+    tale = story(gpuSharing="TimeShared", evaluation=INITIAL)
+    tale.into_rollouts()
+    tale.done("rollout", round_number=1)
+    held = wanted(tale.plan())
+    assert held["Deployment", "student"]["spec"]["replicas"] == 2
+    assert {key for key in held if key[0] == "Job"} == {("Job", "evaluation")}
+    tale.done("evaluation")
+    assert wanted(tale.plan())["Deployment", "student"]["spec"]["replicas"] == 0
+
+
+def test_where_nothing_is_trained_nothing_waits_for_the_evaluation_and_the_teacher_goes_with_the_last_rollouts(
+    story: Callable[..., Story], wanted: Wanted
+) -> None:
+    tale = story(evaluation=INITIAL, training={"mode": "Disabled"}, teacher={"model": "t", "serving": {"gpus": 2}})
+    tale.into_rollouts()
+    for number in (1, 2):
+        planned = wanted(tale.plan())
+        assert {key[1] for key in planned if key[0] == "Job"} == {"rollout", "evaluation"}
+        assert ("Deployment", "teacher") in planned
+        tale.done("rollout", round_number=number)
+    last = wanted(tale.plan())
+    assert {key for key in last if key[0] in ("Job", "Deployment")} == {("Job", "evaluation"), ("Deployment", "student")}
+    tale.done("evaluation")
+    assert tale.plan().status.phase is Phase.SUCCEEDED
+
+
+@pytest.mark.parametrize(("training", "made_up_for"), [("Enabled", False), ("Disabled", True)])
+def test_the_initial_student_can_be_evaluated_until_another_is_published(
+    story: Callable[..., Story], wanted: Wanted, training: str, made_up_for: bool
+) -> None:
+    tale = story(training={"mode": training})
+    tale.into_rollouts()
+    tale.done("rollout", *(("training", "publish", "evaluation") if training == "Enabled" else ()), round_number=1)
+    tale.edit(evaluation=INITIAL)
+    assert (("Job", "evaluation") in wanted(tale.plan())) == made_up_for
 
 
 def into_the_second_round(story: Story) -> None:
@@ -157,4 +233,15 @@ async def test_an_evaluation_that_ends_after_what_ran_beside_it_is_seen_and_the_
     assert planned.status.phase is not Phase.FAILED, planned.status.reason
     assert planned.status.rounds[0].evaluation is not None
     await storage.done("training", "publish", "evaluation", round_number=2)
+    assert tale.plan().status.phase is Phase.SUCCEEDED
+
+
+async def test_the_initial_students_evaluation_is_seen_however_many_rounds_it_outlasts(story: Callable[..., Story], tmp_path: Path) -> None:
+    tale = story(rounds=4, storage={"url": f"file://{tmp_path}"}, evaluation=INITIAL, training={"mode": "Disabled"})
+    storage = Storage(tale)
+    await storage.done("prepare", "preflight")
+    for number in range(1, 5):
+        await storage.done("rollout", round_number=number)
+    assert tale.plan().status.phase is Phase.EVALUATION
+    await storage.done("evaluation")
     assert tale.plan().status.phase is Phase.SUCCEEDED

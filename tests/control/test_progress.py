@@ -78,11 +78,14 @@ def test_the_wait_of_training_for_an_evaluation_is_paid_for_and_foreseen(story: 
     assert ends[1] - ends[0] == timedelta(seconds=540), "all that is left waits for it"
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["trained students", "the initial one too"])
 @pytest.mark.parametrize("overlap", ["NextRound", "None"])
 @pytest.mark.parametrize("sharing", ["TimeShared", "Dedicated"])
-def test_gpus_that_are_counted_are_those_that_the_plan_asks_for(story: Callable[..., Story], sharing: str, overlap: str) -> None:
-    teacher = {"model": "t", "serving": {"gpus": 2, "replicas": 2}}
-    tale = story(rounds=3, gpuSharing=sharing, teacher=teacher, training={"gpusPerNode": 8, "nodes": 2}, evaluation={"overlap": overlap})
+def test_gpus_that_are_counted_are_those_that_the_plan_asks_for(
+    story: Callable[..., Story], sharing: str, overlap: str, initial: bool
+) -> None:
+    teacher, evaluation = {"model": "t", "serving": {"gpus": 2, "replicas": 2}}, {"overlap": overlap, "initial": initial}
+    tale = story(rounds=3, gpuSharing=sharing, teacher=teacher, training={"gpusPerNode": 8, "nodes": 2}, evaluation=evaluation)
     while (work := next_steps(tale.run.spec, Results(dict(tale.results)))) is not None:
         for _ in range(6):  # until what is to stop has stopped, and servers are ready
             planned = tale.plan()

@@ -20,9 +20,13 @@ class StageName(StrEnum):
     EVALUATION = "evaluation"
 
 
+ONCE = frozenset({StageName.PREPARE, StageName.PREFLIGHT})
+"""Stages of round 0 alone. Beside them it has at most the evaluation of the initial student."""
+
+
 @dataclass(frozen=True, order=True)
 class Step:
-    """One stage of one round; prepare and preflight belong to round 0."""
+    """One stage of one round; round 0 is what comes before the first rollouts."""
 
     round: int
     stage: StageName
@@ -32,6 +36,8 @@ def steps(spec: RunSpec) -> Iterator[Step]:
     """Every step of a run, in order of rounds."""
     yield Step(0, StageName.PREPARE)
     yield Step(0, StageName.PREFLIGHT)
+    if spec.evaluation.at(0, spec.rounds):
+        yield Step(0, StageName.EVALUATION)
     for number in range(1, spec.rounds + 1):
         yield Step(number, StageName.ROLLOUT)
         if spec.training.mode is TrainingMode.DISABLED:
@@ -56,7 +62,8 @@ def waits_for_evaluation(spec: RunSpec, stage: StageName) -> bool:
 
 
 def spans(spec: RunSpec) -> Iterator[Span]:
-    """Every step of a run once. An evaluation goes beside all steps of the next round that do not wait for it."""
+    """Every step of a run once. An evaluation goes beside all steps after it that do not wait for it: those of the next round, or all of
+    a run that trains nothing."""
     overlaps = spec.evaluation.overlap is Overlap.NEXT_ROUND
     beside: Step | None = None
     together: tuple[Step, ...] = ()
@@ -70,11 +77,13 @@ def spans(spec: RunSpec) -> Iterator[Span]:
                 yield Span(together, beside)
                 beside, together = None, ()
             yield Span((step,))
+    if beside is not None:
+        yield Span(together, beside)
 
 
 def rollouts_remain(spec: RunSpec, step: Step) -> bool:
     """Whether the teacher will be asked again."""
-    return step.round < spec.rounds or step.stage in (StageName.PREPARE, StageName.PREFLIGHT, StageName.ROLLOUT)
+    return step.round < spec.rounds or step.stage is StageName.ROLLOUT
 
 
 def gpus_held(spec: RunSpec, step: Step) -> int:

@@ -24,6 +24,9 @@ class Evaluation(ApiModel):
 
     mode: EvaluationMode = EvaluationMode.EVERY_ROUND
     """Which rounds' students are evaluated."""
+    initial: bool = False
+    """Also measure the student that the run begins with, as round 0: the one that trained students are compared with. It does not depend on
+    `mode`; with `training.mode: Disabled` it is the only evaluation."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of the reported intervals."""
     max_turns: Annotated[int, Field(ge=1, le=10000)] | None = None
@@ -32,7 +35,9 @@ class Evaluation(ApiModel):
     """NextRound: a round's student is evaluated while the next round's rollouts ask it too. None: before they start."""
 
     def at(self, round_number: int, rounds: int) -> bool:
-        """Whether the student that a round made is evaluated."""
+        """Whether the student that a round made is evaluated; round 0's is the initial one."""
+        if round_number == 0:
+            return self.initial
         if self.mode is EvaluationMode.LAST_ROUND:
             return round_number == rounds
         return self.mode is EvaluationMode.EVERY_ROUND

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dagger_operator.api import DAggerRun
+from dagger_operator.api.course import ONCE, StageName
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Reads
 from dagger_operator.store.owner import owner_of, read_owner
@@ -64,9 +65,11 @@ async def read_results(store: Reads, run: DAggerRun, known: Results | None = Non
     if not results.records and await read_owner(store) != owner_of(run):
         return Results()
     records, size = dict(results.records), results.size
-    # An evaluation may end beside the next round, up to its publish, which waits for it: the round before is still asked for.
-    for number in range(max(0, results.newest_round - 1), run.spec.rounds + 1):
-        missing = [stage for stage in KINDS if (number, stage) not in records and (stage in _ROUND_0) == (number == 0)]
+    # An evaluation may end beside the next round, up to its publish, which waits for it: the round before is still asked for. Where
+    # nothing is trained, none waits for the one of round 0.
+    first = max(0, results.newest_round - 1)
+    for number in (*([0] if first and run.spec.evaluation.initial else []), *range(first, run.spec.rounds + 1)):
+        missing = [stage for stage in KINDS if (number, stage) not in records and stage in (_ROUND_0 if number == 0 else _ROUND)]
         found = await asyncio.gather(*(read_result(store, number, stage, KINDS[stage]) for stage in missing))
         new = {(number, stage): _planned_by(record) for stage, record in zip(missing, found, strict=True) if record is not None}
         records.update(new)
@@ -84,5 +87,6 @@ def _planned_by(record: Record) -> Record:
     return record.model_copy(update=dict.fromkeys(_LISTS & type(record).model_fields.keys(), ()))
 
 
-_ROUND_0 = ("prepare", "preflight")
+_ROUND_0 = ONCE | {StageName.EVALUATION}
+_ROUND = frozenset(StageName) - ONCE
 _LISTS = {"losses", "resolved_tasks", "unresolved_tasks"}

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dagger_operator.api import Overlap, RunSpec
-from dagger_operator.api.course import StageName, Step, rollouts_remain, steps
+from dagger_operator.api.course import StageName, Step, steps
 from dagger_operator.control.results import Results
 
-__all__ = ["StageName", "Step", "Work", "before", "next_steps", "rollouts_remain", "settled", "steps"]
+__all__ = ["StageName", "Step", "Work", "before", "next_steps", "settled", "steps"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Work:
 
     step: Step
     beside: Step | None = None
+    rollouts_remain: bool = True
+    """Whether the teacher will be asked again."""
 
     def __iter__(self) -> Iterator[Step]:
         yield self.step
@@ -26,17 +28,19 @@ class Work:
 def next_steps(spec: RunSpec, results: Results) -> Work | None:
     """The first step without a result, and what may be done beside it; None where the run is done.
 
-    An evaluation can be made up for until the next student is published: then this one is served no more. What `overlap` says is when the
-    next round begins: one whose rollouts are done is not held back, and its training not ended, where that is changed meanwhile.
+    An evaluation can be made up for until the next student is published, if one ever is: then this one is served no more. What `overlap`
+    says is when the next round begins: one whose rollouts are done is not held back, and its training not ended, where that is changed
+    meanwhile.
     """
     left = [step for step in steps(spec) if not settled(step, results)]
     if not left:
         return None
     first, rest = left[0], left[1:]
+    remain = any(step.stage is StageName.ROLLOUT for step in left)
     begun = results.has(first.round + 1, StageName.ROLLOUT)
     if first.stage is StageName.EVALUATION and rest and (begun or spec.evaluation.overlap is Overlap.NEXT_ROUND):
-        return Work(rest[0], beside=first)
-    return Work(first)
+        return Work(rest[0], beside=first, rollouts_remain=remain)
+    return Work(first, rollouts_remain=remain)
 
 
 def settled(step: Step, results: Results) -> bool:

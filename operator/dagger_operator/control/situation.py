@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dagger_operator.api import DAggerRun, Phase
+from dagger_operator.api.course import ONCE
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason, running
 from dagger_operator.control.gates import Jobs
@@ -35,7 +36,7 @@ class Situation:
 
 
 def place(run: DAggerRun, step: Step) -> str:
-    return f"round {step.round} of {run.spec.rounds}, {step.stage}" if step.round else str(step.stage)
+    return str(step.stage) if step.stage in ONCE else f"round {step.round} of {run.spec.rounds}, {step.stage}"
 
 
 def at_work(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, blocked: Mapping[Step, Trouble]) -> Situation:

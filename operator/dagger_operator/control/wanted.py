@@ -10,7 +10,7 @@ from dagger_operator.control.jobs import build_job, build_training_service
 from dagger_operator.control.names import ATTEMPT, Role
 from dagger_operator.control.network import build_network_policy
 from dagger_operator.control.observe import Observed
-from dagger_operator.control.rounds import StageName, Work, rollouts_remain
+from dagger_operator.control.rounds import StageName, Work
 from dagger_operator.control.servers import build_server, build_service, served, server_of
 
 Manifest = dict[str, Any]
@@ -20,7 +20,7 @@ def needed(run: DAggerRun, work: Work) -> dict[Role, Serving]:
     """Serving settings of the policies that are served here and asked in this step or after it."""
     if work.step.stage is StageName.PREPARE:
         return {}
-    wanted = {Role.STUDENT: True, Role.TEACHER: rollouts_remain(run.spec, work.step)}
+    wanted = {Role.STUDENT: True, Role.TEACHER: work.rollouts_remain}
     return {role: serving for role in Role if wanted[role] and (serving := served(run, role)) is not None}
 
 
