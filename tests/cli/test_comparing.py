@@ -25,7 +25,7 @@ def _finished_run(folder: Path, document: dict[str, Any]) -> None:
     run = accept(load(document), None, folder)
     RunFolder(folder / ".dagger", "small").save(run)
     store = Store.open(run.spec.storage)
-    for number, resolved in ((1, 5), (2, 15)):
+    for number, resolved in ((0, 2), (1, 5), (2, 15)):
         asyncio.run(save_result(store, number, "evaluation", _evaluation(resolved)))
 
 
@@ -35,6 +35,12 @@ def test_a_better_round_is_ahead_by_its_points(ctl: Any, document: dict[str, Any
     assert "small round 2: 75.0% resolved" in said and "small round 1: 25.0% resolved" in said
     assert "difference on 20 common tasks: +50.0 points, 95% interval +30.0 to +70.0" in said
     assert "by the first alone: 10, by the second alone: 0" in said and "p = 0.002" in said
+
+
+def test_the_trained_student_is_compared_with_the_one_that_the_run_began_with(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    _finished_run(tmp_path, document)
+    said = ctl("compare", "small", "2", "0").stdout
+    assert "small round 0: 10.0% resolved" in said and "difference on 20 common tasks: +65.0 points" in said
 
 
 def test_runs_of_other_places_are_compared_from_files(

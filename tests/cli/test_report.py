@@ -1,12 +1,13 @@
 """What people see of a run."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from dagger_operator.api import DAggerRun, load
+from dagger_operator.api import DAggerRun, RoundStatus, load
 from dagger_operator.cli.live import line, merged
 from dagger_operator.cli.report import report
 from dagger_operator.store.results import StageProgress
@@ -68,6 +69,24 @@ def test_the_table_answers_every_question_about_a_round(document: dict[str, Any]
         "rollouts per hour": "6,000",
         "rollout": "36 s",
         "training": "20 s",
+        "evaluation": "30 s",
+    }
+
+
+def test_the_initial_student_has_a_column_of_its_own_with_its_evaluation_alone(document: dict[str, Any]) -> None:
+    run = _run(document)
+    assert run.status is not None
+    evaluated = run.status.rounds[0].evaluation
+    run.status.rounds.insert(0, RoundStatus(round=0, policy="r000-x", evaluation=evaluated))
+    table = [[cell.strip() for cell in re.split("[│┃]", line)] for line in _shown(run).splitlines() if line[:1] in ("│", "┃")]
+    column = {row[1]: row[2] for row in table if row[1]}
+    assert column["round"] == "0"
+    told = {title: cell for title, cell in column.items() if cell != "-"}
+    assert told == {
+        "round": "0",
+        "resolved, held out": "40.0 % of 100",
+        "interval": "30.9 to 49.8 %",
+        "false submits": "5.0 %",
         "evaluation": "30 s",
     }
 

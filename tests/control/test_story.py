@@ -367,6 +367,24 @@ def test_workers_keep_their_account_until_the_last_of_them_has_ended(story: Call
     assert removed()
 
 
+def test_the_initial_students_evaluation_is_shown_as_round_0_and_is_the_resolved_rate_until_there_is_a_newer_one(
+    story: Callable[..., Story],
+) -> None:
+    tale = story(evaluation={"initial": True})
+    tale.into_rollouts()
+    tale.done("rollout", round_number=1)
+    assert [one.round for one in tale.plan().status.rounds] == [1], "a round is shown once a stage of it is done"
+    tale.done("evaluation")
+    status = tale.plan().status
+    assert [(one.round, one.policy) for one in status.rounds] == [(0, "r000-base"), (1, "r000-base")]
+    initial = status.rounds[0]
+    assert initial.evaluation and not (initial.rollout or initial.training) and status.resolved == "27.3%"
+    tale.done("training", "publish", "evaluation", round_number=1)
+    later = tale.results[1, "evaluation"]
+    tale.results[1, "evaluation"] = later.model_copy(update={"summary": later.summary.model_copy(update={"resolved_rate": 0.5})})
+    assert tale.plan().status.resolved == "50.0%"
+
+
 def test_the_status_stays_small_whatever_the_number_of_rounds(story: Callable[..., Story]) -> None:
     tale = story(rounds=1000)
     tale.done("prepare", "preflight")

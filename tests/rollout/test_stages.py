@@ -111,6 +111,16 @@ async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(grou
     assert result.summary.policy == stage.policy
 
 
+async def test_the_initial_student_is_evaluated_as_round_0_on_the_tasks_of_every_other_evaluation(ground: Any) -> None:
+    run = ground.run(held_out=3)
+    await evaluate(ground.stage(run, kind="evaluation", round_number=0))
+    await evaluate(ground.stage(run, kind="evaluation"))
+    initial, later = [await read_result(ground.store(run), number, "evaluation", EvaluationResult) for number in (0, 1)]
+    assert initial is not None and later is not None
+    tasks = [sorted((*one.resolved_tasks, *one.unresolved_tasks)) for one in (initial, later)]
+    assert tasks[0] == tasks[1] and len(tasks[0]) == 3
+
+
 async def test_every_round_deals_and_holds_out_what_the_run_began_with(ground: Any) -> None:
     run = ground.run(train=3, held_out=3)
     await rollout(ground.stage(run))

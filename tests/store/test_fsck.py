@@ -18,6 +18,7 @@ from dagger_operator.store.records import Outcome, Trajectory
 from dagger_operator.store.results import PrepareResult, RolloutResult, save_result
 from dagger_operator.store.task_sets import TaskSet, TaskSets, pin_task_sets
 from dagger_operator.store.trajectories import encode, finished, write_trajectory
+from fixtures.results import result
 
 Make = Callable[..., Trajectory]
 IDS = ["0000", "0001", "0002", "0003"]
@@ -78,6 +79,15 @@ async def test_a_round_under_way_is_sound(store: Store, sound: dict[str, str], r
     assert await Claims(store, 2, Kind.ROLLOUT, "w", 60).take("0000") is not None
     await write_trajectory(store, Kind.ROLLOUT, rollout("0001", round=2))
     assert (await fsck(store)).sound
+
+
+async def test_the_initial_students_evaluation_is_looked_at_like_any_other(store: Store, sound: dict[str, str], rollout: Make) -> None:
+    await write_trajectory(store, Kind.EVALUATION, rollout("0000", round=0))
+    await save_result(store, 0, "evaluation", result("evaluation", 0))
+    report = await fsck(store)
+    assert report.sound and report.looked_at["trajectories"] == 6
+    await Claims(store, 0, Kind.EVALUATION, "w", 60).take("0001")
+    assert [problem.key for problem in (await fsck(store)).problems] == [layout.claim(0, Kind.EVALUATION, "0001")]
 
 
 async def test_any_object_that_is_garbled_is_found_and_named(store: Store, sound: dict[str, str]) -> None:

@@ -94,9 +94,9 @@ class EvaluationSummary(ApiModel):
 
 
 class RoundStatus(ApiModel):
-    """One round."""
+    """One round; round 0 is the evaluation of the initial student."""
 
-    round: Annotated[int, Field(ge=1)]
+    round: Annotated[int, Field(ge=0)]
     policy: str | None = None
     """Policy version that acted as student in this round."""
     rollout: RolloutSummary | None = None

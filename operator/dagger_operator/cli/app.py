@@ -108,8 +108,8 @@ def status(
 @app.command()
 def compare(
     run: Known,
-    first: Annotated[int, typer.Argument(help="Round whose student is compared.", min=1)],
-    second: Annotated[int, typer.Argument(help="Round whose student it is compared with.", min=1)],
+    first: Annotated[int, typer.Argument(help="Round whose student is compared; 0 is the initial one.", min=0)],
+    second: Annotated[int, typer.Argument(help="Round whose student it is compared with.", min=0)],
     other: Annotated[str | None, typer.Option(help="Take the second round from this run instead: a name or a file.")] = None,
 ) -> None:
     """Compare two evaluated students on the same held-out tasks: McNemar's exact test, paired bootstrap."""

@@ -131,8 +131,9 @@ def _servers_ready(servers: Servers) -> Condition:
 
 
 def _rounds(results: Results) -> list[RoundStatus]:
+    """From round 0 where the initial student was evaluated: of that round nobody asks anything else."""
     rounds = []
-    for number in range(1, results.newest_round + 1):
+    for number in range(0 if results.has(0, "evaluation") else 1, results.newest_round + 1):
         rollout, training = results.get(RolloutResult, number), results.get(TrainingResult, number)
         evaluation = results.get(EvaluationResult, number)
         rounds.append(
