@@ -61,7 +61,7 @@ def needs(run: DAggerRun) -> Needs:
     templates = [(build_server(run, role, one, replicas=one.replicas)["spec"]["template"]["spec"], one.replicas) for role, one in serving]
     servers = reduce(Asks.__add__, (asked(*template) for template in templates))
     training = of(StageName.TRAINING)
-    beside = spec.evaluation.overlap is Overlap.NEXT_ROUND and any(spec.evaluation.at(i, spec.rounds) for i in range(1, spec.rounds))
+    beside = spec.evaluation.overlap is Overlap.NEXT_ROUND and any(spec.evaluation.at(i, spec.rounds) for i in range(spec.rounds))
     workers = of(StageName.ROLLOUT) + (of(StageName.EVALUATION) if beside else Counter())
     setting = Setting(run.metadata.name, "lab", "rollout-0", "0" * 8, "helper:1", spec.sandbox.limits, 3600)
     owner = {"metadata": {"name": "lease", "uid": "u"}}

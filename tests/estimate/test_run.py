@@ -84,6 +84,23 @@ def test_nothing_is_trained_where_training_is_disabled() -> None:
     found = _estimate(_spec({"training.mode": "Disabled"}))
     assert found.training is None and found.rounds[0].steps == 0
     assert found.rounds[0].training_seconds == found.rounds[0].evaluation_seconds == 0
+    assert (found.initial_evaluation_seconds or 0) > 0, "there is a student to measure all the same"
+
+
+def test_the_initial_students_evaluation_costs_what_another_does_unless_it_goes_beside_rollouts_of_the_teacher_alone() -> None:
+    def both(overlap: str) -> tuple[Estimate, Estimate]:
+        without, with_it = (_estimate(_spec({"evaluation.overlap": overlap, "evaluation.initial": initial})) for initial in (False, True))
+        assert without.initial_evaluation_seconds == 0
+        return without, with_it
+
+    without, apart = both("None")
+    seconds = apart.initial_evaluation_seconds or 0
+    assert seconds == apart.rounds[0].evaluation_seconds
+    assert (apart.hours or 0) - (without.hours or 0) == pytest.approx(seconds / 3600)
+    assert (apart.gpu_hours or 0) - (without.gpu_hours or 0) == pytest.approx(8 * seconds / 3600)
+    without, beside = both("NextRound")
+    assert beside.initial_evaluation_seconds == seconds < (beside.rounds[0].rollout_seconds or 0)
+    assert (beside.hours, beside.gpu_hours) == (without.hours, without.gpu_hours)
 
 
 def test_time_shared_gpus_are_fewer_and_cost_less() -> None:
@@ -97,7 +114,8 @@ def test_time_shared_gpus_are_fewer_and_cost_less() -> None:
 def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str, overlap: str) -> None:
     spec = _spec({"gpuSharing": sharing, "evaluation.overlap": overlap})
     found = _estimate(spec, change_seconds=0)
-    worked: dict[Step, dict[int, StageProgress]] = {}
+    first = StageProgress(done=1, total=1, unit="", seconds=found.initial_evaluation_seconds or 0.0)
+    worked: dict[Step, dict[int, StageProgress]] = {Step(0, StageName.EVALUATION): {0: first}}
     for one in found.rounds:
         stages = {
             StageName.ROLLOUT: one.rollout_seconds,

@@ -27,6 +27,8 @@ def _headline(spec: RunSpec, estimate: Estimate) -> Text:
         text.append(f": {estimate.hours:,.1f} hours, {estimate.gpu_hours:,.0f} GPU-hours", style="bold")
     else:
         text.append(": hours are not estimated where a stage works on the CPU")
+    if spec.evaluation.initial:
+        text.append(f"\nround 0, the evaluation of the initial student: {_hours(estimate.initial_evaluation_seconds)}")
     return text
 
 

@@ -21,6 +21,7 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
         "gpus": estimate.gpus,
         "hours": estimate.hours,
         "gpuHours": estimate.gpu_hours,
+        "initialEvaluationSeconds": estimate.initial_evaluation_seconds,
         "rounds": [{**_plain(one), "saved": one.saved} for one in estimate.rounds],
         "trainingMemory": _memory(estimate.training),
         "trainingNode": _node(estimate.training_node),

@@ -62,8 +62,10 @@ class Estimate:
     teacher_pod: ServingPod | None
     gpus: int
     """GPUs that must be there at once."""
+    initial_evaluation_seconds: float | None
+    """Of the evaluation of the initial student, as `RoundEstimate.evaluation_seconds`; 0 where the run asks for none."""
     hours: float | None
-    """From the first rollout to the last evaluation; None where a stage's time is not known."""
+    """From preflight to the last stage; None where a stage's time is not known."""
     gpu_hours: float | None
     """GPUs times the hours of every stage that asks for them, as `status.gpuHours` counts them."""
     findings: tuple[Finding, ...]

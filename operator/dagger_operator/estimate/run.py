@@ -58,6 +58,7 @@ class _Planner:
             student=self.student,
             teacher=self.teacher,
             gpus=max(gpus_held(self.spec, step) for step in took),
+            initial_evaluation_seconds=took.get(Step(0, StageName.EVALUATION), 0.0),
             hours=costs.seconds / 3600 if costs else None,
             gpu_hours=costs.gpu_seconds / 3600 if costs else None,
             findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk, self._in_flight()),
@@ -141,6 +142,7 @@ class _Planner:
         return took
 
     def _together(self, rollout: Step, evaluation: Step) -> tuple[float | None, float | None]:
+        """Of the evaluation and the first of the steps beside it; the others ask no student, or are taken as if they did not."""
         alone = self._pace(rollout), self._pace(evaluation)
         slowed = self._pace(rollout, self._load(evaluation)), self._pace(evaluation, self._load(rollout))
         if alone[0] is None or alone[1] is None or slowed[0] is None or slowed[1] is None:
