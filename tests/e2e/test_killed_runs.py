@@ -21,6 +21,7 @@ def _labelling_only(runs: Any, name: str, **more: Any) -> str:
         "tasks": {"perRound": 16, "firstRound": 16},
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 2},
         "training": {"mode": "Disabled"},
+        "evaluation": {"initial": True, "overlap": "NextRound"},
     }
     return str(runs.document(name, **(spec | more)))
 
@@ -28,7 +29,9 @@ def _labelling_only(runs: Any, name: str, **more: Any) -> str:
 def _digests(runs: Any, name: str) -> list[str]:
     status = runs.status(name)
     assert status["phase"] == "Succeeded", status
-    return [entry["rollout"]["dataDigest"] for entry in status["rounds"]]
+    initial, *rounds = status["rounds"]
+    assert (initial["round"], initial["evaluation"]["tasks"]) == (0, 12)
+    return [entry["rollout"]["dataDigest"] for entry in rounds]
 
 
 def _finished(runs: Any, name: str) -> int:

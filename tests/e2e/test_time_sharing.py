@@ -34,6 +34,7 @@ def test_time_shared_servers_are_gone_while_training_runs_and_come_back_with_the
         tasks={"firstRound": 6, "perRound": 6},
         scaffold={"maxTurns": 3},
         training={"steps": {"type": "Constant", "value": 5}, "processesPerNode": 1},
+        evaluation={"initial": True},
     )
     process = runs.start("run", str(file))
     trained = False
@@ -46,5 +47,8 @@ def test_time_shared_servers_are_gone_while_training_runs_and_come_back_with_the
     assert process.returncode == 0, output
     assert trained
     status = json.loads(runs.ctl("status", "shared", "-o", "json"))["status"]
-    (only,) = status["rounds"]
+    initial, only = status["rounds"]
     assert only["evaluation"]["policy"] == only["training"]["checkpoint"] != only["policy"]
+    assert (initial["round"], initial["evaluation"]["policy"]) == (0, only["policy"])
+    compared = runs.ctl("compare", "shared", "1", "0")
+    assert "shared round 0: " in compared and "difference on 12 common tasks: " in compared
