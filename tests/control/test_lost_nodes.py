@@ -1,11 +1,13 @@
 """Pods that should be gone and whose nodes say nothing."""
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
-from control.observed import LABELS, NOW, Json, ago, child, deployment, job, of, pod
-from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ChildState
+from control.observed import LABELS, NOW, Json, ago, child, children, deployment, job, of, pod
+from dagger_operator.control import ATTEMPT, COMPONENT, FAILED, ROUND, ChildState
 
 
 def going(name: str, due: str, phase: str = "Running") -> Json:
@@ -64,3 +66,18 @@ def test_a_lost_pod_is_known_also_of_what_waits_for_nothing_itself() -> None:
         assert one.lost is not None
         assert (one.lost.reason, one.lost.since) == ("NodeLost", NOW - timedelta(minutes=5)), one
     assert child(server, [going("s", ago(seconds=5))]).lost is None, "it ends in its time"
+
+
+def test_of_several_lost_pods_the_same_one_is_named_in_whatever_order_they_are_seen(story: Callable[..., Any]) -> None:
+    tale = story()
+    tale.into_rollouts()
+    pods = [going(name, ago(minutes=5)) for name in ("a", "b")]
+    for one in pods:
+        one["metadata"]["labels"] = LABELS | {ROUND: "1"}
+    lost = {(one.kind, one.name): one for one in children([], pods)}
+    others = {key: one for key, one in tale.children.items() if one.kind != "Job"}
+    said = []
+    for seen in (lost, dict(reversed(lost.items()))):
+        tale.children = others | seen
+        said.append(tale.plan(told=False).status)
+    assert said[0].reason == "NodeLost" and said[0] == said[1]

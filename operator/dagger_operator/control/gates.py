@@ -145,7 +145,7 @@ def _obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: C
 
 def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
     """That others have to end first, and which of them never will by itself: in this run's way since it waits, not since that is lost."""
-    lost = next((one.lost for one in by if one.lost is not None), None)
+    lost = next((one.lost for one in sorted(by, key=lambda one: one.name) if one.lost is not None), None)
     if lost is None:
         return Trouble(reason, message)
     return Trouble(lost.reason, f"{message}: {lost.message}", waited_since(run.status, lost.reason, observed.now))
