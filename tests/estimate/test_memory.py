@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagger_operator.api.training import TARGETS_AT_ONCE
 from dagger_operator.estimate import GIB, GPUS, KNOWN, Shape
-from dagger_operator.estimate.memory import TARGETS_AT_ONCE, Setup, training_memory
+from dagger_operator.estimate.memory import Setup, training_memory
 
 FOUR = KNOWN["Qwen/Qwen3-4B-Instruct-2507"]
 EIGHT_GPUS = Setup(stage=3, ranks=8, offload=False, bf16=True, checkpointing=True, tokens=65536)

@@ -95,11 +95,10 @@ def _changes(spec: RunSpec, shape: Shape, now: Setup) -> Iterator[Change]:
         yield "training.activationCheckpointing", "true", replace(now, checkpointing=True)
     if now.tokens > training.max_sequence_tokens:
         yield "training.microBatchTokens", str(training.max_sequence_tokens), replace(now, tokens=training.max_sequence_tokens)
-    if hasattr(training, "sequence_parallel"):
-        whole = max(training.micro_batch_tokens, training.max_sequence_tokens)
-        for share in (2, 4, 8):
-            if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
-                yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
+    whole = max(training.micro_batch_tokens, training.max_sequence_tokens)
+    for share in (2, 4, 8):
+        if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
+            yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
     if now.stage > 0 and not now.offload:
         yield "training.deepspeed.offload", "Optimizer", replace(now, offload=True)
     for nodes in (2, 4, 8):

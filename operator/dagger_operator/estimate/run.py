@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from dagger_operator.api import Aggregation, BatchUnit, PodSettings, RunSpec, Serving, TrainingMode
 from dagger_operator.api.course import StageName, Step, cost, gpus_held, spans
+from dagger_operator.api.training import Packing
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.fit import findings
 from dagger_operator.estimate.hardware import Gpu
@@ -159,8 +160,7 @@ class _Planner:
                 return None if student else self.acting.evaluation_seconds(self.assumed.held_out, most_turns, beside)
             case StageName.TRAINING:
                 steps, trees, per_label = self._training(step.round)
-                as_trees = str(getattr(self.spec.training, "packing", "Trees")) == "Trees"
-                return self._training_seconds(trees if as_trees else per_label, steps)
+                return self._training_seconds(trees if self.spec.training.packing is Packing.TREES else per_label, steps)
             case StageName.PREFLIGHT | StageName.PUBLISH:
                 return self.assumed.change_seconds
         return 0.0

@@ -52,7 +52,7 @@ def parted(spec: RunSpec, gpu: Gpu, shape: Shape, talk: Conversation) -> Iterato
 def idle(spec: RunSpec, talk: Conversation) -> Iterator[Finding]:
     """A step has fewer trees than there are ranks to compute them."""
     training = spec.training
-    groups = training.nodes * training.processes_per_node // getattr(training, "sequence_parallel", 1)
+    groups = training.nodes * training.processes_per_node // training.sequence_parallel
     labels = training.batch_size if training.batch_unit is BatchUnit.LABELS else None
     of_a_trajectory = talk.trees(teacher_share(spec.mixing, 1, talk.turns), training.micro_batch_tokens, labels).sequences
     trajectories = training.batch_size / talk.turns if labels else training.batch_size
