@@ -285,6 +285,15 @@ def test_turns_that_do_not_fit_into_a_rollout_are_refused() -> None:
         Assumptions.of(_spec(), turns=100, first_tokens=500, end_tokens=8000, turn_tokens=300)
 
 
+FOR_BOTH = {"student.serving.maxModelLen": 40960, "training.maxSequenceTokens": 40960}
+
+
+def test_a_hybrid_student_trains_as_many_tokens_where_the_teacher_acts() -> None:
+    plain, hybrid = (_estimate(_spec({"student.model": model, **FOR_BOTH})) for model in ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-8B"))
+    assert plain.rounds[0].trees.tokens < plain.rounds[4].trees.tokens
+    assert hybrid.rounds[0].trees.tokens == hybrid.rounds[4].trees.tokens > plain.rounds[4].trees.tokens
+
+
 def test_ranks_without_a_tree_are_pointed_out() -> None:
     """16 labels are a part of one trajectory: one tree, and seven of eight ranks have nothing to do."""
     few = _estimate(_spec({"training.batchUnit": "Labels"}))

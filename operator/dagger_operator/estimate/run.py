@@ -26,7 +26,7 @@ def estimate(spec: RunSpec, gpu: Gpu, student: Shape, teacher: Shape | None, ass
 class _Planner:
     def __init__(self, spec: RunSpec, gpu: Gpu, student: Shape, teacher: Shape | None, assumed: Assumptions) -> None:
         self.spec, self.gpu, self.shape, self.assumed = spec, gpu, student, assumed
-        self.talk = Conversation(assumed.turns, assumed.first_tokens, assumed.turn_growth, assumed.turn_tokens)
+        self.talk = Conversation(assumed.turns, assumed.first_tokens, assumed.turn_growth, assumed.turn_tokens, student.hybrid)
         self.student, self.teacher = self._pool(spec.student.served, student), self._pool(spec.teacher.serving, teacher)
         self.trains = spec.training.mode is TrainingMode.ENABLED
         self.shares = [teacher_share(spec.mixing, number, assumed.turns) for number in range(1, spec.rounds + 1)]
