@@ -89,7 +89,8 @@ class Serving(ApiModel):
     tool_call_parser: Annotated[str, Field(max_length=64)] | None = None
     """vLLM's parser for this model's tool calls, such as `hermes` (Qwen3) or `qwen3_coder`. Needed by the ToolCall protocol."""
     extra_args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
-    """Further arguments of vLLM's API server, as they are."""
+    """Further arguments of vLLM's API server, as they are. A student that thinks unless told otherwise, such as Qwen3-8B, wants
+    `["--default-chat-template-kwargs", '{"enable_thinking": false}']` where its teacher does not think; training reads it too."""
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=list_map("name"))] = []
     """Further environment of vLLM's container. What runs beside it has `pod.env`."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
