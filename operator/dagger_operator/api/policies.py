@@ -1,8 +1,10 @@
 """The two policies, student and teacher, and where each is served."""
 
+import json
 from enum import StrEnum
 from hashlib import sha256
-from typing import Annotated, ClassVar, Self
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -105,6 +107,20 @@ class Serving(ApiModel):
         if self.nodes > 1 and self.gpus == 0:
             raise Misfit("nodes", self.nodes, _NODES_HAVE_GPUS)
         return self
+
+    def argument(self, name: str) -> str | None:
+        """Value of one of `extraArgs`, written as `name value` or `name=value`; of several the last, as vLLM has it."""
+        words = [word for argument in self.extra_args for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+        return next((value for word, value in reversed(list(pairwise(words))) if word == name), None)
+
+    @property
+    def hf_overrides(self) -> dict[str, Any]:
+        """What the server has instead of the model's `config.json`; nothing where vLLM will refuse what is written."""
+        try:
+            overrides = json.loads(self.argument("--hf-overrides") or "{}")
+        except ValueError:
+            return {}
+        return overrides if isinstance(overrides, dict) else {}
 
 
 _STUDENT_ON_ONE_NODE = "a student's weights are replaced in place, on one node: write nodes 1 and as many gpus as it needs"

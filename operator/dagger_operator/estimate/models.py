@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dagger_operator.api.context import longest_context
+
 
 class UnknownShape(ValueError):
     """A model whose shape cannot be read: `problem` is what is wrong with its config, `remedy` what to do."""
@@ -37,7 +39,7 @@ class Shape:
     active_experts: int = 0
     """Experts that a token visits."""
     positions: int | None = None
-    """`max_position_embeddings`: the longest context that vLLM serves."""
+    """The longest context that vLLM serves."""
     hybrid: bool = False
     """Whether it thinks unless its chat template is told not to. Such a template writes an empty thought before the turn that is to be
     said and leaves it out once that is history: no label has the tokens of the turn that was taken."""
@@ -131,7 +133,7 @@ def shape_of(config: Mapping[str, Any], chat_template: str = "") -> Shape:
         qk_norm=str(config.get("model_type", "")).startswith("qwen3"),
         experts=experts,
         active_experts=_number(config, "num_experts_per_tok") if experts else 0,
-        positions=config.get("max_position_embeddings"),
+        positions=longest_context(config),
         hybrid="enable_thinking" in chat_template,
     )
 
