@@ -39,7 +39,9 @@ def test_states_are_shared_out_as_zero_says() -> None:
 
 def test_the_page_says_what_recomputing_saves_of_the_8b_and_costs() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs/tuning.md").read_text()
-    pattern = r"a third more .*; of Qwen3-8B a pass of ([\d,]+) tokens keeps ([\d.]+) GiB of activations instead of ([\d.]+), and has ([\d.]+) of"
+    pattern = (
+        r"a third more .*; of Qwen3-8B a pass of ([\d,]+) tokens keeps ([\d.]+) GiB of activations instead of ([\d.]+), and has ([\d.]+) of"
+    )
     ((tokens, recomputed, kept, layer),) = re.findall(pattern, page)
     eight, setup = KNOWN["Qwen/Qwen3-8B"], replace(EIGHT_GPUS, tokens=int(tokens.replace(",", "")))
     less, all_of_it = (training_memory(eight, replace(setup, checkpointing=checkpointing)) for checkpointing in (True, False))
