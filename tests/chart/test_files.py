@@ -1,6 +1,7 @@
 """The chart's and the manifests' files belong together, and every sample is a valid run."""
 
 import json
+import re
 import runpy
 import ssl
 import sys
@@ -25,7 +26,9 @@ from typer.testing import CliRunner
 
 from dagger_operator.api import Aggregation, BatchUnit, DAggerRun, MixingStrategy, Rollouts, Sandbox, load
 from dagger_operator.cli.app import app
+from dagger_operator.estimate import KNOWN
 from dagger_operator.rollout.sandboxes import lifetime_seconds
+from dagger_operator.training.template import template_options
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "dagger-operator"
@@ -201,9 +204,48 @@ def test_both_students_have_both_styles() -> None:
     assert [path.stem for path in PAPER] == [f"paper-qwen3-{size}-{style}" for size in ("4b", "8b") for style in ("aggrevate", "dagger")]
 
 
-def test_the_sft_baseline_is_the_teacher_alone_in_one_round() -> None:
-    (run,) = runs(ROOT / "manifests" / "samples" / "sft-baseline.yaml")
+@pytest.mark.parametrize(
+    ("baseline", "compared"), [("sft-baseline", "paper-qwen3-4b-dagger"), ("sft-baseline-8b", "paper-qwen3-8b-dagger")]
+)
+def test_an_sft_baseline_is_the_teacher_alone_in_one_round_with_the_settings_of_the_run_that_it_is_compared_with(
+    baseline: str, compared: str
+) -> None:
+    (run,), (other,) = (runs(ROOT / "manifests" / "samples" / f"{name}.yaml") for name in (baseline, compared))
     assert run.spec.rounds == 1 and run.spec.mixing.beta_at(1) == 1.0 and run.spec.tasks.per_round == 2338
+    assert (run.spec.student, run.spec.teacher) == (other.spec.student, other.spec.teacher)
+    fitted = {"micro_batch_tokens", "pod"}
+    assert run.spec.training.model_dump(exclude=fitted) == other.spec.training.model_dump(exclude=fitted)
+
+
+WITH_GPUS = [path for path in SAMPLES if "gpusPerNode" in path.read_text() and "quickstart" not in path.parts]
+
+
+@pytest.mark.parametrize("path", WITH_GPUS, ids=lambda path: path.stem)
+def test_a_hybrid_student_is_told_not_to_think_and_no_other(path: Path) -> None:
+    (run,) = runs(path)
+    serving = run.spec.student.serving
+    assert serving is not None
+    assert template_options(serving.extra_args) == ({"enable_thinking": False} if KNOWN[run.spec.student.model].hybrid else {})
+
+
+@pytest.mark.parametrize("path", WITH_GPUS, ids=lambda path: path.stem)
+def test_what_a_sample_shows_for_tainted_nodes_and_other_regions_is_valid_once_it_is_no_comment(path: Path) -> None:
+    shown = re.sub(r"# (tolerations|region):", r"\1:", path.read_text())
+    (spec,) = (load(one).spec for one in yaml.safe_load_all(shown) if one["kind"] == "DAggerRun")
+    pods = [spec.training.pod] + [serving.pod for serving in (spec.student.serving, spec.teacher.serving) if serving is not None]
+    for pod in pods:
+        (toleration,) = pod.tolerations
+        assert (toleration.key, toleration.operator, toleration.effect) == ("nvidia.com/gpu", "Exists", "NoSchedule")
+    assert spec.storage.region
+
+
+@pytest.mark.parametrize("path", WITH_GPUS, ids=lambda path: path.stem)
+def test_replicas_have_time_to_read_their_teacher_from_the_hub_over_a_line_that_they_share(path: Path) -> None:
+    """At 50 MB/s for all of them, and half as long again for the image and to load it."""
+    (run,) = runs(path)
+    if (serving := run.spec.teacher.serving) is not None:
+        weights = 2 * KNOWN[run.spec.teacher.model].parameters
+        assert serving.startup_deadline_seconds >= 1.5 * serving.replicas * weights / 50e6
 
 
 def test_the_quickstart_is_the_same_run_on_a_cluster() -> None:

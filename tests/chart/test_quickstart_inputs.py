@@ -27,5 +27,5 @@ async def test_tasks_and_student_are_found_below_the_storage(tmp_path: Path) -> 
     tasks: Tasks = run.spec.tasks
     assert len(await load_training(tasks, store, {})) == 400 and len(await load_held_out(tasks, store, {})) == 100
     folder = await fetch(source(run.spec.student.model, store, "student.model"), store, tmp_path / "student", "student.model")
-    check_model(folder, "student.model", run.spec.student.served.max_model_len if run.spec.student.served else None)
+    check_model(folder, "student.model", run.spec.student.served)
     assert {f"{url}/{info.key}" for info in await store.list("inputs")} <= set(first.split())

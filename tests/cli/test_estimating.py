@@ -96,3 +96,26 @@ def test_a_student_that_is_not_known_is_read_from_its_folder(ctl: Any, document:
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text(json.dumps(config))
     assert ctl("estimate", "run.yaml", "--gpu", "L40S", documents=[document]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("chat_template.jinja", "{% if enable_thinking is false %}"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "{% if enable_thinking is false %}"})),
+    ],
+)
+def test_a_hybrid_student_is_known_by_the_chat_template_beside_its_config(
+    ctl: Any, paper: list[Any], tmp_path: Path, file: str, text: str
+) -> None:
+    """Round 1, in which the teacher alone acts: where labels lie on the trunk, they cost nothing."""
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def tokens() -> float:
+        answer = ctl("estimate", "run.yaml", "--gpu", "H100-80GB", "--config", "config.json", "--output", "json", documents=paper)
+        return float(json.loads(answer.stdout)["rounds"][0]["trees"]["tokens"])
+
+    plain = tokens()
+    (tmp_path / file).write_text(text)
+    assert tokens() > plain

@@ -1,4 +1,5 @@
-"""What the samples ask of a cluster, as docs/operating.md says it: every number comes from the manifests that the operator would apply."""
+"""What the samples ask of a cluster, as docs/operating.md says it: every number comes from the manifests that the operator would apply, and
+hours from the estimate."""
 
 import re
 from collections import Counter
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dagger_operator.api import DAggerRun, GpuSharing, Overlap, load
+from dagger_operator.api import DAggerRun, GpuSharing, Overlap, RunSpec, load
 from dagger_operator.control import Results, Role, StageName, Step
 from dagger_operator.control.jobs import build_job, pods_of
 from dagger_operator.control.servers import build_server, served
-from dagger_operator.estimate import GIB, KNOWN, Assumptions
+from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions, estimate
 from dagger_operator.estimate.host import STORED, amount, whole_gib
 from dagger_operator.sandbox.interface import SandboxRequest
 from dagger_operator.sandbox.pod_manifest import Setting, pod
@@ -78,6 +79,11 @@ def the_run(path: Path) -> DAggerRun:
     return load(document)
 
 
+def hours(spec: RunSpec) -> str:
+    found = estimate(spec, GPUS["H100-80GB"], KNOWN[spec.student.model], KNOWN.get(spec.teacher.model), Assumptions.of(spec))
+    return f"{found.hours:.0f}, {found.gpu_hours:.0f}"
+
+
 def row(path: Path) -> str:
     run = the_run(path)
     found, held_out = needs(run), Assumptions.of(run.spec).held_out
@@ -93,6 +99,7 @@ def row(path: Path) -> str:
         f"{found.pods['workers']}: {said(found.workers, 'cpu', 'memory')}",
         f"{found.pods['sandboxes']}: {said(found.sandboxes, 'cpu', 'memory', DISK)}",
         f"{run.spec.tasks.per_round}, {held_out}",
+        hours(run.spec),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,13 +1,18 @@
 """Memory of a GPU: by part, and never more of it for more GPUs."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagger_operator.api.training import TARGETS_AT_ONCE
 from dagger_operator.estimate import GIB, GPUS, KNOWN, Shape
-from dagger_operator.estimate.memory import TARGETS_AT_ONCE, Setup, training_memory
+from dagger_operator.estimate.flops import training
+from dagger_operator.estimate.memory import Setup, training_memory
+from dagger_operator.estimate.workload import Tokens
 
 FOUR = KNOWN["Qwen/Qwen3-4B-Instruct-2507"]
 EIGHT_GPUS = Setup(stage=3, ranks=8, offload=False, bf16=True, checkpointing=True, tokens=65536)
@@ -30,6 +35,20 @@ def test_states_are_shared_out_as_zero_says() -> None:
         memory = training_memory(FOUR, replace(EIGHT_GPUS, stage=stage))
         found = (memory.weights, memory.gradients, memory.optimiser)
         assert found == pytest.approx(tuple(FOUR.parameters * each for each in (weights, gradients, optimiser)))
+
+
+def test_the_page_says_what_recomputing_saves_of_the_8b_and_costs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/tuning.md").read_text()
+    pattern = (
+        r"a third more .*; of Qwen3-8B a pass of ([\d,]+) tokens keeps ([\d.]+) GiB of activations instead of ([\d.]+), and has ([\d.]+) of"
+    )
+    ((tokens, recomputed, kept, layer),) = re.findall(pattern, page)
+    eight, setup = KNOWN["Qwen/Qwen3-8B"], replace(EIGHT_GPUS, tokens=int(tokens.replace(",", "")))
+    less, all_of_it = (training_memory(eight, replace(setup, checkpointing=checkpointing)) for checkpointing in (True, False))
+    told = [less.activations, all_of_it.activations, less.layer]
+    assert [f"{size / GIB:.1f}" for size in told] == [recomputed, kept, layer]
+    work = Tokens(tokens=1, pairs=1, targets=1)
+    assert training(eight, work, checkpointing=True) == pytest.approx(4 / 3 * training(eight, work, checkpointing=False))
 
 
 def test_without_zero_all_is_in_fp32() -> None:

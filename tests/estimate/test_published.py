@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions
+from dagger_operator.estimate import GIB, GPUS, KNOWN
 from dagger_operator.estimate.memory import activations, in_a_layer, logits
-from dagger_operator.estimate.published import PRIME_RL, UTILISATION, Benchmark
+from dagger_operator.estimate.published import PRIME_RL, Benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADLINE = PRIME_RL[0]
@@ -53,7 +53,6 @@ def test_the_default_utilisation_says_what_sft_at_16k_reached_on_h100_and_h200()
     assert len(alike) == 3
     for one in alike:
         assert one.throughput_by_default == pytest.approx(one.throughput, rel=0.1)
-    assert Assumptions.__dataclass_fields__["utilisation"].default == UTILISATION
 
 
 def test_the_page_shows_the_table_that_its_command_prints() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from dagger_operator.api import InvalidRun, RunSpec, load
+from dagger_operator.api.context import longest_context
 from dagger_operator.control.progress import gpu_hours
 from dagger_operator.control.results import Results
 from dagger_operator.control.rounds import StageName, Step
-from dagger_operator.estimate import GPUS, KNOWN, Assumptions, Estimate, Shape, as_data, estimate
+from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions, Estimate, Shape, as_data, estimate
 from dagger_operator.estimate.time import Pace, side_by_side
 from dagger_operator.store.results import StageProgress
 
@@ -253,12 +255,40 @@ def test_a_context_beyond_the_models_own_is_refused_as_vllm_does() -> None:
     assert finding.fatal and "40960" in finding.remedy
 
 
+OVERRIDDEN = ["--hf-overrides", json.dumps({"max_position_embeddings": 131072})]
+
+
+def test_overrides_lengthen_a_teacher_and_no_student_as_prepare_has_it() -> None:
+    eight = {f"{role}.model": "Qwen/Qwen3-8B" for role in ("student", "teacher")}
+    overridden = {f"{role}.serving.extraArgs": OVERRIDDEN for role in ("student", "teacher")}
+    found = {finding.field: finding for finding in _estimate(_spec({**eight, **overridden})).findings if finding.fatal}
+    assert "--hf-overrides reach servers and not training" in found["student.serving.maxModelLen"].remedy
+    assert "teacher.serving.maxModelLen" not in found
+
+
+@pytest.mark.parametrize("name", ["paper-qwen3-8b-dagger", "paper-qwen3-8b-aggrevate", "sft-baseline-8b"])
+def test_an_8b_sample_names_what_goes_with_the_longer_context_that_the_page_shows(name: str) -> None:
+    path, page = ROOT / f"manifests/samples/{name}.yaml", (ROOT / "docs/training.md").read_text()
+    (longer,) = re.findall(r'^    ("max_position_embeddings": .*\n    "rope_scaling": .*)$', page, re.M)
+    comment = re.sub(r"\n *# ", " ", path.read_text())
+    length, sequence, tree, at_once = re.findall(
+        r"The paper's (\d+) takes .* maxSequenceTokens (\d+), microBatchTokens (\d+) and rollouts.concurrency (\d+):", comment
+    )[0]
+    changes = {"training.maxSequenceTokens": sequence, "training.microBatchTokens": tree, "rollouts.concurrency": at_once}
+    changes = {field: int(value) for field, value in {**changes, "student.serving.maxModelLen": length}.items()}
+    spec = _spec(changes, _runs(path)[0])
+    eight = replace(KNOWN["Qwen/Qwen3-8B"], positions=longest_context(json.loads(f"{{{longer}}}")))
+    found = estimate(spec, H100, eight, KNOWN[spec.teacher.model], Assumptions.of(spec))
+    assert found.assumed.end_tokens == 65536 and not found.findings, [str(finding) for finding in found.findings]
+
+
 def test_a_tree_that_is_parted_is_pointed_out_with_the_value_that_keeps_it_whole() -> None:
-    parted = _estimate(_spec({"training.microBatchTokens": 65536}))
+    parted = _estimate(_spec({"training.microBatchTokens": 49152}))
     finding = next(finding for finding in parted.findings if finding.field == "training.microBatchTokens")
     assert not finding.fatal
     whole = int(finding.remedy.split()[1].rstrip(","))
     kept = _estimate(_spec({"training.microBatchTokens": whole}))
+    assert kept.training is not None and f"takes {kept.training.total / GIB:.1f} GiB" in finding.remedy
     assert kept.rounds[4].trees.tokens < parted.rounds[4].trees.tokens / 1.25
 
 
@@ -301,6 +331,15 @@ def test_an_assumption_that_the_run_forbids_is_refused_and_the_most_that_it_allo
 def test_turns_that_do_not_fit_into_a_rollout_are_refused() -> None:
     with pytest.raises(InvalidRun, match="--end-tokens: got 8000: 100 turns of 300 tokens after 500 end at 30500"):
         Assumptions.of(_spec(), turns=100, first_tokens=500, end_tokens=8000, turn_tokens=300)
+
+
+FOR_BOTH = {"student.serving.maxModelLen": 40960, "training.maxSequenceTokens": 40960}
+
+
+def test_a_hybrid_student_trains_as_many_tokens_where_the_teacher_acts() -> None:
+    plain, hybrid = (_estimate(_spec({"student.model": model, **FOR_BOTH})) for model in ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-8B"))
+    assert plain.rounds[0].trees.tokens < plain.rounds[4].trees.tokens
+    assert hybrid.rounds[0].trees.tokens == hybrid.rounds[4].trees.tokens > plain.rounds[4].trees.tokens
 
 
 def test_ranks_without_a_tree_are_pointed_out() -> None:

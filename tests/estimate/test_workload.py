@@ -1,12 +1,18 @@
 """Tokens of a trajectory with all its labels, as trees and one by one."""
 
+from pathlib import Path
+from typing import Any
+
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dagger_operator.api import Mixing, MixingStrategy, Schedule, ScheduleType
 from dagger_operator.estimate.workload import Conversation, teacher_share
+from dagger_operator.training.template import StudentTemplate
 
+TEMPLATES = Path(__file__).resolve().parents[1] / "training/templates"
 WHOLE = float("inf")
 
 
@@ -25,6 +31,44 @@ def test_a_teacher_that_always_acts_leaves_one_sequence() -> None:
     talk = Conversation(50, first=4000, growth=1200, label=300)
     trees = talk.trees(1.0, WHOLE)
     assert (trees.tokens, trees.sequences, trees.targets) == (talk.state(50) + 300, 1, 50 * 300)
+
+
+class Characters:
+    """A tokenizer that has a token for each character."""
+
+    eos_token = "<|im_end|>"
+    added_tokens_encoder: dict[str, int] = {}
+
+    def __init__(self, template: str) -> None:
+        self._template = jinja2.Environment(autoescape=False).from_string((TEMPLATES / f"{template}.jinja").read_text())
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, **variables: Any) -> str:
+        return self._template.render(messages=conversation, **variables)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "on_the_trunk"),
+    [("qwen3_instruct", {}, True), ("qwen3_hybrid", {}, False), ("qwen3_hybrid", {"enable_thinking": False}, False)],
+    ids=["plain", "hybrid", "hybrid, told not to think"],
+)
+def test_a_hybrid_models_label_is_never_the_same_turn_in_history(template: str, options: dict[str, Any], on_the_trunk: bool) -> None:
+    """Where the teacher acted: so every label of such a model is a branch."""
+    student = StudentTemplate(Characters(template), options)
+    state, turn, seen = (
+        [{"role": "user", "content": "repair"}],
+        {"role": "assistant", "content": "ls"},
+        {"role": "user", "content": "geo.py"},
+    )
+    labelled = student.prompt(state, None) + student.label(state, None, turn)
+    assert (student.prompt([*state, turn, seen], None)[: len(labelled)] == labelled) is on_the_trunk
+
+
+def test_labels_that_always_branch_cost_the_same_whoever_acts() -> None:
+    plain, hybrid = (Conversation(50, first=4000, growth=1200, label=300, labels_branch=branch) for branch in (False, True))
+    assert hybrid.trees(0.0, WHOLE) == hybrid.trees(1.0, WHOLE) == plain.trees(0.0, WHOLE)
 
 
 def test_a_tree_that_does_not_fit_is_parted_and_repeats_its_trunk() -> None:
@@ -46,11 +90,12 @@ def test_attended_pairs_of_a_small_tree() -> None:
 
 
 conversations = st.builds(
-    lambda turns, first, label, observation: Conversation(turns, first, label + observation, label),
+    lambda turns, first, label, observation, branch: Conversation(turns, first, label + observation, label, branch),
     st.integers(1, 60),
     st.integers(1, 5000),
     st.integers(1, 500),
     st.integers(0, 2000),
+    st.booleans(),
 )
 shares = st.floats(0, 1)
 
@@ -67,7 +112,8 @@ def test_trees_never_take_more_than_one_sequence_for_each_label(talk: Conversati
 @given(conversations, shares, st.integers(64, 200_000), st.integers(0, 100_000))
 def test_more_room_never_costs_more_tokens(talk: Conversation, share: float, most: int, more: int) -> None:
     assert talk.trees(share, WHOLE).tokens <= talk.trees(share, most).tokens * (1 + 1e-9)
-    assert talk.trees(1.0, most).tokens <= talk.trees(share, WHOLE).tokens * (1 + 1e-9) or most < talk.state(talk.turns) + talk.label
+    if not talk.labels_branch and most >= talk.state(talk.turns) + talk.label:
+        assert talk.trees(1.0, most).tokens <= talk.trees(share, WHOLE).tokens * (1 + 1e-9)
 
 
 def test_the_teachers_share_follows_beta() -> None:

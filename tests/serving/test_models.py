@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.api import Storage
+from dagger_operator.api import Serving, Storage
 from dagger_operator.serving import models
 from dagger_operator.serving.models import Folder, Hub, Stored, check_model, digest_folder, fetch, source
 from dagger_operator.store.objects import Store
 from dagger_operator.store.stage import StageFailure
+
+SERVED, TWICE = Serving(max_model_len=2048), Serving(max_model_len=4096)
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ async def test_a_model_in_the_storage_is_fetched_whole(s3: Any, model: Path, tmp
         await store.upload(f"models/base/{path.name}", path)
     origin = source(f"{s3.url}/models/base", store, "student.model")
     folder = await fetch(origin, store, tmp_path / "fetched", "student.model")
-    check_model(folder, "student.model", 2048)
+    check_model(folder, "student.model", SERVED)
     assert digest_folder(folder) == digest_folder(model)
     with pytest.raises(StageFailure, match="there is nothing below models/other/"):
         await fetch(Stored("models/other"), store, tmp_path / "other", "student.model")
@@ -81,16 +83,36 @@ def _index(model: Path) -> None:
     ],
 )
 def test_a_folder_that_cannot_be_served_is_refused(model: Path, spoil: Any, said: str) -> None:
-    check_model(model, "student.model", 2048)
+    check_model(model, "student.model", SERVED)
     spoil(model)
     with pytest.raises(StageFailure, match=said) as refused:
-        check_model(model, "student.model", 2048)
+        check_model(model, "student.model", SERVED)
     assert refused.value.reason == "ModelIncomplete"
 
 
 def test_a_context_beyond_the_models_positions_is_refused(model: Path) -> None:
     with pytest.raises(StageFailure, match=r"student.serving.maxModelLen is 4096, but the model has 2048 positions: write 2048 or less"):
-        check_model(model, "student.model", 4096)
+        check_model(model, "student.model", TWICE)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+
+
+def test_a_model_that_was_made_longer_is_served_as_long_as_it_says(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rope_scaling": YARN}))
+    with pytest.raises(StageFailure, match="the model has 2048 positions"):
+        check_model(model, "student.model", TWICE)  # as vLLM refuses it: the positions are to be written too
+    (model / "config.json").write_text(json.dumps({**config, "rope_scaling": YARN, "max_position_embeddings": 4096}))
+    check_model(model, "student.model", TWICE)
+
+
+def test_overrides_lengthen_a_teacher_and_no_student_which_training_would_not_see(model: Path) -> None:
+    overrides = json.dumps({"rope_scaling": YARN, "max_position_embeddings": 4096})
+    longer = TWICE.model_copy(update={"extra_args": ["--hf-overrides", overrides]})
+    check_model(model, "teacher.model", longer)
+    with pytest.raises(StageFailure, match="--hf-overrides reach servers and not training"):
+        check_model(model, "student.model", longer)
 
 
 async def test_without_the_hubs_client_an_id_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,11 @@ class Endpoint:
         if body.get("stream") and self.habits["stream"]:
             event = json.dumps({"choices": [{"index": 0, "delta": {"content": "ls"}, "finish_reason": "stop"}]})
             return web.Response(text=f"data: {event}\n\ndata: [DONE]\n\n", content_type="text/event-stream")
-        message: dict[str, Any] = {"role": "assistant", "content": self.habits.get("content", "ls")}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.habits.get("content", "ls"),
+            "reasoning": self.habits.get("reasoning"),
+        }
         if body.get("tools") and self.habits["tools"] and body["messages"][-1]["role"] != "tool":
             arguments = self.habits.get("arguments", '{"command": "pwd"}')
             message["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "bash", "arguments": arguments}}]
@@ -215,6 +219,33 @@ async def test_an_untrained_student_passes_with_warnings(examine: Any) -> None:
     checks = await examine(Endpoint("teach"), Endpoint(STUDENT, finish="length", tools=False), scaffold={"protocol": "ToolCall"})
     assert checks["student.stop"].startswith("warning: does not end by itself")
     assert checks["student.tools"].startswith("warning: it answered without a tool call")
+
+
+THOUGHTS = [
+    {"content": "<think>\nHm.\n</think>\n\nls"},
+    {"content": "<think>\nHm", "finish": "length"},
+    {"content": "Hm.\n</think>\n\nls"},
+    {"reasoning": "Hm.", "content": "ls"},
+    {"reasoning": "Hm", "content": None, "finish": "length"},
+]
+
+
+@pytest.mark.parametrize("habits", THOUGHTS, ids=["in its text", "cut off", "opened by the prompt", "by a parser", "by a parser, cut off"])
+async def test_a_student_that_thinks_passes_with_a_warning_that_says_what_to_write(examine: Any, habits: dict[str, Any]) -> None:
+    checks = await examine(Endpoint("teach"), Endpoint(STUDENT, **habits), scaffold={"protocol": "Text"})
+    assert checks["student.thinking"].startswith("warning: it thinks before it answers")
+    assert checks["student.thinking"].endswith("""extraArgs ["--default-chat-template-kwargs", '{"enable_thinking": false}']""")
+
+
+async def test_a_teacher_may_think(examine: Any) -> None:
+    checks = await examine(Endpoint("teach", reasoning="Hm."))
+    assert not any("warning" in what for what in checks.values())
+
+
+async def test_a_teacher_that_is_cut_off_in_its_thoughts_needs_more_tokens(examine: Any) -> None:
+    with pytest.raises(StageFailure, match=r"raise teacher\.sampling\.maxTokens") as failed:
+        await examine(Endpoint("teach", reasoning="Hm", content=None, finish="length"))
+    assert failed.value.reason == "TeacherTruncates"
 
 
 LABELS = {"topLogprobs": 3}

@@ -1,8 +1,10 @@
 """The two policies, student and teacher, and where each is served."""
 
+import json
 from enum import StrEnum
 from hashlib import sha256
-from typing import Annotated, ClassVar, Self
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -89,7 +91,8 @@ class Serving(ApiModel):
     tool_call_parser: Annotated[str, Field(max_length=64)] | None = None
     """vLLM's parser for this model's tool calls, such as `hermes` (Qwen3) or `qwen3_coder`. Needed by the ToolCall protocol."""
     extra_args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
-    """Further arguments of vLLM's API server, as they are."""
+    """Further arguments of vLLM's API server, as they are. A student that thinks unless told otherwise, such as Qwen3-8B, wants
+    `["--default-chat-template-kwargs", '{"enable_thinking": false}']` where its teacher does not think; training reads it too."""
     env: Annotated[list[EnvVar], Field(max_length=64, json_schema_extra=list_map("name"))] = []
     """Further environment of vLLM's container. What runs beside it has `pod.env`."""
     startup_deadline_seconds: Annotated[int, Field(ge=10, le=86400)] = 1800
@@ -104,6 +107,20 @@ class Serving(ApiModel):
         if self.nodes > 1 and self.gpus == 0:
             raise Misfit("nodes", self.nodes, _NODES_HAVE_GPUS)
         return self
+
+    def argument(self, name: str) -> str | None:
+        """Value of one of `extraArgs`, written as `name value` or `name=value`; of several the last, as vLLM has it."""
+        words = [word for argument in self.extra_args for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+        return next((value for word, value in reversed(list(pairwise(words))) if word == name), None)
+
+    @property
+    def hf_overrides(self) -> dict[str, Any]:
+        """What the server has instead of the model's `config.json`; nothing where vLLM will refuse what is written."""
+        try:
+            overrides = json.loads(self.argument("--hf-overrides") or "{}")
+        except ValueError:
+            return {}
+        return overrides if isinstance(overrides, dict) else {}
 
 
 _STUDENT_ON_ONE_NODE = "a student's weights are replaced in place, on one node: write nodes 1 and as many gpus as it needs"

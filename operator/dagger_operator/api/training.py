@@ -95,6 +95,11 @@ class Lora(ApiModel):
     """Names of the linear layers that get an adapter, such as q_proj; default all linear layers of the decoder."""
 
 
+TARGETS_AT_ONCE = 4096
+"""Rows of logits that a rank has in memory at a time: the vocabulary's width each, in FP32."""
+REDUCED_AT_ONCE = 1 << 24
+"""Numbers of gradients that ranks reduce at a time, in a buffer that is allocated whole: what transformers takes for a model of width
+4096. A larger gradient is reduced by itself, where it lies."""
 MOST_STEPS = 1_000_000
 _ROWS_STAY_ON_A_NODE = "the ranks that share a row are on one node: write a divisor of processesPerNode"
 _STEPS = f"these are optimiser steps: write a number in 1..{MOST_STEPS}"
@@ -159,7 +164,7 @@ class Training(ApiModel):
     deepspeed: DeepSpeed = DeepSpeed()
     """Sharding over ranks."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: of each layer only its input is kept, for a third more floating-point operations."""
     sequence_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Ranks that share each row of tokens (DeepSpeed-Ulysses), for contexts that are too long for one; divides the student's heads."""
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1

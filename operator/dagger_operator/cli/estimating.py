@@ -66,7 +66,7 @@ def _shape(role: str, model: str, config: Path | None) -> Shape:
         document = json.loads(path.read_text())
         if not isinstance(document, dict):
             raise UnknownShape("is no JSON object", "give the model's config.json")
-        return shape_of(document)
+        return shape_of(document, _chat_template(path.parent))
     except OSError as error:
         found = "cannot be read" if config is not None else f"{model!r} is not known here, and no folder"
         raise InvalidRun([Problem(field, found, f"{error.strerror}: give its config.json by {option}")]) from None
@@ -74,3 +74,9 @@ def _shape(role: str, model: str, config: Path | None) -> Shape:
         raise InvalidRun([Problem(field, f"{path} {error.problem}", error.remedy)]) from None
     except ValueError:
         raise InvalidRun([Problem(field, f"{path} is no JSON", "give the model's config.json")]) from None
+
+
+def _chat_template(folder: Path) -> str:
+    """The text that holds a model's chat template: a file of its own, or the tokenizer's settings. Empty where there is neither."""
+    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return next((file.read_text() for file in files if file.is_file()), "")

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from dagger_operator.api import InvalidRun, Problem, RunSpec, SourceType
@@ -62,9 +62,6 @@ class Assumptions:
         made = cls(**{**defaults, **stated})
         made._refuse_nonsense(_most(spec))
         return made
-
-    def with_(self, **changes: Any) -> Self:
-        return replace(self, **changes)
 
     def _refuse_nonsense(self, most: Mapping[str, tuple[int, str]]) -> None:
         """`most`: what the run allows, and the field that says so."""

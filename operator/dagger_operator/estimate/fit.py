@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from dagger_operator.api import PodSettings, RunSpec
+from dagger_operator.api.context import too_long
 from dagger_operator.estimate.finding import Finding
 from dagger_operator.estimate.hardware import GIB, Gpu
 from dagger_operator.estimate.host import Need, too_little
@@ -95,11 +96,10 @@ def _changes(spec: RunSpec, shape: Shape, now: Setup) -> Iterator[Change]:
         yield "training.activationCheckpointing", "true", replace(now, checkpointing=True)
     if now.tokens > training.max_sequence_tokens:
         yield "training.microBatchTokens", str(training.max_sequence_tokens), replace(now, tokens=training.max_sequence_tokens)
-    if hasattr(training, "sequence_parallel"):
-        whole = max(training.micro_batch_tokens, training.max_sequence_tokens)
-        for share in (2, 4, 8):
-            if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
-                yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
+    whole = max(training.micro_batch_tokens, training.max_sequence_tokens)
+    for share in (2, 4, 8):
+        if training.processes_per_node % share == 0 and shape.heads % share == 0 and whole / share < now.tokens:
+            yield "training.sequenceParallel", str(share), replace(now, tokens=whole / share)
     if now.stage > 0 and not now.offload:
         yield "training.deepspeed.offload", "Optimizer", replace(now, offload=True)
     for nodes in (2, 4, 8):
@@ -114,9 +114,9 @@ def _serving(role: str, pool: Pool) -> Iterator[Finding]:
     if shape.heads % serving.gpus:
         fitting = max(gpus for gpus in range(1, serving.gpus) if shape.heads % gpus == 0)
         yield Finding(f"{field}.gpus", str(serving.gpus), f"{shape.heads} heads cannot be shared out to as many", f"write {fitting}")
-    if shape.positions is not None and serving.max_model_len > shape.positions and "--hf-overrides" not in " ".join(serving.extra_args):
-        why = f"the model's own context is {shape.positions} tokens, and vLLM refuses more"
-        yield Finding(f"{field}.maxModelLen", str(serving.max_model_len), why, f"write at most {shape.positions}, or take a longer model")
+    if (found := too_long(serving, {"max_position_embeddings": shape.positions}, trained=role == "student")) is not None:
+        why = f"the model's own context is {found.longest} tokens, and vLLM refuses more"
+        yield Finding(f"{field}.maxModelLen", str(serving.max_model_len), why, found.remedy)
     if pool.whole_contexts == 0:
         yield _too_small(field, pool)
 

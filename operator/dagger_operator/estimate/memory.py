@@ -3,19 +3,15 @@
 from dataclasses import dataclass
 
 from dagger_operator.api import Training
-from dagger_operator.api.training import Offload, Precision
+from dagger_operator.api.training import REDUCED_AT_ONCE, TARGETS_AT_ONCE, Offload, Precision
 from dagger_operator.estimate.hardware import GIB
 from dagger_operator.estimate.models import Shape
 
-TARGETS_AT_ONCE = 4096
-"""Rows of logits that exist at a time: `targets_at_once` in `training/loop.py`."""
 CONTEXT = 1.2 * GIB
 """What CUDA, NCCL and libraries hold beside PyTorch: 44.69 GiB in use with 43.48 GiB PyTorch's, in the out-of-memory message of prime-rl's
 Qwen3-0.6B SFT at 65K on an H100 (`benchmarks/baselines`)."""
-BUCKET = 1 << 24
-"""Gradients that are reduced at a time, as `training/engine.py` has it; a matrix that is larger is reduced by itself."""
 WITHOUT_ZERO = 500_000_000
-"""The same without ZeRO, after the last pass: DeepSpeed's own."""
+"""Gradients that are reduced at a time without ZeRO, after the last pass: DeepSpeed's own."""
 LIVE = 1_050_000_000
 """Parameters that ZeRO-3 keeps gathered: defaults of `stage3_max_live_parameters` and `stage3_prefetch_bucket_size`."""
 
@@ -44,7 +40,7 @@ class Setup:
             offload=training.deepspeed.offload is Offload.OPTIMIZER and training.deepspeed.zero_stage > 0,
             bf16=training.precision is Precision.BF16,
             checkpointing=training.activation_checkpointing,
-            tokens=longest / getattr(training, "sequence_parallel", 1),
+            tokens=longest / training.sequence_parallel,
             adapter_rank=training.lora.rank if training.lora else 0,
         )
 
@@ -154,4 +150,4 @@ def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) 
 
 def _reducing(gradient: int) -> float:
     """The bucket, allocated whole, and what is reduced at a time, that is it or a larger gradient: once more, and in FP32."""
-    return 4 * BUCKET + 8 * max(BUCKET, gradient)
+    return 4 * REDUCED_AT_ONCE + 8 * max(REDUCED_AT_ONCE, gradient)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dagger_operator.api.context import longest_context
+
 
 class UnknownShape(ValueError):
     """A model whose shape cannot be read: `problem` is what is wrong with its config, `remedy` what to do."""
@@ -37,7 +39,10 @@ class Shape:
     active_experts: int = 0
     """Experts that a token visits."""
     positions: int | None = None
-    """`max_position_embeddings`: the longest context that vLLM serves."""
+    """The longest context that vLLM serves."""
+    hybrid: bool = False
+    """Whether it thinks unless its chat template is told not to. Such a template writes an empty thought before the turn that is to be
+    said and leaves it out once that is history: no label has the tokens of the turn that was taken."""
 
     @property
     def q_width(self) -> int:
@@ -97,16 +102,16 @@ def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: in
 
 
 KNOWN: Mapping[str, Shape] = {
-    "Qwen/Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, 8, tied=True, positions=40960),
+    "Qwen/Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, 8, tied=True, positions=40960, hybrid=True),
     "Qwen/Qwen3-4B-Instruct-2507": _qwen3(36, 2560, 9728, 32, 8, tied=True, positions=262144),
-    "Qwen/Qwen3-8B": _qwen3(36, 4096, 12288, 32, 8, positions=40960),
+    "Qwen/Qwen3-8B": _qwen3(36, 4096, 12288, 32, 8, positions=40960, hybrid=True),
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": _qwen3(48, 2048, 768, 32, 4, experts=128, active_experts=8, positions=262144),
 }
 """The paper's models, from their `config.json`, and a small one of the same family."""
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The shape that a Hugging Face `config.json` describes.
+def shape_of(config: Mapping[str, Any], chat_template: str = "") -> Shape:
+    """The shape that a Hugging Face `config.json` describes; its chat template says whether it is a hybrid thinking model.
 
     Raises `UnknownShape` where a number is missing, or where layers are not all of the kind that `Shape` describes.
     """
@@ -128,7 +133,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         qk_norm=str(config.get("model_type", "")).startswith("qwen3"),
         experts=experts,
         active_experts=_number(config, "num_experts_per_tok") if experts else 0,
-        positions=config.get("max_position_embeddings"),
+        positions=longest_context(config),
+        hybrid="enable_thinking" in chat_template,
     )
 
 

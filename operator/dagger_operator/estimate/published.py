@@ -8,14 +8,12 @@ wide as `hidden` and without the mask, so half of its pairs do not exist.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.flops import training
 from dagger_operator.estimate.hardware import GIB, GPUS
 from dagger_operator.estimate.memory import activations, in_a_layer, logits
 from dagger_operator.estimate.models import KNOWN, Shape
 from dagger_operator.estimate.workload import Tokens
-
-UTILISATION = 0.32
-"""The default of `Assumptions.utilisation`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Benchmark:
     def throughput_by_default(self) -> float:
         """Tokens per second at the estimate's own utilisation, pairs and recomputation."""
         work = Tokens(tokens=1, pairs=self.tokens / 2, targets=1)
-        return UTILISATION * self.gpus * GPUS[self.gpu].flops / training(self.shape, work, checkpointing=True)
+        return Assumptions.utilisation * self.gpus * GPUS[self.gpu].flops / training(self.shape, work, checkpointing=True)
 
     @property
     def peak_by_formula(self) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from dagger_operator.api import Aggregation, BatchUnit, PodSettings, RunSpec, Serving, TrainingMode
 from dagger_operator.api.course import StageName, Step, cost, gpus_held, spans
+from dagger_operator.api.training import Packing
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.fit import findings
 from dagger_operator.estimate.hardware import Gpu
@@ -25,7 +26,7 @@ def estimate(spec: RunSpec, gpu: Gpu, student: Shape, teacher: Shape | None, ass
 class _Planner:
     def __init__(self, spec: RunSpec, gpu: Gpu, student: Shape, teacher: Shape | None, assumed: Assumptions) -> None:
         self.spec, self.gpu, self.shape, self.assumed = spec, gpu, student, assumed
-        self.talk = Conversation(assumed.turns, assumed.first_tokens, assumed.turn_growth, assumed.turn_tokens)
+        self.talk = Conversation(assumed.turns, assumed.first_tokens, assumed.turn_growth, assumed.turn_tokens, student.hybrid)
         self.student, self.teacher = self._pool(spec.student.served, student), self._pool(spec.teacher.serving, teacher)
         self.trains = spec.training.mode is TrainingMode.ENABLED
         self.shares = [teacher_share(spec.mixing, number, assumed.turns) for number in range(1, spec.rounds + 1)]
@@ -161,8 +162,7 @@ class _Planner:
                 return None if student else self.acting.evaluation_seconds(self.assumed.held_out, most_turns, beside)
             case StageName.TRAINING:
                 steps, trees, per_label = self._training(step.round)
-                as_trees = str(getattr(self.spec.training, "packing", "Trees")) == "Trees"
-                return self._training_seconds(trees if as_trees else per_label, steps)
+                return self._training_seconds(trees if self.spec.training.packing is Packing.TREES else per_label, steps)
             case StageName.PREFLIGHT | StageName.PUBLISH:
                 return self.assumed.change_seconds
         return 0.0

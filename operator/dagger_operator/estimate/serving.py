@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 from dagger_operator.api import InvalidRun, Problem, Serving
 from dagger_operator.estimate.assumptions import Assumptions
@@ -64,17 +63,16 @@ class Pool:
     @property
     def utilisation(self) -> float:
         """Share of memory that vLLM takes: its default, or what `extraArgs` say."""
-        words = [word for argument in self.serving.extra_args for word in argument.split("=", 1)]
-        given = [value for name, value in pairwise(words) if name == "--gpu-memory-utilization"]
-        if not given:
+        given = self.serving.argument("--gpu-memory-utilization")
+        if given is None:
             return UTILISATION
         try:
-            share = float(given[-1])
+            share = float(given)
         except ValueError:
             share = math.nan
         if not 0 < share <= 1:
             remedy = "--gpu-memory-utilization is a share: write a number such as 0.9"
-            raise InvalidRun([Problem("serving.extraArgs", f"got {given[-1]!r}", remedy)])
+            raise InvalidRun([Problem("serving.extraArgs", f"got {given!r}", remedy)])
         return share
 
     def call_seconds(self, calls: float, new_tokens: float, context: float) -> float:

@@ -16,7 +16,7 @@ from dagger_operator.estimate.workload import Conversation, Tokens
 def training_seconds(shape: Shape, training: Training, gpu: Gpu, utilisation: float, work: Tokens, steps: float) -> float:
     """Computing of all steps, shared by the ranks as far as a step has sequences for them."""
     ranks = training.nodes * training.processes_per_node
-    groups = ranks / getattr(training, "sequence_parallel", 1)
+    groups = ranks / training.sequence_parallel
     sequences = max(1.0, work.sequences / max(1.0, steps))
     # With fewer sequences than groups some have none; with a few more, some have one more than others.
     busy = sequences / groups / math.ceil(round(sequences / groups, 6))

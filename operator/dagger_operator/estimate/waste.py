@@ -42,7 +42,8 @@ def parted(spec: RunSpec, gpu: Gpu, shape: Shape, talk: Conversation) -> Iterato
     parted = talk.trees(share, training.micro_batch_tokens)
     if parted.tokens > 1.25 * whole.tokens:
         wanted = int(-(-whole.tokens // 1024) * 1024)
-        grown = training_memory(shape, replace(setup, tokens=setup.tokens * wanted / training.micro_batch_tokens)).total
+        longest = max(wanted, training.max_sequence_tokens)
+        grown = training_memory(shape, replace(setup, tokens=longest / training.sequence_parallel)).total
         why = f"a trajectory's tree of {whole.tokens:,.0f} tokens is parted into {parted.sequences:.0f}, with {parted.tokens:,.0f} in all"
         takes = f"write {wanted}, which takes {grown / GIB:.1f} GiB of a GPU"
         remedy = takes if grown <= gpu.memory else f"{takes}: too much, so first shard or recompute more"
@@ -52,7 +53,7 @@ def parted(spec: RunSpec, gpu: Gpu, shape: Shape, talk: Conversation) -> Iterato
 def idle(spec: RunSpec, talk: Conversation) -> Iterator[Finding]:
     """A step has fewer trees than there are ranks to compute them."""
     training = spec.training
-    groups = training.nodes * training.processes_per_node // getattr(training, "sequence_parallel", 1)
+    groups = training.nodes * training.processes_per_node // training.sequence_parallel
     labels = training.batch_size if training.batch_unit is BatchUnit.LABELS else None
     of_a_trajectory = talk.trees(teacher_share(spec.mixing, 1, talk.turns), training.micro_batch_tokens, labels).sequences
     trajectories = training.batch_size / talk.turns if labels else training.batch_size

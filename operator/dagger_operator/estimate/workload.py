@@ -36,6 +36,8 @@ class Conversation:
     """Tokens that a turn adds: the action, and what it made the sandbox say."""
     label: float
     """Tokens of a policy's turn, as action and as label."""
+    labels_branch: bool = False
+    """Whether a label never has the tokens of the turn that was taken, though it is the same turn (`Shape.hybrid`)."""
 
     def state(self, turn: int) -> float:
         """Tokens before turn 1, 2, ..."""
@@ -61,12 +63,12 @@ class Conversation:
     def trees(self, teacher_share: float, most_tokens: float, labels_of_a_step: int | None = None) -> Tokens:
         """The same labels as trunks with branches, none above `most_tokens`.
 
-        Where the teacher acted, its label lies on the trunk; the label of the last state ends it. A tree that would be longer is
-        parted, the latest turns first (`training/packing.py`). With `labels_of_a_step` optimiser steps cut trajectories every so many
-        labels, and each part repeats the trunk.
+        Where the teacher acted, its label lies on the trunk, unless labels always branch off; the label of the last state ends it. A
+        tree that would be longer is parted, the latest turns first (`training/packing.py`). With `labels_of_a_step` optimiser steps cut
+        trajectories every so many labels, and each part repeats the trunk.
         """
         total = Tokens()
-        branching = 1 - teacher_share
+        branching = 1.0 if self.labels_branch else 1 - teacher_share
         for first, last in _groups(self.turns, labels_of_a_step):
             length = 0.0
             for turn in range(last, first - 1, -1):

@@ -53,6 +53,12 @@ class Answer:
     logprobs: TopLogprobs | None
     """What it told of its tokens, where it was asked."""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether there are thoughts in it: in its text, or where a server's reasoning parser puts them."""
+        said = self.message.get("content") or ""
+        return _has_thoughts(self.message) or "<think>" in said or "</think>" in said  # a prompt may open it, and the limit cut its end
+
 
 class Asker:
     """A connection to one replica. Every failure is a `StageFailure` whose reason starts with the role."""
@@ -186,7 +192,7 @@ class Asker:
             message, reason = choice["message"], choice["finish_reason"]
             if not isinstance(message, dict) or not isinstance(reason, str):
                 raise TypeError
-            if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            if not isinstance(message.get("content"), str) and not message.get("tool_calls") and not _has_thoughts(message):
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError):
             self.fail("Garbled", f"its answer is no chat completion: {self._said(text)}: {self.remedy_field} must speak the OpenAI API")
@@ -204,6 +210,11 @@ class Asker:
 
     def _without_secret(self, text: str) -> str:
         return text.replace(self.policy.token, "***") if self.policy.token else text
+
+
+def _has_thoughts(message: Json) -> bool:
+    """Whether a reasoning parser found any; a turn that was cut off while it thought has nothing else."""
+    return bool(message.get("reasoning") or message.get("reasoning_content"))
 
 
 def _seconds(header: str | None) -> float:

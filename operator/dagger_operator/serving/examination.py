@@ -17,6 +17,7 @@ ENDPOINT_PATIENCE_SECONDS = 120.0
 """How long an endpoint that cannot be reached, is overloaded or fails is borne."""
 _SERVED_REQUEST_SECONDS = 300.0
 _TOOL_TRIES = 3
+_WITHOUT_THOUGHTS = """student.serving.extraArgs ["--default-chat-template-kwargs", '{"enable_thinking": false}']"""
 _QUESTION: list[Json] = [{"role": "user", "content": "Which command lists the files of a folder? Answer with one short line."}]
 _TOOL_QUESTION: list[Json] = [{"role": "user", "content": "Use the bash tool to run the command `pwd`."}]
 _TOOL: Json = {
@@ -49,6 +50,7 @@ class Examination:
             await self._known(asker)
             answer = await self._answers(asker)
             self._ends_by_itself(asker, answer)
+            self._thinks(answer)
             if self._top_logprobs:
                 await self._tells_logprobs(asker, answer)
             await self._streams(asker)
@@ -151,6 +153,13 @@ class Examination:
             self._checks["stop"] = f"warning: does not end by itself within {limit} tokens; an untrained student may not"
         else:
             asker.fail("Garbled", f"finish_reason is {answer.finish_reason!r}, which is neither stop, length nor tool_calls")
+
+    def _thinks(self, answer: Answer) -> None:
+        """Of a student that learns: its labels have thoughts only where the teacher thinks too."""
+        if self._role == "student" and self._serving is not None and answer.thinks:
+            self._checks["thinking"] = (
+                f"warning: it thinks before it answers, and labels teach that only where the teacher does: write {_WITHOUT_THOUGHTS}"
+            )
 
     async def _tells_logprobs(self, asker: Asker, answer: Answer) -> None:
         flaw = await token_flaw(answer, self._stage.store, self._student)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 from urllib.parse import unquote
 
+from dagger_operator.api import Serving
+from dagger_operator.api.context import too_long
 from dagger_operator.store.objects import ObjectInfo, Store
 from dagger_operator.store.policies import file_digest
 from dagger_operator.store.progress import REPORT_SECONDS, Tell, silent
@@ -168,7 +170,7 @@ def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:
     raise StageFailure("ModelUnreachable", f"{field} {origin.id!r}: {said}: {remedy}", permanent=False) from error
 
 
-def check_model(folder: Path, field: Field, max_model_len: int | None) -> None:
+def check_model(folder: Path, field: Field, serving: Serving | None) -> None:
     """Raises `StageFailure` where a folder cannot be served: parts missing, cut short, no chat template, or too short a context."""
     config = _json(folder / "config.json", field)
     if not config.get("architectures"):
@@ -188,7 +190,7 @@ def check_model(folder: Path, field: Field, max_model_len: int | None) -> None:
         _incomplete(folder, field, "there is no tokenizer")
     if not _has_chat_template(folder, field):
         _incomplete(folder, field, "the tokenizer has no chat template (chat_template.jinja), so no agent can talk to it")
-    _check_context(config, field, max_model_len)
+    _check_context(config, field, serving)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -227,16 +229,10 @@ def _is_wanted(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
-def _check_context(config: Mapping[str, Any], field: Field, max_model_len: int | None) -> None:
-    inner = config.get("text_config", config)
-    trained = inner.get("max_position_embeddings")
-    rope = inner.get("rope_scaling") or inner.get("rope_parameters") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if max_model_len and isinstance(trained, int) and not scaled and max_model_len > trained:
-        serving = field.replace("model", "serving.maxModelLen")
-        raise StageFailure(
-            "ContextTooLong", f"{serving} is {max_model_len}, but the model has {trained} positions: write {trained} or less"
-        )
+def _check_context(config: Mapping[str, Any], field: Field, serving: Serving | None) -> None:
+    if serving is not None and (found := too_long(serving, config, trained=field == "student.model")) is not None:
+        asked = f"{field.replace('model', 'serving.maxModelLen')} is {serving.max_model_len}"
+        raise StageFailure("ContextTooLong", f"{asked}, but the model has {found.longest} positions: {found.remedy}")
 
 
 def _has_chat_template(folder: Path, field: Field) -> bool:

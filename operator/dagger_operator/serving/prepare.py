@@ -62,7 +62,7 @@ async def _student(stage: Stage) -> str:
         base_model = f"{origin.id}@{origin.revision}"
     progress = _Progress(stage)
     folder = await fetch(origin, stage.store, stage.scratch / "student", "student.model", progress.comes)
-    check_model(folder, "student.model", student.served.max_model_len if student.served else None)
+    check_model(folder, "student.model", student.served)
     manifest = await save_policy(
         stage.store,
         _selected(folder, stage.scratch / "selected"),

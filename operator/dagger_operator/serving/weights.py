@@ -99,7 +99,7 @@ async def _teacher(stage: Stage, shared: Shared) -> str:
             f"teacher.model {teacher.model!r} is not what it was when the run was prepared ({version}, not {prepared.teacher}): "
             "restore it, or make a new run",
         )
-    check_model(folder, "teacher.model", teacher.serving.max_model_len if teacher.serving else None)
+    check_model(folder, "teacher.model", teacher.serving)
     if folder == partial:
         partial.rename(target)
     elif not target.exists():

@@ -15,18 +15,13 @@ import torch
 import torch.distributed
 
 from dagger_operator.api import Training
-from dagger_operator.api.training import Offload, Precision
+from dagger_operator.api.training import REDUCED_AT_ONCE, Offload, Precision
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
 
 Engine = Any
 """`deepspeed.DeepSpeedEngine`, which is not typed."""
-
-
-BUCKET = 1 << 24
-"""Numbers that are reduced at a time, in a buffer that is allocated whole: what transformers takes for a model of width 4096. A larger
-gradient is reduced by itself, where it lies."""
 
 
 def join(rank: int, ranks: int, local_rank: int) -> torch.device:
@@ -89,7 +84,7 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
     # Where DeepSpeed overlaps reduction with the backward pass, memory of a gradient above the bucket is freed, and written to, while it
     # is still being reduced.
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": REDUCED_AT_ONCE}
     if training.deepspeed.offload is Offload.OPTIMIZER and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     config: dict[str, Any] = {

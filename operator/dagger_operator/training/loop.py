@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 
 from dagger_operator.api import Training
-from dagger_operator.api.training import Loss
+from dagger_operator.api.training import TARGETS_AT_ONCE, Loss
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
@@ -35,7 +35,7 @@ async def train(
     seed: int,
     stopping: Callable[[], bool],
     observe: Callable[[Tally, Step], Awaitable[None]],
-    targets_at_once: int = 4096,
+    targets_at_once: int = TARGETS_AT_ONCE,
 ) -> Tally:
     """Takes the steps that `tally` has not yet, and returns the tally of all of them. Every rank calls it with the same samples.
 
