@@ -73,8 +73,8 @@ def within_memory(rank: int) -> Iterator[None]:
         raise StageFailure(
             "GpuOutOfMemory",
             f"rank {rank}: {told}: lower training.microBatchTokens, set training.activationCheckpointing or training.deepspeed.offload, or "
-            "raise training.sequenceParallel, and training goes on from its last checkpoint; or raise training.deepspeed.zeroStage, and it "
-            "begins the round anew. `daggerctl estimate` says what takes the memory",
+            "raise training.sequenceParallel (training resumes from its last checkpoint), or raise training.deepspeed.zeroStage (the round "
+            "restarts). `daggerctl estimate` says what takes the memory",
         ) from error
 
 
