@@ -71,9 +71,7 @@ async def serve_gateway(upstream_url: str, sessions: int) -> None:
     mixing = Mixing(beta=Schedule(type=ScheduleType.CONSTANT, value=0.5))
     async with Gateway(upstream(Actor.STUDENT), upstream(Actor.TEACHER), Labels()) as gateway:
         opened = [
-            gateway.open(
-                SessionRequest("r", 0, 1, str(n), str(n), 0, "r001-student", 100, lambda message: None, mixing, LabelMode.DEFERRED)
-            )
+            gateway.open(SessionRequest(0, 1, str(n), str(n), "r001-student", 100, lambda message: None, mixing, LabelMode.DEFERRED))
             for n in range(sessions)
         ]
         print(json.dumps([[session.base_url, session.token] for session in opened]), flush=True)

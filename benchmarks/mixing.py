@@ -38,7 +38,7 @@ async def gateway(url: str, beta: float) -> tuple[Played, float]:
 
     async def rollout(server: Gateway, number: int, http: aiohttp.ClientSession) -> tuple[tuple[str, ...], int]:
         session = server.open(
-            SessionRequest("r", 0, 1, f"{number:05}", f"task-{number}", 0, "student", TURNS, lambda message: None, mixing, LabelMode.ASYNC)
+            SessionRequest(0, 1, f"{number:05}", f"task-{number}", "student", TURNS, lambda message: None, mixing, LabelMode.ASYNC)
         )
         messages = [{"role": "user", "content": "task"}]
         headers = {"Authorization": f"Bearer {session.token}"}

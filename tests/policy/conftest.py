@@ -170,12 +170,10 @@ class Rig:
 
     def open(self, **changes: Any) -> RolloutSession:
         defaults: dict[str, Any] = {
-            "run": "r",
             "seed": 1,
             "round": 1,
             "rollout_id": "00000",
             "task_id": "t",
-            "attempt": 0,
             "student": "r001-0123456789ab",
             "max_turns": 50,
             "label_check": lambda message: None,

@@ -38,12 +38,10 @@ async def opened(
     stage = ground.stage(run)
     student, teacher = await upstreams(stage, greedy=False)
     request = SessionRequest(
-        run="test",
         seed=0,
         round=1,
         rollout_id="t",
         task_id="t",
-        attempt=0,
         student=student.version,
         max_turns=max_turns,
         label_check=action_reader(scaffold).flaw,

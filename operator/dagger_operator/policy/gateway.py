@@ -45,8 +45,8 @@ class Gateway:
             ...  # a scaffold talks to session.base_url with session.token
             recording = await session.finish()
 
-    `teacher` is None in evaluation, where `student` is greedy. `host` and `port` are the address to listen on, 0 being any port; `advertise` is the host that base
-    URLs name, where scaffolds run elsewhere.
+    `teacher` is None in evaluation, where `student` is greedy. `host` and `port` are the address to listen on, 0 being any port;
+    `advertise` is the host that base URLs name, where scaffolds run elsewhere.
     """
 
     def __init__(

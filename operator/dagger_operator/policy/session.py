@@ -17,12 +17,10 @@ class LabelCheck(Protocol):
 class SessionRequest:
     """One rollout."""
 
-    run: str
     seed: int
     round: int
     rollout_id: str
     task_id: str
-    attempt: int
     student: str
     """Policy version that must act as student."""
     max_turns: int

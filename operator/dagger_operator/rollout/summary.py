@@ -1,7 +1,6 @@
 """What a round's rollouts delivered, counted one trajectory at a time: pure."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 from dagger_operator.api import RolloutSummary
 from dagger_operator.rollout.actions import ActionReader
@@ -29,13 +28,6 @@ class Tally:
         self._teacher_turns = self._teacher_tokens = self._tokens = 0
         self._compared = self._agreed = 0
         self._started, self._ended = float("inf"), 0.0
-
-    @classmethod
-    def of(cls, reader: ActionReader, trajectories: Iterable[Trajectory]) -> "Tally":
-        tally = cls(reader)
-        for trajectory in trajectories:
-            tally.add(trajectory)
-        return tally
 
     def add(self, trajectory: Trajectory) -> None:
         self.outcomes[trajectory.outcome] += 1
