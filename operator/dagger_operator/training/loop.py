@@ -10,6 +10,7 @@ import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.api.training import Loss
+from dagger_operator.store.draws import draw
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
@@ -49,7 +50,7 @@ async def train(
             structlog.get_logger().info("a tree's loss is that of its labels one by one", difference=agreement)
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
-        torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
+        torch.manual_seed(draw("training step", seed, step, rank.index))  # follows from the step: nothing of it to checkpoint
         batch = [samples[index] for index in curriculum.batch(step)]
         packs = pack(batch, limits.tokens, training.packing)
         passes = spread(packs, rank.groups, limits)

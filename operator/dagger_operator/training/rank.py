@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import TrainingSummary
 from dagger_operator.api.training import Loss
+from dagger_operator.store.draws import draw
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
@@ -129,7 +130,7 @@ async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
     name, model = (await policy_manifest(stage.store, given.base)).base_model, spec.student.model
     revision = name.removeprefix(f"{model}@") if name.startswith(f"{model}@") else None  # a model on the hub is named with its commit
     parent = adapter_folder(stage.scratch, given.parent) if given.adapted else None
-    return Adapter(lora, hash((spec.seed, stage.round)), model if revision else name, revision, parent)
+    return Adapter(lora, draw("adapter", spec.seed, stage.round), model if revision else name, revision, parent)
 
 
 async def _store(
