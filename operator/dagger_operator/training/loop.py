@@ -89,9 +89,9 @@ def _gradients(
     """
     weight = sum(float(one.weights.sum()) for one in packs)
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
-    for turn in passes:
-        mine = [packs[index] for index in turn.packs[rank.group]]
-        loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=turn.pieces)
+    for each in passes:
+        mine = [packs[index] for index in each.packs[rank.group]]
+        loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=each.pieces)
         # By the weight of the whole step, and times what DeepSpeed divides by, it is the mean over all targets.
         engine.backward(loss * (gradients_divided_by(engine, rank.of, rank.groups) / weight))
         total += loss.detach()
