@@ -72,7 +72,7 @@ class Pair:
 
     @property
     def comparison(self) -> Comparison:
-        return compare(self.cloning.evaluations[-1], self.dagger.evaluations[-1])
+        return compare(candidate=self.dagger.evaluations[-1], reference=self.cloning.evaluations[-1])
 
 
 def manifest(quickstart: Path, seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def report(pairs: Sequence[Pair]) -> str:
     if len(pairs) > 1:
         half = T95[len(pairs)] * stdev(differences) / sqrt(len(pairs))
         interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}"
-    only_cloning = sum(pair.comparison.only_first for pair in pairs)
-    only_dagger = sum(pair.comparison.only_second for pair in pairs)
+    only_cloning = sum(pair.comparison.only_reference for pair in pairs)
+    only_dagger = sum(pair.comparison.only_candidate for pair in pairs)
     dagger, cloning = _pooled([pair.dagger for pair in pairs]), _pooled([pair.cloning for pair in pairs])
     return f"""\
 # DAgger against behaviour cloning
