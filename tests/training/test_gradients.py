@@ -89,8 +89,8 @@ def test_on_gpus_reduction_overlaps_nothing_and_takes_the_memory_that_is_estimat
     """Overlapped, DeepSpeed frees a gradient above the bucket while it is still being reduced: no test without GPUs would see it."""
     import torch
 
-    from dagger_operator.estimate.memory import BUCKET
+    from dagger_operator.estimate.memory import REDUCE_BUCKET
     from dagger_operator.training.engine import settings
 
     zero = settings(Training.model_validate({"deepspeed": {"zeroStage": stage}}), 8, torch.device("cuda"))["zero_optimization"]
-    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (False, BUCKET)
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"]) == (False, REDUCE_BUCKET)

@@ -21,7 +21,19 @@ from dagger_operator.api.rollouts import (
     Scaffold,
     ScaffoldType,
 )
-from dagger_operator.api.run import API_VERSION, GROUP, KIND, MANAGER, VERSION, DAggerRun, GpuSharing, Kueue, Metadata, RunSpec, load
+from dagger_operator.api.run import (
+    API_VERSION,
+    DEFAULT_MANAGER,
+    GROUP,
+    KIND,
+    VERSION,
+    DAggerRun,
+    GpuSharing,
+    Kueue,
+    Metadata,
+    RunSpec,
+    load,
+)
 from dagger_operator.api.status import (
     Condition,
     EvaluationSummary,
@@ -38,9 +50,9 @@ from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Lora
 
 __all__ = [
     "API_VERSION",
+    "DEFAULT_MANAGER",
     "GROUP",
     "KIND",
-    "MANAGER",
     "VERSION",
     "Aggregation",
     "BatchUnit",

@@ -29,7 +29,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "DAggerRun"
 
 
-MANAGER = f"{GROUP}/operator"
+DEFAULT_MANAGER = f"{GROUP}/operator"
 """`managedBy` of runs that this operator works on."""
 
 
@@ -170,7 +170,7 @@ class RunSpec(ApiModel):
     other servers are admitted replica by replica, so give the queue room for all replicas of a run."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Which failures are tried again, and what is kept of a run that failed."""
-    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = MANAGER
+    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = DEFAULT_MANAGER
     """Who works on the run; an operator leaves a run alone that names another."""
     suspend: bool = False
     """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""

@@ -13,7 +13,7 @@ import structlog
 from dagger_operator.api import API_VERSION, KIND
 from dagger_operator.cluster.cache import Cache, RunKey, run_key
 from dagger_operator.cluster.client import Client
-from dagger_operator.control import MANAGED_BY, MANAGER
+from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE
 from dagger_operator.kube.errors import ApiError, Conflict, Missing
 from dagger_operator.sandbox.worker_lease import Witness
 
@@ -69,7 +69,7 @@ class Reaper:
             return False
 
     def _labelled(self, api_version: str, kind: str) -> Any:
-        return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGER}")
+        return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGED_BY_VALUE}")
 
     def _notice(self, bindings: list[Manifest]) -> None:
         """Nobody watches bindings: here it shows that one went which we made, and its run makes it again."""

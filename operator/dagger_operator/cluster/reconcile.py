@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from dagger_operator.api import KIND, MANAGER, DAggerRun, InvalidRun, Metadata, Phase, RunStatus, load
+from dagger_operator.api import DEFAULT_MANAGER, KIND, DAggerRun, InvalidRun, Metadata, Phase, RunStatus, load
 from dagger_operator.cluster.apply import Applier
 from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.client import Client
@@ -163,7 +163,7 @@ def _filled(section: Section, **own: str | None) -> Section:
 
 def _is_ours(stored: Manifest) -> bool:
     """Whether no other is to work on it. Asked before it is read: what we do not understand may be another's way to write a run."""
-    return ((stored.get("spec") or {}).get("managedBy") or MANAGER) == MANAGER
+    return ((stored.get("spec") or {}).get("managedBy") or DEFAULT_MANAGER) == DEFAULT_MANAGER
 
 
 def _loaded(stored: Manifest) -> DAggerRun:

@@ -10,7 +10,7 @@ from typing import Any
 from dagger_operator.api import DAggerRun
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
-MANAGER = "dagger-operator"
+MANAGED_BY_VALUE = "dagger-operator"
 RUN = "dagger-operator.dev/run"
 COMPONENT = "dagger-operator.dev/component"
 ROUND = "dagger-operator.dev/round"
@@ -48,7 +48,7 @@ class Ref:
 
 def labels(run: DAggerRun, component: str, round_number: int, attempt: str) -> dict[str, str]:
     return {
-        MANAGED_BY: MANAGER,
+        MANAGED_BY: MANAGED_BY_VALUE,
         RUN: run.metadata.name,
         COMPONENT: str(component),
         ROUND: str(round_number),

@@ -12,7 +12,7 @@ TARGETS_AT_ONCE = 4096
 CONTEXT = 1.2 * GIB
 """What CUDA, NCCL and libraries hold beside PyTorch: 44.69 GiB in use with 43.48 GiB PyTorch's, in the out-of-memory message of prime-rl's
 Qwen3-0.6B SFT at 65K on an H100 (`benchmarks/baselines`)."""
-BUCKET = 1 << 24
+REDUCE_BUCKET = 1 << 24
 """Gradients that are reduced at a time, as `training/engine.py` has it; a matrix that is larger is reduced by itself."""
 WITHOUT_ZERO = 500_000_000
 """The same without ZeRO, after the last pass: DeepSpeed's own."""
@@ -154,4 +154,4 @@ def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) 
 
 def _reducing(gradient: int) -> float:
     """The bucket, allocated whole, and what is reduced at a time, that is it or a larger gradient: once more, and in FP32."""
-    return 4 * BUCKET + 8 * max(BUCKET, gradient)
+    return 4 * REDUCE_BUCKET + 8 * max(REDUCE_BUCKET, gradient)

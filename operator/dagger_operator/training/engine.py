@@ -24,7 +24,7 @@ Engine = Any
 """`deepspeed.DeepSpeedEngine`, which is not typed."""
 
 
-BUCKET = 1 << 24
+REDUCE_BUCKET = 1 << 24
 """Numbers that are reduced at a time, in a buffer that is allocated whole: what transformers takes for a model of width 4096. A larger
 gradient is reduced by itself, where it lies."""
 
@@ -89,7 +89,7 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
     # Where DeepSpeed overlaps reduction with the backward pass, memory of a gradient above the bucket is freed, and written to, while it
     # is still being reduced.
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": REDUCE_BUCKET}
     if training.deepspeed.offload is Offload.OPTIMIZER and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     config: dict[str, Any] = {
