@@ -105,16 +105,16 @@ def run_arm(document: dict[str, Any]) -> Arm:
 async def read_arm(store: Store, rounds: int) -> Arm:
     """All results of a finished run."""
 
-    async def results(stage: str, kind: Any) -> tuple[Any, ...]:
-        found = [await read_result(store, number, stage, kind) for number in range(1, rounds + 1)]
+    async def results(kind: Any) -> tuple[Any, ...]:
+        found = [await read_result(store, number, kind) for number in range(1, rounds + 1)]
         if None in found:
-            raise SystemExit(f"error: {store.url} has no result of {stage} in round {found.index(None) + 1}")
+            raise SystemExit(f"error: {store.url} has no result of {kind.stage} in round {found.index(None) + 1}")
         return tuple(found)
 
     return Arm(
-        await results("rollout", RolloutResult),
-        await results("training", TrainingResult),
-        await results("evaluation", EvaluationResult),
+        await results(RolloutResult),
+        await results(TrainingResult),
+        await results(EvaluationResult),
     )
 
 

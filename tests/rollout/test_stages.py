@@ -25,7 +25,7 @@ async def test_a_round_goes_from_tasks_to_labels_that_train(ground: Any) -> None
     run = ground.run(train=6)
     await rollout(ground.stage(run))
     store = ground.store(run)
-    result = await read_result(store, 1, "rollout", RolloutResult)
+    result = await read_result(store, 1, RolloutResult)
     assert result is not None
     summary = result.summary
     assert (summary.rollouts, summary.label_coverage, summary.nominal_beta, result.excluded) == (6, 1.0, 0.4, {})
@@ -94,7 +94,7 @@ async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(grou
     run = ground.run(held_out=8, evaluation={"maxTurns": 6})
     stage = ground.stage(run, kind="evaluation")
     await evaluate(stage)
-    result = await read_result(ground.store(run), 1, "evaluation", EvaluationResult)
+    result = await read_result(ground.store(run), 1, EvaluationResult)
     assert result is not None
     assert {model for model, _, _ in ground.policies.requests} == {"student"}
     assert {body["temperature"] for _, _, body in ground.policies.requests} == {0.0}

@@ -108,11 +108,11 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
         async with listening(teacher, *students) as urls:
             document["spec"]["teacher"]["endpoint"]["url"] = urls[0]
             made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=token)
-            await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
+            await save_result(made.store, 0, PrepareResult(policy=STUDENT, teacher="endpoint-1"))
             await point_to(made.store, STUDENT, 0)
             await made.store.put(layout.policy(STUDENT) + "tokenizer.json", TOKENIZER)
             await preflight(made)
-            result = await read_result(made.store, 0, "preflight", PreflightResult)
+            result = await read_result(made.store, 0, PreflightResult)
             assert result is not None and (result.student, result.teacher) == (STUDENT, "endpoint-1")
             progress = (await read_progress(made.store, 0, "preflight"))[0]
             assert (progress.done, progress.total, progress.unit) == (2, 2, "policies")

@@ -208,7 +208,7 @@ async def test_both_policies_pass_preflight(served: ServingPod) -> None:
     teacher = served.document["spec"]["teacher"]["endpoint"]["url"]
     stage = served.stage(DAGGER_STUDENT_URL=f"{served.url}/v1", DAGGER_TEACHER_URL=teacher)
     await preflight(stage)
-    result = await read_result(stage.store, 0, "preflight", PreflightResult)
+    result = await read_result(stage.store, 0, PreflightResult)
     assert result is not None and result.student == await _version(served)
     assert result.checks["student.context"] == "2048 tokens"
     assert result.checks["student.streaming"] == result.checks["teacher.streaming"] == "works"
@@ -312,7 +312,7 @@ async def test_weights_change_under_load_and_no_request_is_lost(served: ServingP
         await asyncio.gather(*asking)
         # With a salt of its own nothing of a prompt is in the prefix cache: what the cache holds is the new weights'.
         salted = _text((await _chat(http, served, second, cache_salt="fresh"))[1])
-    result = await read_result(stage.store, 1, "publish", PublishResult)
+    result = await read_result(stage.store, 1, PublishResult)
     assert result is not None and (result.policy, result.replicas) == (second, 1)
     assert (counts["lost"], served.vllm_starts) == (0, 1)
     assert seen.keys() == {first, second} and not seen[first] & seen[second]

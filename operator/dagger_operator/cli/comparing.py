@@ -17,7 +17,7 @@ def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
     theirs, their_store = stored_run(other) if other else (ours, store)
     results = []
     for one, its_store, number in ((ours, store, first), (theirs, their_store, second)):
-        result = asyncio.run(read_result(its_store, number, "evaluation", EvaluationResult))
+        result = asyncio.run(read_result(its_store, number, EvaluationResult))
         if result is None:
             print(f"error: round {number} of run {one.metadata.name!r} has no evaluation; its status shows which have", file=sys.stderr)
             return Exit.BAD_INPUT

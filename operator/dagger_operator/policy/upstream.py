@@ -6,9 +6,9 @@ from typing import Any
 from dagger_operator.api import MaxTokensParameter, Sampling, Student, Teacher
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff
-from dagger_operator.store import layout, logprobs
+from dagger_operator.store import logprobs
 from dagger_operator.store.records import Actor, Completion
-from dagger_operator.store.results import PreflightResult
+from dagger_operator.store.results import PreflightResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
 SERVED_TIMEOUT_SECONDS = 900.0
@@ -84,12 +84,12 @@ async def upstreams(stage: Stage, *, greedy: bool) -> tuple[Upstream, Upstream |
 
 
 async def _teacher_version(stage: Stage) -> str:
-    found = await stage.store.get(layout.result(0, "preflight"))
+    found = await read_result(stage.store, 0, PreflightResult)
     if found is None:
         raise StageFailure(
             "NoPreflight", "the served teacher's version is in the result of preflight, which must come first", permanent=False
         )
-    return PreflightResult.model_validate_json(found.data).teacher
+    return found.teacher
 
 
 def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str) -> Upstream:

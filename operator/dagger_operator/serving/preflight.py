@@ -17,9 +17,9 @@ log = structlog.get_logger()
 
 async def preflight(stage: Stage) -> None:
     """The stage. Raises `StageFailure`; its reason starts with the policy that is to blame."""
-    if await read_result(stage.store, 0, "preflight", PreflightResult) is not None:
+    if await read_result(stage.store, 0, PreflightResult) is not None:
         return
-    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    prepared = await read_result(stage.store, 0, PrepareResult)
     if prepared is None:
         raise StageFailure("NotPrepared", "the prepare stage has no result: it comes first", permanent=False)
     pointer = await pointed(stage.store)
@@ -37,7 +37,7 @@ async def preflight(stage: Stage) -> None:
     await reporter.tell(len(versions), len(versions))
     if 0 < contexts["teacher"] < contexts["student"]:
         checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts['student']}, get no label"
-    await save_result(stage.store, 0, "preflight", PreflightResult(student=versions["student"], teacher=versions["teacher"], checks=checks))
+    await save_result(stage.store, 0, PreflightResult(student=versions["student"], teacher=versions["teacher"], checks=checks))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ async def _student(stage: Stage, shared: Shared) -> str:
 
 
 async def _teacher(stage: Stage, shared: Shared) -> str:
-    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    prepared = await read_result(stage.store, 0, PrepareResult)
     if prepared is None:
         raise StageFailure("NotPrepared", "the teacher's version is in the result of the prepare stage, which comes first", permanent=False)
     teacher, target = stage.run.spec.teacher, shared.folder(prepared.teacher)

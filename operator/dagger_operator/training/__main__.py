@@ -37,7 +37,7 @@ class RankProcess:
 
 
 async def body(stage: Stage) -> None:
-    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+    if await read_result(stage.store, stage.round, TrainingResult) is not None:
         structlog.get_logger().info("already done")
         return
     given = await inputs(stage)

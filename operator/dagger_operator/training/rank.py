@@ -60,7 +60,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     spec = stage.run.spec
     given = await inputs(stage)
     weights = weights_folder(stage.scratch, given.base)
-    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+    if await read_result(stage.store, stage.round, TrainingResult) is not None:
         return  # rank 0 stored it while this pod was made anew, and meets nobody any more
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
@@ -160,7 +160,7 @@ async def _store(
         checkpoint=made.version,
         seconds=round(time.monotonic() - started, 3),
     )
-    await save_result(stage.store, stage.round, "training", TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
+    await save_result(stage.store, stage.round, TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
     return summary
 
 
