@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dagger_operator.api import Role
 from dagger_operator.evaluation.stage import evaluate
 from dagger_operator.rollout.round import rollout
 from dagger_operator.sandbox import isolation
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import read_manifest, training_set
-from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
+from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.store.trajectories import finished, write_trajectory
@@ -32,9 +33,9 @@ async def test_a_round_goes_from_tasks_to_labels_that_train(ground: Any) -> None
     ended = await trajectories(store)
     turns = [turn for trajectory in ended for turn in trajectory.turns]
     assert summary.turns == len(turns) == summary.labels
-    assert 0.0 < summary.teacher_turn_share == sum(turn.actor is Actor.TEACHER for turn in turns) / len(turns) < 1.0
+    assert 0.0 < summary.teacher_turn_share == sum(turn.actor is Role.TEACHER for turn in turns) / len(turns) < 1.0
     assert summary.agreement is not None and 0.0 < summary.agreement < 1.0
-    assert all((turn.coin < turn.beta) == (turn.actor is Actor.TEACHER) for turn in turns)
+    assert all((turn.coin < turn.beta) == (turn.actor is Role.TEACHER) for turn in turns)
     # What the trainer reads is the same data.
     data = await training_set(store, 1, run.spec.training.aggregation)
     assert sum([len(list(labelled_states(trajectory))) async for trajectory in data.trajectories()]) == summary.labels

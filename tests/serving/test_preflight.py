@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from tokenizers import Tokenizer, models
 
+from dagger_operator.api import Role
 from dagger_operator.serving import examination
 from dagger_operator.serving.preflight import preflight
 from dagger_operator.store import layout
@@ -199,7 +200,7 @@ async def test_a_mistyped_model_is_told_the_closest_one(examine: Any) -> None:
 async def test_a_teacher_that_is_not_there_is_named(examine: Any, document: dict[str, Any], stage: Callable[..., Stage]) -> None:
     made = stage(DAGGER_STUDENT_URL="http://127.0.0.1:9/v1", DAGGER_TEACHER_URL="http://127.0.0.1:9/v1")
     with pytest.raises(StageFailure, match=r"(?s)http://127.0.0.1:9/v1.*start it, or correct teacher.endpoint.url") as failed:
-        await examination.Examination(made, "teacher", "endpoint-1", STUDENT).run()
+        await examination.Examination(made, Role.TEACHER, "endpoint-1", STUDENT).run()
     assert (failed.value.reason, failed.value.permanent) == ("TeacherUnreachable", False)
 
 

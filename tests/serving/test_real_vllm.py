@@ -24,7 +24,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from dagger_operator.api import Sampling, Storage, load
+from dagger_operator.api import Role, Sampling, Storage, load
 from dagger_operator.control.vllm import vllm_arguments, vllm_environment
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.metrics import GatewayMetrics
@@ -37,7 +37,6 @@ from dagger_operator.serving.publish import publish
 from dagger_operator.store.logprobs import TopLogprobs, asked, told
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import pointed, save_policy
-from dagger_operator.store.records import Actor
 from dagger_operator.store.results import PreflightResult, PublishResult, read_result
 from dagger_operator.store.stage import Stage
 
@@ -247,7 +246,7 @@ async def test_log_probabilities_of_a_label_are_kept_and_are_the_models_own(serv
     """Of its whole distribution, whatever temperature and top-p sample from."""
     version, chunks = await _version(served), list[Chunk]()
     teacher = Upstream(
-        role=Actor.TEACHER,
+        role=Role.TEACHER,
         urls=(f"{served.url}/v1",),
         token=None,
         model=version,

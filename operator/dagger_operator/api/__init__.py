@@ -9,7 +9,7 @@ from dagger_operator.api.evaluation import Evaluation, Overlap
 from dagger_operator.api.failure import FailureAction, FailurePolicy, FailureRule, Keep, RunStage
 from dagger_operator.api.mixing import Mixing, MixingStrategy, Schedule, ScheduleType
 from dagger_operator.api.pods import ClaimMount, LocalReference, PodSettings, Resources, SandboxPod, Toleration
-from dagger_operator.api.policies import Endpoint, MaxTokensParameter, Sampling, SecretKeyRef, Serving, Student, Teacher
+from dagger_operator.api.policies import Endpoint, MaxTokensParameter, Role, Sampling, SecretKeyRef, Serving, Student, Teacher
 from dagger_operator.api.rollouts import (
     LabelMode,
     Labels,
@@ -86,6 +86,7 @@ __all__ = [
     "Progress",
     "Protocol",
     "Resources",
+    "Role",
     "RolloutSummary",
     "Rollouts",
     "RoundStatus",

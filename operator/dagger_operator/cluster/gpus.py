@@ -4,8 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dagger_operator.api import Role
 from dagger_operator.cluster.cache import RunKey, run_key
-from dagger_operator.control import COMPONENT, Role, StageName
+from dagger_operator.control import COMPONENT, StageName
 from dagger_operator.control.said import lives, true
 
 Manifest = Mapping[str, Any]

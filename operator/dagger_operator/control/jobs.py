@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dagger_operator.api import DAggerRun, PodSettings
+from dagger_operator.api import DAggerRun, PodSettings, Role
 from dagger_operator.api.ports import GATEWAY_PORT, METRICS_PORT, TORCH_PORT
 from dagger_operator.control.child import Trouble
 from dagger_operator.control.failures import retry_settings
 from dagger_operator.control.identity import sandbox_namespace, worker_account
-from dagger_operator.control.names import COMPLETION_INDEX, FAILED, Role, attempt_of, job_name, labels
+from dagger_operator.control.names import COMPLETION_INDEX, FAILED, attempt_of, job_name, labels
 from dagger_operator.control.pods import (
     SCRATCH,
     TRAINER_IMAGE,

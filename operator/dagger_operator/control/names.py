@@ -4,10 +4,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, Role
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 MANAGED_BY_VALUE = "dagger-operator"
@@ -26,13 +25,6 @@ where the object itself would not show it."""
 
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 """Label of an Indexed Job's pods."""
-
-
-class Role(StrEnum):
-    """The two policies, as components of a run."""
-
-    STUDENT = "student"
-    TEACHER = "teacher"
 
 
 @dataclass(frozen=True, order=True)

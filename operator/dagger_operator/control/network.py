@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, Role
 from dagger_operator.api.ports import AGENT_PORT
-from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGED_BY_VALUE, RUN, Role, labels
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGED_BY_VALUE, RUN, labels
 from dagger_operator.control.pods import owned
 
 SERVING = "serving"

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from dagger_operator import __version__
-from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint, PodSettings
+from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint, PodSettings, Role
 from dagger_operator.api.ports import AGENT_PORT
 from dagger_operator.api.training import Loss
-from dagger_operator.control.names import Role, server_name
+from dagger_operator.control.names import server_name
 
 Json = dict[str, Any]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
+from dagger_operator.api import Role
 from dagger_operator.api.ports import AGENT_PORT
 from dagger_operator.serving.engine import Engine
 from dagger_operator.serving.gate import Gate
@@ -27,7 +28,7 @@ log = structlog.get_logger()
 async def serve(stage: Stage) -> None:
     """Runs until it is cancelled. Listens on `POD_IP`, port `AGENT_PORT`."""
     spec = stage.run.spec
-    student = role(stage) == "student"
+    student = role(stage) is Role.STUDENT
     serving = spec.student.served if student else spec.teacher.serving
     slow_seconds = float(serving.startup_deadline_seconds) if serving else 600.0
     shared, gate = Shared.of(stage), Gate()
