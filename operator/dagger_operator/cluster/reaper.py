@@ -5,7 +5,7 @@ Sandbox pods belong to their worker's Lease, so the garbage collector takes them
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import structlog
@@ -68,7 +68,7 @@ class Reaper:
             )
             return False
 
-    def _labelled(self, api_version: str, kind: str) -> Any:
+    def _labelled(self, api_version: str, kind: str) -> AsyncIterator[Manifest]:
         return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGED_BY_VALUE}")
 
     def _notice(self, bindings: list[Manifest]) -> None:
