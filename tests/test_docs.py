@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    path for pattern in ("README.md", "docs/**/*.md", "images/*.md", "benchmarks/*.md", "tests/cluster/*.md") for path in ROOT.glob(pattern)
+    path for pattern in ("*.md", "docs/**/*.md", "images/*.md", "benchmarks/*.md", "tests/cluster/*.md") for path in ROOT.glob(pattern)
 )
 
 SAMPLES = sorted((ROOT / "manifests" / "samples").rglob("*.yaml"))
