@@ -37,7 +37,7 @@ async def preflight(stage: Stage) -> None:
         log.info("policy checked", policy=version, role=role, **found)
     await reporter.tell(len(versions), len(versions))
     if 0 < contexts[Role.TEACHER] < contexts[Role.STUDENT]:
-        checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts['student']}, get no label"
+        checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts[Role.STUDENT]}, get no label"
     await save_result(stage.store, 0, PreflightResult(student=versions[Role.STUDENT], teacher=versions[Role.TEACHER], checks=checks))
 
 
