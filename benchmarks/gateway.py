@@ -26,11 +26,10 @@ from pathlib import Path
 import aiohttp
 from stub_upstream import service_seconds
 
-from dagger_operator.api import LabelMode, Labels, Mixing, Sampling, Schedule, ScheduleType
+from dagger_operator.api import LabelMode, Labels, Mixing, Role, Sampling, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.session import SessionRequest
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.store.records import Actor
 
 HISTORY = [{"role": "user" if i % 2 == 0 else "assistant", "content": "src/module.py:12: def f(x): return x + 1\n" * 50} for i in range(18)]
 """What a rollout has behind it: 18 messages, 37 KB."""
@@ -64,16 +63,14 @@ class Samples:
 async def serve_gateway(upstream_url: str, sessions: int) -> None:
     """Child process: prints base URL and token of so many open rollouts, then serves them."""
 
-    def upstream(role: Actor) -> Upstream:
+    def upstream(role: Role) -> Upstream:
         version = f"r001-{role.value}"
         return Upstream(role, (upstream_url,), None, version, version, Sampling(), 120.0, 6, True)
 
     mixing = Mixing(beta=Schedule(type=ScheduleType.CONSTANT, value=0.5))
-    async with Gateway(upstream(Actor.STUDENT), upstream(Actor.TEACHER), Labels()) as gateway:
+    async with Gateway(upstream(Role.STUDENT), upstream(Role.TEACHER), Labels()) as gateway:
         opened = [
-            gateway.open(
-                SessionRequest("r", 0, 1, str(n), str(n), 0, "r001-student", 100, lambda message: None, mixing, LabelMode.DEFERRED)
-            )
+            gateway.open(SessionRequest(0, 1, str(n), str(n), "r001-student", 100, lambda message: None, mixing, LabelMode.DEFERRED))
             for n in range(sessions)
         ]
         print(json.dumps([[session.base_url, session.token] for session in opened]), flush=True)

@@ -12,11 +12,10 @@ from fractions import Fraction
 import aiohttp
 from aiohttp import web
 
-from dagger_operator.api import LabelMode, Labels, Mixing, Sampling, Schedule, ScheduleType
+from dagger_operator.api import LabelMode, Labels, Mixing, Role, Sampling, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.session import SessionRequest
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.store.records import Actor
 
 ROLLOUTS, TURNS = 64, 20
 BETAS = (0.8, 0.6, 0.37)
@@ -33,12 +32,12 @@ async def complete(http: web.Request) -> web.Response:
 async def gateway(url: str, beta: float) -> tuple[Played, float]:
     """A round of rollouts, and labels per visited state."""
 
-    def upstream(role: Actor) -> Upstream:
+    def upstream(role: Role) -> Upstream:
         return Upstream(role, (url,), None, role.value, role.value, Sampling(), 60.0, 6, True)
 
     async def rollout(server: Gateway, number: int, http: aiohttp.ClientSession) -> tuple[tuple[str, ...], int]:
         session = server.open(
-            SessionRequest("r", 0, 1, f"{number:05}", f"task-{number}", 0, "student", TURNS, lambda message: None, mixing, LabelMode.ASYNC)
+            SessionRequest(0, 1, f"{number:05}", f"task-{number}", "student", TURNS, lambda message: None, mixing, LabelMode.ASYNC)
         )
         messages = [{"role": "user", "content": "task"}]
         headers = {"Authorization": f"Bearer {session.token}"}
@@ -50,7 +49,7 @@ async def gateway(url: str, beta: float) -> tuple[Played, float]:
         return tuple(turn.actor.value for turn in turns), sum(turn.label is not None for turn in turns)
 
     mixing = Mixing(beta=Schedule(type=ScheduleType.CONSTANT, value=beta))
-    async with Gateway(upstream(Actor.STUDENT), upstream(Actor.TEACHER), Labels()) as server, aiohttp.ClientSession() as http:
+    async with Gateway(upstream(Role.STUDENT), upstream(Role.TEACHER), Labels()) as server, aiohttp.ClientSession() as http:
         played = await asyncio.gather(*(rollout(server, number, http) for number in range(ROLLOUTS)))
     return [actors for actors, _ in played], sum(labels for _, labels in played) / (ROLLOUTS * TURNS)
 

@@ -117,9 +117,9 @@ class Runs:
         match stage:
             case "prepare":
                 await take_prefix(store, run)
-                await save_result(store, 0, stage, PrepareResult(policy="r000-base", teacher="endpoint"))
+                await save_result(store, 0, PrepareResult(policy="r000-base", teacher="endpoint"))
             case "preflight":
-                await save_result(store, 0, stage, PreflightResult(student="r000-base", teacher="endpoint", checks={}))
+                await save_result(store, 0, PreflightResult(student="r000-base", teacher="endpoint", checks={}))
             case "rollout":
                 for index in range(PODS - 1):
                     await report(store, 1, stage, index, StageProgress(done=DONE, total=100, unit="rollouts", seconds=60.0))

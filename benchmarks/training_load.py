@@ -25,7 +25,7 @@ from dagger_operator.store.objects import Store
 from dagger_operator.training import attention, engine
 from dagger_operator.training.batches import Limits
 from dagger_operator.training.checkpoints import Checkpoints, Tally
-from dagger_operator.training.flex import BUCKET
+from dagger_operator.training.flex import ROW_MULTIPLE
 from dagger_operator.training.loss import Objective
 from dagger_operator.training.packing import Pack, pack
 from dagger_operator.training.rows import Share, collate
@@ -147,7 +147,7 @@ def student(width: str) -> Objective:
 def limits() -> Limits:
     """A pass of at most 4,096 tokens, or one tree: what a bound on memory leaves to either way."""
     compiled = DEVICE.type == "cuda"
-    return Limits(4096, 4096, BUCKET if compiled else 1, few_lengths=compiled)
+    return Limits(4096, 4096, ROW_MULTIPLE if compiled else 1, few_lengths=compiled)
 
 
 def measure(load: Load, variant: str, width: str) -> Measured:

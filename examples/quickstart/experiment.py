@@ -72,7 +72,7 @@ class Pair:
 
     @property
     def comparison(self) -> Comparison:
-        return compare(self.cloning.evaluations[-1], self.dagger.evaluations[-1])
+        return compare(candidate=self.dagger.evaluations[-1], reference=self.cloning.evaluations[-1])
 
 
 def manifest(quickstart: Path, seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
@@ -105,16 +105,16 @@ def run_arm(document: dict[str, Any]) -> Arm:
 async def read_arm(store: Store, rounds: int) -> Arm:
     """All results of a finished run."""
 
-    async def results(stage: str, kind: Any) -> tuple[Any, ...]:
-        found = [await read_result(store, number, stage, kind) for number in range(1, rounds + 1)]
+    async def results(kind: Any) -> tuple[Any, ...]:
+        found = [await read_result(store, number, kind) for number in range(1, rounds + 1)]
         if None in found:
-            raise SystemExit(f"error: {store.url} has no result of {stage} in round {found.index(None) + 1}")
+            raise SystemExit(f"error: {store.url} has no result of {kind.stage} in round {found.index(None) + 1}")
         return tuple(found)
 
     return Arm(
-        await results("rollout", RolloutResult),
-        await results("training", TrainingResult),
-        await results("evaluation", EvaluationResult),
+        await results(RolloutResult),
+        await results(TrainingResult),
+        await results(EvaluationResult),
     )
 
 
@@ -134,8 +134,8 @@ def report(pairs: Sequence[Pair]) -> str:
     if len(pairs) > 1:
         half = T95[len(pairs)] * stdev(differences) / sqrt(len(pairs))
         interval = f"95 % interval {mean - half:+.3f} to {mean + half:+.3f}"
-    only_cloning = sum(pair.comparison.only_first for pair in pairs)
-    only_dagger = sum(pair.comparison.only_second for pair in pairs)
+    only_cloning = sum(pair.comparison.only_reference for pair in pairs)
+    only_dagger = sum(pair.comparison.only_candidate for pair in pairs)
     dagger, cloning = _pooled([pair.dagger for pair in pairs]), _pooled([pair.cloning for pair in pairs])
     return f"""\
 # DAgger against behaviour cloning

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dagger_operator.api import DAggerRun, InvalidRun, load
 from dagger_operator.api.crd import crd, rendered, schema
+from dagger_operator.api.reference import reference
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
@@ -64,6 +65,35 @@ def test_whatever_names_an_object_can_name_nothing_else() -> None:
 def test_the_files_in_the_repository_are_those_that_the_models_make() -> None:
     stale = [str(path) for path, text in rendered().items() if (ROOT / path).read_text() != text]
     assert not stale, f"run `python -m dagger_operator.api.crd`: {stale}"
+
+
+def test_the_reference_describes_every_object_and_the_same_one_once() -> None:
+    page = reference(schema())
+    objects = [path for root in ("spec", "status") for path, node in nodes(schema()["properties"][root], root) if "properties" in node]
+    headings, also = re.findall("^## (.+)$", page, re.M), re.findall("`(.+?)`", "".join(re.findall("^Also at (.+)$", page, re.M)))
+    assert sorted(headings + also) == sorted(objects)
+    assert [heading for heading in headings if heading.endswith(".pod")] == ["spec.student.serving.pod", "spec.sandbox.pod"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `training` | [object](#spectraining) | see its section | How labels become the next student. |",
+        "| `priorityClass` | string, ≤ 63 characters, `^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$` |  | WorkloadPriorityClass. |",
+        "| `labels` | map to string (≤ 63 characters, `^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$`), ≤ 32 entries | `{}` "
+        "| Further labels of the pods. |",
+        "| `mode` | `Inline`, `Async`, `Deferred` | `Async` "
+        "| Inline: before the action is returned. Async: while the rollout goes on. Deferred: when it has ended, all at once. |",
+    ],
+)
+def test_the_reference_has_a_row_for_each_field(row: str) -> None:
+    assert row in reference(schema()).splitlines()
+
+
+def test_the_reference_states_a_rule_once() -> None:
+    for section in reference(schema()).split("\n## "):
+        rules = re.findall("^- .+$", section, re.M)
+        assert len(rules) == len(set(rules))
 
 
 def test_the_schema_is_structural() -> None:

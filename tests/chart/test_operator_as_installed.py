@@ -74,8 +74,8 @@ async def test_its_rights_are_enough_for_a_run_from_the_first_object_to_the_last
     # As if the first stages had been: then rollouts are next, whose workers need rights in the sandbox namespace.
     store = Store.open(Storage(url=f"file://{tmp_path}/storage"))
     await take_prefix(store, load(json.loads(release.kubectl("get", "daggerrun", name, where, "-o", "json").stdout)))
-    await save_result(store, 0, "prepare", PrepareResult(policy="endpoint-student", teacher="endpoint-teacher"))
-    await save_result(store, 0, "preflight", PreflightResult(student="endpoint-student", teacher="endpoint-teacher", checks={}))
+    await save_result(store, 0, PrepareResult(policy="endpoint-student", teacher="endpoint-teacher"))
+    await save_result(store, 0, PreflightResult(student="endpoint-student", teacher="endpoint-teacher", checks={}))
     release.kubectl("patch", "daggerrun", name, where, "--type=merge", "--patch", '{"spec": {"suspend": false}}')
 
     def there(kind: str, namespace: str) -> str:

@@ -26,7 +26,7 @@ def _finished_run(folder: Path, document: dict[str, Any]) -> None:
     RunFolder(folder / ".dagger", "small").save(run)
     store = Store.open(run.spec.storage)
     for number, resolved in ((0, 2), (1, 5), (2, 15)):
-        asyncio.run(save_result(store, number, "evaluation", _evaluation(resolved)))
+        asyncio.run(save_result(store, number, _evaluation(resolved)))
 
 
 def test_a_better_round_is_ahead_by_its_points(ctl: Any, document: dict[str, Any], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_evaluations_without_a_common_task_are_not_compared(ctl: Any, document: 
     _finished_run(tmp_path, document)
     store = Store.open(accept(load(document), None, tmp_path).spec.storage)
     others = _evaluation(5).model_copy(update={"resolved_tasks": ("other",), "unresolved_tasks": ()})
-    asyncio.run(save_result(store, 3, "evaluation", others))
+    asyncio.run(save_result(store, 3, others))
     answer = ctl("compare", "small", "3", "1")
     assert answer.returncode == 2
     assert "round 3 of run 'small' and round 1 of run 'small' have no graded task in common" in answer.stderr

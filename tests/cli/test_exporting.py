@@ -35,10 +35,10 @@ def make_run(tmp_path: Path, document: dict[str, Any]) -> Any:
             made_from: dict[str, Any] = {"base_model": "m", "parent": parent, "data_digest": None, "settings": {}, "software": {}}
             versions.append((await save_policy(store, folder, round=number, **made_from)).version)
             if number == 0:
-                await save_result(store, 0, "prepare", PrepareResult(policy=versions[0], teacher="t"))
+                await save_result(store, 0, PrepareResult(policy=versions[0], teacher="t"))
             else:
                 summary = TrainingSummary(steps=1, labels=1, tokens=1, checkpoint=versions[-1], seconds=1)
-                await save_result(store, number, "training", TrainingResult(summary=summary, policy=versions[-1], losses=(1.0,)))
+                await save_result(store, number, TrainingResult(summary=summary, policy=versions[-1], losses=(1.0,)))
         return versions
 
     def make(rounds: int, rank: int | None) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.api import DAggerRun
-from dagger_operator.control import Results, Role, Trouble, steps
+from dagger_operator.api import DAggerRun, Role
+from dagger_operator.control import Results, Trouble, steps
 from dagger_operator.control.identity import build_identity
 from dagger_operator.control.jobs import build_job, build_training_service
 from dagger_operator.control.network import build_network_policy

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.api import DAggerRun, PodSettings
-from dagger_operator.control import Results, Role, StageName, Step, steps
+from dagger_operator.api import DAggerRun, PodSettings, Role
+from dagger_operator.control import Results, StageName, Step, steps
 from dagger_operator.control.identity import WORKER_ROLE, build_identity
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.servers import build_server, build_service, served

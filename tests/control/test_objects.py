@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import dagger_operator
 from dagger_operator import __version__
-from dagger_operator.api import DAggerRun, RunSpec, load
-from dagger_operator.control import Results, Role, StageName, Step, steps
+from dagger_operator.api import DAggerRun, Role, RunSpec, load
+from dagger_operator.control import Results, StageName, Step, steps
 from dagger_operator.control.identity import build_identity
 from dagger_operator.control.jobs import build_job, build_training_service
 from dagger_operator.control.names import RUN_NAMESPACE

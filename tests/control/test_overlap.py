@@ -204,7 +204,7 @@ class Storage:
     async def done(self, *stages: str, round_number: int = 0) -> None:
         await take_prefix(self.store, self.tale.run)
         for stage in stages:
-            await save_result(self.store, round_number, stage, result(stage, round_number))
+            await save_result(self.store, round_number, result(stage, round_number))
         await self.look()
 
     async def look(self) -> None:

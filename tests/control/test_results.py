@@ -39,9 +39,9 @@ async def test_results_are_kept_without_the_lists_that_no_plan_reads(make_run: C
     store = Store.open(run.spec.storage)
     await take_prefix(store, run)
     trained, evaluated = result("training", 1), result("evaluation", 1)
-    await save_result(store, 1, "training", trained.model_copy(update={"losses": (1.0,) * 1000}))
-    await save_result(store, 1, "evaluation", evaluated.model_copy(update={"resolved_tasks": ("a",), "unresolved_tasks": ("b",) * 1000}))
-    await save_result(store, 0, "prepare", PrepareResult(policy="p", teacher="t"))
+    await save_result(store, 1, trained.model_copy(update={"losses": (1.0,) * 1000}))
+    await save_result(store, 1, evaluated.model_copy(update={"resolved_tasks": ("a",), "unresolved_tasks": ("b",) * 1000}))
+    await save_result(store, 0, PrepareResult(policy="p", teacher="t"))
     results = await read_results(store, run)
     assert results.get(TrainingResult, 1) == trained.model_copy(update={"losses": ()})
     assert results.get(EvaluationResult, 1) == evaluated.model_copy(update={"resolved_tasks": (), "unresolved_tasks": ()})
@@ -55,7 +55,7 @@ async def test_more_results_than_a_run_can_have_are_damage(
     store = Store.open(run.spec.storage)
     await take_prefix(store, run)
     for number, stage in ((0, "prepare"), (1, "publish"), (2, "publish"), (3, "publish")):
-        await save_result(store, number, stage, result(stage, number))
+        await save_result(store, number, result(stage, number))
     first = await read_results(store, run.model_copy(update={"spec": run.spec.model_copy(update={"rounds": 1})}))
     monkeypatch.setattr(results_module, "RUN_BYTES", first.size)
     for known in (Results(), first):

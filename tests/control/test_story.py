@@ -260,16 +260,18 @@ def test_what_was_said_of_a_run_that_succeeded_is_put_right(story: Callable[...,
     tale.done("prepare", "preflight")
     tale.done("rollout", "training", "publish", "evaluation", round_number=1)
     end = tale.plan().status
-    tale.run = tale.run.model_copy(update={"status": refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)})
+    tale.run = tale.run.model_copy(
+        update={"status": refused(tale.run.metadata.generation, tale.run.status, [Problem("spec.rounds", "got 0", "write 1")], tale.now)}
+    )
     assert tale.plan().status == end
 
 
 def test_what_cannot_be_run_is_told_once_whatever_conditions_say_it(story: Callable[..., Story]) -> None:
     tale = story()
-    status = refused(tale.run, [Problem("spec.rounds", "got 0", "write 1")], tale.now)
+    status = refused(tale.run.metadata.generation, tale.run.status, [Problem("spec.rounds", "got 0", "write 1")], tale.now)
     accepted = next(one for one in status.conditions if one.type == "Accepted")
     progressing = accepted.model_copy(update={"type": "Progressing"})
-    told = news(tale.run, status.model_copy(update={"conditions": [accepted, progressing]}))
+    told = news(tale.run.status, status.model_copy(update={"conditions": [accepted, progressing]}))
     assert [(event.type, event.reason) for event in told] == [("Warning", "InvalidSpec")]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dagger_operator.api import DAggerRun, GpuSharing, Overlap, RunSpec, load
-from dagger_operator.control import Results, Role, StageName, Step
+from dagger_operator.api import DAggerRun, GpuSharing, Overlap, Role, RunSpec, load
+from dagger_operator.control import Results, StageName, Step
 from dagger_operator.control.jobs import build_job, pods_of
 from dagger_operator.control.servers import build_server, served
 from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions, estimate

@@ -102,11 +102,11 @@ def test_bootstrap_of_one_seed_is_one_interval() -> None:
 
 
 def test_comparison_rests_on_common_tasks_alone() -> None:
-    first = evaluated({"a", "b"}, {"c", "d", "only-in-first"})
-    second = evaluated({"b", "c", "d", "only-in-second"}, {"a"})
-    found = compare(first, second)
-    assert (found.tasks, found.first_rate, found.second_rate, found.difference) == (4, 0.5, 0.75, 0.25)
-    assert (found.only_first, found.only_second, found.p_value) == (1, 2, 1.0)
+    candidate = evaluated({"b", "c", "d", "only-in-candidate"}, {"a"})
+    reference = evaluated({"a", "b"}, {"c", "d", "only-in-reference"})
+    found = compare(candidate, reference)
+    assert (found.tasks, found.candidate_rate, found.reference_rate, found.difference) == (4, 0.75, 0.5, 0.25)
+    assert (found.only_candidate, found.only_reference, found.p_value) == (2, 1, 1.0)
     assert found.interval[0] < 0 < found.interval[1]
 
 
@@ -115,7 +115,7 @@ def test_comparison_rests_on_common_tasks_alone() -> None:
 def test_comparing_the_other_way_round_turns_the_sign(outcomes: dict[str, tuple[bool, bool]]) -> None:
     first, second = (evaluated({t for t, o in outcomes.items() if o[i]}, {t for t, o in outcomes.items() if not o[i]}) for i in (0, 1))
     there, back = compare(first, second), compare(second, first)
-    assert there.difference == pytest.approx(there.second_rate - there.first_rate)
+    assert there.difference == pytest.approx(there.candidate_rate - there.reference_rate)
     assert there.difference == -back.difference
     assert there.p_value == back.p_value
     assert -1.0 <= there.interval[0] <= there.interval[1] <= 1.0

@@ -266,7 +266,7 @@ class Lab:
             name, number = labels["dagger-operator.dev/run"], int(labels["dagger-operator.dev/round"])
             store = self.store(name)
             await take_prefix(store, load(await self.run(name)))
-            await save_result(store, number, component, result(component, number))
+            await save_result(store, number, result(component, number))
             status = {"phase": "Succeeded"}
         await self._set(pod, status)
 

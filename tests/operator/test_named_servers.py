@@ -224,7 +224,7 @@ async def test_an_honest_server_is_read(stores: Stores, make_run: Callable[..., 
     run, store = make_run(**named), s3.open()
     assert (await stores.read(run))[0].records == {}
     await take_prefix(store, run)
-    await asyncio.gather(*(save_result(store, 0, stage, result(stage, 0)) for stage in ("prepare", "preflight")))
+    await asyncio.gather(*(save_result(store, 0, result(stage, 0)) for stage in ("prepare", "preflight")))
     await report(store, 1, "rollout", 0, StageProgress(done=3, total=9, unit="rollouts"))
     results, progress = await stores.read(run)
     assert set(results.records) == {(0, "prepare"), (0, "preflight")}

@@ -177,7 +177,7 @@ async def test_a_run_that_failed_by_a_refusal_makes_nothing_and_goes_on_once_all
     run = make_run()
     store = Store.open(run.spec.storage)
     await take_prefix(store, run)
-    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    await save_result(store, 0, PrepareResult(policy="r000-base", teacher="t"))
     looks = Looks(run)
     teacher = {"model": "t", "serving": {"gpus": 1}}
     looks.edit(teacher=teacher, preRunningDeadlineSeconds=600, failurePolicy={"keep": keep})

@@ -71,7 +71,7 @@ async def test_progress_of_many_runs_is_read_now_and_then_and_their_results_at_e
     opened._open[stores.RunKey("lab", "demo")].progress_due = float("-inf")
     assert await seen(2) == [2]
     assert await seen(3) == [2], "it is not due again for a hundred seconds"
-    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    await save_result(store, 0, PrepareResult(policy="r000-base", teacher="t"))
     results, progress = await opened.read(run)
     assert results.has(0, "prepare")
     assert not progress, "what the step before reported is over"

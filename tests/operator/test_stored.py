@@ -11,7 +11,7 @@ from dagger_operator.cluster.cache import Cache
 from dagger_operator.cluster.health import Health
 from dagger_operator.cluster.queue import WorkQueue
 from dagger_operator.cluster.readings import Readings
-from dagger_operator.cluster.reconcile import _loaded, _shell
+from dagger_operator.cluster.reconcile import _loaded, _understood
 from dagger_operator.cluster.streams import Streams
 from dagger_operator.control import refused
 
@@ -41,7 +41,7 @@ def test_a_spec_that_is_not_understood_is_refused_in_the_status(status: Any) -> 
     stored = {**STORED, "spec": {**STORED["spec"], "teachers": 2}, "status": status}
     with pytest.raises(InvalidRun) as caught:
         _loaded(stored)
-    said = refused(_shell(stored), caught.value.problems, datetime(2026, 1, 1, tzinfo=UTC))
+    said = refused(4, _understood(status), caught.value.problems, datetime(2026, 1, 1, tzinfo=UTC))
     assert (said.reason, said.observed_generation) == ("InvalidSpec", 4)
     assert "spec.teachers" in said.conditions[0].message
 
@@ -51,7 +51,7 @@ def _refused(status: dict[str, Any]) -> dict[str, Any]:
     stored = {**STORED, "spec": {**STORED["spec"], "teachers": 2}, "status": status}
     with pytest.raises(InvalidRun) as caught:
         _loaded(stored)
-    return {**stored, "status": refused(_shell(stored), caught.value.problems, datetime(2026, 1, 2, tzinfo=UTC)).wire()}
+    return {**stored, "status": refused(4, _understood(status), caught.value.problems, datetime(2026, 1, 2, tzinfo=UTC)).wire()}
 
 
 def _condition(kind: str, status: str, reason: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ async def test_a_store_that_hangs_is_said_to_be_away_and_its_late_answer_is_not_
     assert reads == 1, "it is asked once at a time"
     store = Store.open(run.spec.storage)
     await take_prefix(store, run)
-    await save_result(store, 0, "prepare", PrepareResult(policy="r000-base", teacher="t"))
+    await save_result(store, 0, PrepareResult(policy="r000-base", teacher="t"))
     hangs.set()
     monkeypatch.setattr(stores, "PATIENCE_SECONDS", 30.0)
     await asyncio.sleep(0.1)

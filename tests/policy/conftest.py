@@ -13,13 +13,12 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from dagger_operator.api import LabelMode, Labels, Mixing, Sampling, Schedule, ScheduleType
+from dagger_operator.api import LabelMode, Labels, Mixing, Role, Sampling, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.retry import Backoff
 from dagger_operator.policy.rollout_session import RolloutSession
 from dagger_operator.policy.session import SessionRequest
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.store.records import Actor
 
 Behaviour = Callable[["StubPolicy", web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
@@ -141,7 +140,7 @@ async def teacher(policies: Callable[[str], Awaitable[StubPolicy]]) -> StubPolic
 def upstream() -> Callable[..., Upstream]:
     """An `Upstream` for URLs, impatient enough for tests."""
 
-    def make(*urls: str, role: Actor = Actor.STUDENT, **changes: Any) -> Upstream:
+    def make(*urls: str, role: Role = Role.STUDENT, **changes: Any) -> Upstream:
         version = {"student": "r001-0123456789ab", "teacher": "r000-ba9876543210"}[role.value]
         defaults: dict[str, Any] = {
             "role": role,
@@ -170,12 +169,10 @@ class Rig:
 
     def open(self, **changes: Any) -> RolloutSession:
         defaults: dict[str, Any] = {
-            "run": "r",
             "seed": 1,
             "round": 1,
             "rollout_id": "00000",
             "task_id": "t",
-            "attempt": 0,
             "student": "r001-0123456789ab",
             "max_turns": 50,
             "label_check": lambda message: None,
@@ -217,7 +214,7 @@ def rig(upstream: Callable[..., Upstream]) -> RigMaker:
         registry = CollectorRegistry()
         gateway = Gateway(
             upstream(student.url, **(student_changes or {})),
-            upstream(teacher.url, role=Actor.TEACHER, **(teacher_changes or {})) if teacher else None,
+            upstream(teacher.url, role=Role.TEACHER, **(teacher_changes or {})) if teacher else None,
             Labels(concurrency=concurrency),
             registry=registry,
         )

@@ -7,9 +7,9 @@ import time
 import pytest
 from aiohttp import web
 
-from dagger_operator.api import LabelMode
+from dagger_operator.api import LabelMode, Role
 from dagger_operator.policy.coins import coin
-from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, states
+from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory, states
 from policy.played import STATE, beta, fail
 
 
@@ -19,21 +19,21 @@ async def test_every_turn_is_mixed_by_its_coin_recorded_and_labelled(student, te
         messages = await r.rollout(session, 12)
         recording = await session.finish()
     assert len(recording.turns) == 12
-    assert {turn.actor for turn in recording.turns} == {Actor.STUDENT, Actor.TEACHER}
+    assert {turn.actor for turn in recording.turns} == {Role.STUDENT, Role.TEACHER}
     for turn in recording.turns:
         assert turn.coin == coin(11, 2, "task-9", "00000", turn.index)
-        assert turn.actor is (Actor.TEACHER if turn.coin < turn.beta else Actor.STUDENT)
+        assert turn.actor is (Role.TEACHER if turn.coin < turn.beta else Role.STUDENT)
         assert turn.action.message["content"] == f"{turn.actor} at {2 + 2 * turn.index}"
         assert turn.action.policy == {"student": "r001-0123456789ab", "teacher": "r000-ba9876543210"}[turn.actor]
         assert turn.label is not None
         assert turn.label.message["content"] == f"teacher at {2 + 2 * turn.index}"
-        if turn.actor is Actor.TEACHER:
+        if turn.actor is Role.TEACHER:
             assert turn.label == turn.action
     # Where the teacher acted, action and label are one call.
     assert len(teacher.requests) == 12
-    assert len(student.requests) == sum(turn.actor is Actor.STUDENT for turn in recording.turns)
+    assert len(student.requests) == sum(turn.actor is Role.STUDENT for turn in recording.turns)
     priorities = [request["priority"] for request in teacher.requests]
-    assert priorities.count(0) == sum(turn.actor is Actor.TEACHER for turn in recording.turns)
+    assert priorities.count(0) == sum(turn.actor is Role.TEACHER for turn in recording.turns)
     assert set(priorities) == {0, 10}
     trajectory = Trajectory(
         run="r", round=2, rollout_id="00000", task_id="task-9", student="s", turns=recording.turns, outcome=Outcome.UNRESOLVED
@@ -129,7 +129,7 @@ async def test_a_teachers_action_that_was_cut_off_is_no_label(student, teacher, 
         session = r.open(mixing=beta(1.0))
         await r.ask(session, STATE)
         (turn,) = (await session.finish()).turns
-    assert (turn.actor, turn.label_flaw) == (Actor.TEACHER, LabelFlaw.TRUNCATED)
+    assert (turn.actor, turn.label_flaw) == (Role.TEACHER, LabelFlaw.TRUNCATED)
 
 
 @pytest.mark.parametrize("acts", [0.0, 1.0])
@@ -161,12 +161,11 @@ async def test_a_teachers_turn_that_did_not_end_by_itself_never_trains(student, 
     assert (turn.label.finish_reason, turn.label_flaw) == (reason, flaw)
 
 
-async def test_evaluation_is_greedy_without_teacher_or_labels(student, rig):
+async def test_evaluation_is_without_teacher_or_labels(student, rig):
     async with rig(student, None) as r:
         session = r.open(mixing=None)
         await r.rollout(session, 3)
         recording = await session.finish()
-    assert all(request["temperature"] == 0.0 for request in student.requests)
     assert all(turn.label is None and turn.label_flaw is None and turn.beta == 0.0 for turn in recording.turns)
 
 

@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from dagger_operator.api import LabelMode
-from dagger_operator.store.records import Actor
+from dagger_operator.api import LabelMode, Role
 from policy.played import STATE, beta, fail
 
 
@@ -76,4 +75,4 @@ async def test_how_long_a_policy_was_silent_at_the_end_is_recorded(student, teac
         await asyncio.sleep(0.5)
         silence = (await session.finish()).silence
         await asking
-    assert (silence.actor, 0.5 <= silence.seconds < 60) == (Actor.STUDENT, True)
+    assert (silence.actor, 0.5 <= silence.seconds < 60) == (Role.STUDENT, True)

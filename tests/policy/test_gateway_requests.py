@@ -185,12 +185,15 @@ async def test_a_rollouts_requests_are_read_one_at_a_time(student, teacher, rig)
     assert [len(turn.messages) for turn in turns] == [1, 1] and len(turns) == 2
 
 
-async def test_what_a_gateway_cannot_do_is_refused_when_the_rollout_is_opened(student, rig):
+async def test_what_a_gateway_cannot_do_is_refused_when_the_rollout_is_opened(student, teacher, rig):
     async with rig(student, None) as r:
-        with pytest.raises(ValueError, match="no teacher"):
+        with pytest.raises(ValueError, match="exactly where this gateway has a teacher"):
             r.open()
         with pytest.raises(ValueError, match="made for 'r001-0123456789ab'"):
             r.open(mixing=None, student="r002-000000000000")
         r.open(mixing=None)
         with pytest.raises(ValueError, match="open already"):
+            r.open(mixing=None)
+    async with rig(student, teacher) as r:
+        with pytest.raises(ValueError, match="exactly where this gateway has a teacher"):
             r.open(mixing=None)

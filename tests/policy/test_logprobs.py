@@ -5,10 +5,9 @@ import json
 import pytest
 from aiohttp import web
 
-from dagger_operator.api import LabelMode, Mixing, Schedule, ScheduleType
+from dagger_operator.api import LabelMode, Mixing, Role, Schedule, ScheduleType
 from dagger_operator.policy.client import completion_of
 from dagger_operator.store.logprobs import TopLogprobs
-from dagger_operator.store.records import Actor
 
 STATE = [{"role": "user", "content": "task"}]
 WANTED = {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}
@@ -60,7 +59,7 @@ async def test_labels_keep_what_the_teacher_tells_whoever_acted(student, teacher
     assert not any(WANTED.keys() & request.keys() for request in student.requests)
     assert turn.label.logprobs == TOLD and turn.action.logprobs is None
     assert not answer["choices"][0].get("logprobs")
-    if turn.actor is Actor.TEACHER:
+    if turn.actor is Role.TEACHER:
         assert turn.label.model_copy(update={"logprobs": None}) == turn.action and len(teacher.requests) == 1
 
 

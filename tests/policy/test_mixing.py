@@ -5,9 +5,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagger_operator.api import Mixing, MixingStrategy, Schedule, ScheduleType
+from dagger_operator.api import Mixing, MixingStrategy, Role, Schedule, ScheduleType
 from dagger_operator.policy.mixing import Mixer
-from dagger_operator.store.records import Actor
 
 
 def per_turn(beta: float) -> Mixing:
@@ -22,14 +21,14 @@ def prefix(t_max: int) -> Mixing:
 def test_the_teacher_acts_where_the_coin_is_below_beta(beta, seed, rollout, turn):
     decision = Mixer(per_turn(beta), seed, 1, "t", rollout).decide(turn)
     assert decision.beta == beta
-    assert (decision.actor is Actor.TEACHER) == (decision.coin < beta)
+    assert (decision.actor is Role.TEACHER) == (decision.coin < beta)
     assert decision == Mixer(per_turn(beta), seed, 1, "t", rollout).decide(turn)
 
 
 def test_beta_one_is_the_teacher_alone_and_beta_zero_the_student_alone():
     for turn in range(2000):
-        assert Mixer(per_turn(1.0), 0, 1, "t", "00000").decide(turn).actor is Actor.TEACHER
-        assert Mixer(per_turn(0.0), 0, 1, "t", "00000").decide(turn).actor is Actor.STUDENT
+        assert Mixer(per_turn(1.0), 0, 1, "t", "00000").decide(turn).actor is Role.TEACHER
+        assert Mixer(per_turn(0.0), 0, 1, "t", "00000").decide(turn).actor is Role.STUDENT
 
 
 def test_the_delivered_share_of_turns_is_beta():
@@ -37,7 +36,7 @@ def test_the_delivered_share_of_turns_is_beta():
     for round_number, beta in enumerate((1.0, 0.8, 0.6, 0.6, 0.6), start=1):
         mixers = [Mixer(Mixing(), 17, round_number, f"task-{i}", f"{i:05}") for i in range(512)]
         turns = [mixer.decide(turn) for mixer in mixers for turn in range(40)]
-        share = sum(turn.actor is Actor.TEACHER for turn in turns) / len(turns)
+        share = sum(turn.actor is Role.TEACHER for turn in turns) / len(turns)
         assert {turn.beta for turn in turns} == {beta}
         assert abs(share - beta) <= 5 * math.sqrt(beta * (1 - beta) / len(turns))
 
@@ -47,11 +46,11 @@ def test_the_student_takes_the_first_kappa_turns_and_the_teacher_finishes(t_max,
     mixer = Mixer(prefix(t_max), seed, 1, "t", rollout)
     assert mixer.kappa is not None
     actors = [mixer.decide(turn).actor for turn in range(t_max + 5)]
-    assert actors == [Actor.STUDENT] * mixer.kappa + [Actor.TEACHER] * (t_max + 5 - mixer.kappa)
+    assert actors == [Role.STUDENT] * mixer.kappa + [Role.TEACHER] * (t_max + 5 - mixer.kappa)
     assert {mixer.decide(turn).beta for turn in range(t_max + 5)} <= {0.0, 1.0}
 
 
 def test_evaluation_is_the_student_alone():
     mixer = Mixer(None, 0, 1, "t", "00000")
     assert mixer.kappa is None
-    assert all(mixer.decide(turn).actor is Actor.STUDENT and mixer.decide(turn).beta == 0.0 for turn in range(200))
+    assert all(mixer.decide(turn).actor is Role.STUDENT and mixer.decide(turn).beta == 0.0 for turn in range(200))

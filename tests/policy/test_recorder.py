@@ -5,14 +5,15 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagger_operator.api import Role
 from dagger_operator.policy.mixing import Decision
 from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
-from dagger_operator.store.records import Actor, Completion, LabelFlaw, Outcome, Trajectory, labelled_states, states
+from dagger_operator.store.records import Completion, LabelFlaw, Outcome, Trajectory, labelled_states, states
 
 messages = st.lists(st.sampled_from(["a", "b", "c"]).map(lambda text: {"role": "user", "content": text}), min_size=1, max_size=6)
 tools = st.sampled_from([(), ({"type": "function", "function": {"name": "bash"}},), ({"type": "function", "function": {"name": "edit"}},)])
-STUDENT = Decision(Actor.STUDENT, 0.5, 0.7)
+STUDENT = Decision(Role.STUDENT, 0.5, 0.7)
 
 
 def completion(text: str) -> Completion:

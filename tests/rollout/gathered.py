@@ -15,7 +15,7 @@ async def trajectories(store: Store, kind: Kind = Kind.ROLLOUT) -> list[Trajecto
 
 
 async def result_of(store: Store) -> RolloutResult:
-    result = await read_result(store, 1, "rollout", RolloutResult)
+    result = await read_result(store, 1, RolloutResult)
     assert result is not None
     return result
 

@@ -2,17 +2,18 @@
 
 import pytest
 
+from dagger_operator.api import Role
 from dagger_operator.policy.session import Recording, Silence
 from dagger_operator.rollout.outcome import InfrastructureFailed, Verdict, patch_of, verdict
 from dagger_operator.rollout.scaffold import ScaffoldEnd
-from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Turn
+from dagger_operator.store.records import Completion, Failure, LabelFlaw, Outcome, Turn
 
 
 def turns(count: int, *, lost: int = 0, flaw: LabelFlaw = LabelFlaw.REQUEST_FAILED) -> tuple[Turn, ...]:
     action = Completion(message={"role": "assistant", "content": "x"}, policy="p", finish_reason="stop")
     flaws = [flaw] * lost + [None] * (count - lost)
     return tuple(
-        Turn(index=i, actor=Actor.STUDENT, beta=0.5, coin=0.7, kept=0, messages=(), action=action, label_flaw=flaw)
+        Turn(index=i, actor=Role.STUDENT, beta=0.5, coin=0.7, kept=0, messages=(), action=action, label_flaw=flaw)
         for i, flaw in enumerate(flaws)
     )
 
@@ -25,7 +26,7 @@ def recording(
     limit: bool = False,
     silent: float | None = None,
 ) -> Recording:
-    silence = None if silent is None else Silence(Actor.STUDENT, silent)
+    silence = None if silent is None else Silence(Role.STUDENT, silent)
     return Recording(visited, None, failure, policy_error, limit, 0.0, 0.0, silence)
 
 

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from dagger_operator.api import Mixing, Protocol, Scaffold, Schedule, ScheduleType
+from dagger_operator.api import Mixing, Protocol, Role, Scaffold, Schedule, ScheduleType
 from dagger_operator.policy.gateway import Gateway
 from dagger_operator.policy.rollout_session import RolloutSession
 from dagger_operator.policy.session import SessionRequest
@@ -21,7 +21,6 @@ from dagger_operator.rollout.mini_scaffold import MiniScaffold
 from dagger_operator.rollout.scaffold import ScaffoldEnd
 from dagger_operator.sandbox.interface import Sandbox, SandboxRequest
 from dagger_operator.sandbox.process import ProcessSandboxes
-from dagger_operator.store.records import Actor
 from dagger_operator.tasks.task import Task
 
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
@@ -38,12 +37,10 @@ async def opened(
     stage = ground.stage(run)
     student, teacher = await upstreams(stage, greedy=False)
     request = SessionRequest(
-        run="test",
         seed=0,
         round=1,
         rollout_id="t",
         task_id="t",
-        attempt=0,
         student=student.version,
         max_turns=max_turns,
         label_check=action_reader(scaffold).flaw,
@@ -75,7 +72,7 @@ async def test_the_librarys_own_prompts_lead_to_a_mended_file(ground: Any) -> No
         assert end == ScaffoldEnd("Submitted", "")
         assert await sandbox.read("value.txt") == b"right 1\n"
         recording = await session.finish()
-    assert [turn.actor for turn in recording.turns] == [Actor.TEACHER] * 3
+    assert [turn.actor for turn in recording.turns] == [Role.TEACHER] * 3
     system, first = recording.turns[0].messages
     assert "exactly ONE bash code block" in system["content"]
     assert TASK.statement in first["content"]

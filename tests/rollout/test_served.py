@@ -9,10 +9,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from dagger_operator.api import Sampling
+from dagger_operator.api import Role, Sampling
 from dagger_operator.policy.upstream import Upstream
 from dagger_operator.rollout.served import Recovery, Served, served
-from dagger_operator.store.records import Actor
 from dagger_operator.store.stage import StageFailure
 
 VERSION = "r001-abcdefabcdef"
@@ -48,7 +47,7 @@ async def agents() -> AsyncIterator[tuple[Agent, Agent]]:
         await runner.cleanup()
 
 
-async def wait(*agents: Agent, patience: float = 60.0, role: Actor = Actor.STUDENT, waiters: int = 1) -> None:
+async def wait(*agents: Agent, patience: float = 60.0, role: Role = Role.STUDENT, waiters: int = 1) -> None:
     async with aiohttp.ClientSession() as http:
         recovered = Recovery(http, [Served(role, VERSION, tuple(agent.url for agent in agents), patience)])
         await asyncio.gather(*(recovered() for _ in range(waiters)))
@@ -84,7 +83,7 @@ async def test_one_replica_that_stays_behind_fails_the_stage_for_now(agents: tup
 async def test_a_teacher_that_is_not_served_is_named(agents: tuple[Agent, Agent]) -> None:
     agents[0].state = "Starting"
     with pytest.raises(StageFailure, match=r"TeacherNotServed.*the teacher's servers"):
-        await wait(*agents, patience=0.0, role=Actor.TEACHER)
+        await wait(*agents, patience=0.0, role=Role.TEACHER)
 
 
 async def test_of_many_rollouts_that_wait_one_looks(agents: tuple[Agent, Agent]) -> None:
@@ -97,12 +96,12 @@ async def test_of_many_rollouts_that_wait_one_looks(agents: tuple[Agent, Agent])
 
 
 def test_a_policy_behind_an_endpoint_has_no_agent_to_ask(ground: Any) -> None:
-    def upstream(role: Actor) -> Upstream:
+    def upstream(role: Role) -> Upstream:
         return Upstream(role, ("http://10.0.0.1:8000/v1",), None, "m", VERSION, Sampling(), 60.0, 1, served=True)
 
-    both = (upstream(Actor.STUDENT), upstream(Actor.TEACHER))
+    both = (upstream(Role.STUDENT), upstream(Role.TEACHER))
     serving = {"gpus": 0, "startupDeadlineSeconds": 77}
     here = ground.run(teacher={"model": "teacher", "serving": serving})
     assert served(ground.run(), *both) == ()
-    assert served(here, *both) == (Served(Actor.TEACHER, VERSION, ("http://10.0.0.1:8000",), 77),)
+    assert served(here, *both) == (Served(Role.TEACHER, VERSION, ("http://10.0.0.1:8000",), 77),)
     assert served(here, both[0], None) == ()

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dagger_operator.api import Role
 from dagger_operator.evaluation.stage import evaluate
 from dagger_operator.rollout.round import rollout
 from dagger_operator.sandbox import isolation
 from dagger_operator.store import layout
 from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import read_manifest, training_set
-from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, labelled_states
+from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory, labelled_states
 from dagger_operator.store.results import EvaluationResult, RolloutResult, read_result
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.store.trajectories import finished, write_trajectory
@@ -25,16 +26,16 @@ async def test_a_round_goes_from_tasks_to_labels_that_train(ground: Any) -> None
     run = ground.run(train=6)
     await rollout(ground.stage(run))
     store = ground.store(run)
-    result = await read_result(store, 1, "rollout", RolloutResult)
+    result = await read_result(store, 1, RolloutResult)
     assert result is not None
     summary = result.summary
     assert (summary.rollouts, summary.label_coverage, summary.nominal_beta, result.excluded) == (6, 1.0, 0.4, {})
     ended = await trajectories(store)
     turns = [turn for trajectory in ended for turn in trajectory.turns]
     assert summary.turns == len(turns) == summary.labels
-    assert 0.0 < summary.teacher_turn_share == sum(turn.actor is Actor.TEACHER for turn in turns) / len(turns) < 1.0
+    assert 0.0 < summary.teacher_turn_share == sum(turn.actor is Role.TEACHER for turn in turns) / len(turns) < 1.0
     assert summary.agreement is not None and 0.0 < summary.agreement < 1.0
-    assert all((turn.coin < turn.beta) == (turn.actor is Actor.TEACHER) for turn in turns)
+    assert all((turn.coin < turn.beta) == (turn.actor is Role.TEACHER) for turn in turns)
     # What the trainer reads is the same data.
     data = await training_set(store, 1, run.spec.training.aggregation)
     assert sum([len(list(labelled_states(trajectory))) async for trajectory in data.trajectories()]) == summary.labels
@@ -94,7 +95,7 @@ async def test_evaluation_is_the_student_alone_and_greedy_on_held_out_tasks(grou
     run = ground.run(held_out=8, evaluation={"maxTurns": 6})
     stage = ground.stage(run, kind="evaluation")
     await evaluate(stage)
-    result = await read_result(ground.store(run), 1, "evaluation", EvaluationResult)
+    result = await read_result(ground.store(run), 1, EvaluationResult)
     assert result is not None
     assert {model for model, _, _ in ground.policies.requests} == {"student"}
     assert {body["temperature"] for _, _, body in ground.policies.requests} == {0.0}
@@ -115,7 +116,7 @@ async def test_the_initial_student_is_evaluated_as_round_0_on_the_tasks_of_every
     run = ground.run(held_out=3)
     await evaluate(ground.stage(run, kind="evaluation", round_number=0))
     await evaluate(ground.stage(run, kind="evaluation"))
-    initial, later = [await read_result(ground.store(run), number, "evaluation", EvaluationResult) for number in (0, 1)]
+    initial, later = [await read_result(ground.store(run), number, EvaluationResult) for number in (0, 1)]
     assert initial is not None and later is not None
     tasks = [sorted((*one.resolved_tasks, *one.unresolved_tasks)) for one in (initial, later)]
     assert tasks[0] == tasks[1] and len(tasks[0]) == 3

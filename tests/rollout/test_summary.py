@@ -1,22 +1,31 @@
 """A round's numbers say what was delivered, and what infrastructure broke is in none of them."""
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagger_operator.api import Scaffold
+from dagger_operator.api import Role, Scaffold
 from dagger_operator.rollout.actions import action_reader
 from dagger_operator.rollout.summary import Tally
-from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
+from dagger_operator.store.records import Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
 
 READER = action_reader(Scaffold(action_regex="(?s)(.+)"))
+
+
+def tally_of(trajectories: Iterable[Trajectory]) -> Tally:
+    tally = Tally(READER)
+    for one in trajectories:
+        tally.add(one)
+    return tally
 
 
 def said(content: str, tokens: int = 1, ended: str = "stop") -> Completion:
     return Completion(message={"role": "assistant", "content": content}, policy="p", finish_reason=ended, completion_tokens=tokens)
 
 
-def turn(actor: Actor, action: str, label: str | None, *, tokens: int = 1, flaw: LabelFlaw | None = None, ended: str = "length") -> Turn:
+def turn(actor: Role, action: str, label: str | None, *, tokens: int = 1, flaw: LabelFlaw | None = None, ended: str = "length") -> Turn:
     """`ended`: as what its label did, where that was cut off."""
     return Turn(
         index=0,
@@ -46,14 +55,13 @@ def trajectory(*turns: Turn, outcome: Outcome = Outcome.RESOLVED, start: float =
 
 
 def test_a_round_is_counted_by_hand() -> None:
-    tally = Tally.of(
-        READER,
+    tally = tally_of(
         [
-            trajectory(turn(Actor.TEACHER, "a", "a", tokens=30), turn(Actor.STUDENT, "b", "c", tokens=5), start=100.0),
+            trajectory(turn(Role.TEACHER, "a", "a", tokens=30), turn(Role.STUDENT, "b", "c", tokens=5), start=100.0),
             trajectory(
-                turn(Actor.STUDENT, "b", "b", tokens=5),
-                turn(Actor.STUDENT, "b", None, tokens=0, flaw=LabelFlaw.REQUEST_FAILED),
-                turn(Actor.TEACHER, "cut", "cut", tokens=20, flaw=LabelFlaw.TRUNCATED),
+                turn(Role.STUDENT, "b", "b", tokens=5),
+                turn(Role.STUDENT, "b", None, tokens=0, flaw=LabelFlaw.REQUEST_FAILED),
+                turn(Role.TEACHER, "cut", "cut", tokens=20, flaw=LabelFlaw.TRUNCATED),
                 outcome=Outcome.LIMIT_REACHED,
                 start=150.0,
             ),
@@ -72,23 +80,23 @@ def test_a_round_is_counted_by_hand() -> None:
 
 
 def test_nothing_to_compare_is_no_agreement_rather_than_none_at_all() -> None:
-    tally = Tally.of(READER, [trajectory(turn(Actor.TEACHER, "a", "a"))])
+    tally = tally_of([trajectory(turn(Role.TEACHER, "a", "a"))])
     assert tally.summary(nominal_beta=1.0, data_digest="d").agreement is None
 
 
-KINDS = st.tuples(st.sampled_from(Actor), st.booleans(), st.booleans())
+KINDS = st.tuples(st.sampled_from(Role), st.booleans(), st.booleans())
 
 
 @given(st.lists(st.lists(KINDS, max_size=5), max_size=6), st.integers(0, 5))
-def test_broken_rollouts_move_no_share(shapes: list[list[tuple[Actor, bool, bool]]], broken: int) -> None:
+def test_broken_rollouts_move_no_share(shapes: list[list[tuple[Role, bool, bool]]], broken: int) -> None:
     whole = [
         trajectory(
             *(turn(actor, "a", "a" if same else "b", flaw=LabelFlaw.UNPARSABLE if flawed else None) for actor, same, flawed in shape)
         )
         for shape in shapes
     ]
-    lost = [trajectory(turn(Actor.TEACHER, "x", "x"), outcome=Outcome.INFRASTRUCTURE_FAILURE)] * broken
-    there, without = (Tally.of(READER, t).summary(nominal_beta=None, data_digest="d") for t in (whole + lost, whole))
+    lost = [trajectory(turn(Role.TEACHER, "x", "x"), outcome=Outcome.INFRASTRUCTURE_FAILURE)] * broken
+    there, without = (tally_of(t).summary(nominal_beta=None, data_digest="d") for t in (whole + lost, whole))
     assert there.rollouts == without.rollouts + broken
     same = {"rollouts", "outcomes", "seconds"}  # seconds are of the whole stage
     assert there.model_dump(exclude=same) == without.model_dump(exclude=same)
@@ -96,16 +104,16 @@ def test_broken_rollouts_move_no_share(shapes: list[list[tuple[Actor, bool, bool
 
 def test_only_what_an_edit_may_mend_is_worth_another_try() -> None:
     def of(rollout: str, *flaws: LabelFlaw | None) -> Trajectory:
-        turns = (turn(Actor.STUDENT, "a", "b", flaw=flaw) for flaw in flaws)
+        turns = (turn(Role.STUDENT, "a", "b", flaw=flaw) for flaw in flaws)
         return trajectory(*turns).model_copy(update={"rollout_id": rollout})
 
-    tally = Tally.of(READER, [of(flaw.value, None, flaw) for flaw in LabelFlaw] + [of("whole", None), of("no turn")])
+    tally = tally_of([of(flaw.value, None, flaw) for flaw in LabelFlaw] + [of("whole", None), of("no turn")])
     assert tally.mendable == ["Truncated", "Refused", "RequestFailed", "no turn"]
 
 
 @pytest.mark.parametrize(("ended", "mendable"), [("length", True), ("tool_calls", True), ("content_filter", False)])
 def test_a_label_that_its_endpoint_ended_with_tokens_left_is_told_apart_and_not_paid_for_again(ended: str, mendable: bool) -> None:
-    cut = turn(Actor.STUDENT, "a", "b", flaw=LabelFlaw.TRUNCATED, ended=ended)
-    tally = Tally.of(READER, [trajectory(turn(Actor.STUDENT, "a", "b"), cut)])
+    cut = turn(Role.STUDENT, "a", "b", flaw=LabelFlaw.TRUNCATED, ended=ended)
+    tally = tally_of([trajectory(turn(Role.STUDENT, "a", "b"), cut)])
     assert (tally.turns, tally.labels, bool(tally.mendable)) == (2, 1, mendable)
     assert (tally.flaws, tally.stopped) == (({LabelFlaw.TRUNCATED: 1}, {}) if mendable else ({}, {ended: 1}))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dagger_operator.api import load
-from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGER, RUN
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGED_BY_VALUE, RUN
 from dagger_operator.control.network import build_network_policy
 from dagger_operator.sandbox.interface import Sandbox, SandboxRequest
 from dagger_operator.sandbox.pods import PodSandboxes
@@ -27,7 +27,7 @@ Shell = Callable[[str], Awaitable[str]]
 """Runs a command somewhere; what it prints."""
 Pods = Callable[..., dict[str, str]]
 LISTEN = "for port in 8000 8090 9090; do nc -ll -p $port -e echo $HOSTNAME & done; wait"
-WORKER = {MANAGED_BY: MANAGER, RUN: "one", COMPONENT: "rollout"}
+WORKER = {MANAGED_BY: MANAGED_BY_VALUE, RUN: "one", COMPONENT: "rollout"}
 
 
 def reaching(places: Places) -> str:

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 from tokenizers import Tokenizer, models
 
+from dagger_operator.api import Role
 from dagger_operator.serving import examination
 from dagger_operator.serving.preflight import preflight
 from dagger_operator.store import layout
@@ -112,11 +113,11 @@ def examine(stage: Callable[..., Stage], document: dict[str, Any], monkeypatch: 
         async with listening(teacher, *students) as urls:
             document["spec"]["teacher"]["endpoint"]["url"] = urls[0]
             made = stage(DAGGER_STUDENT_URL=",".join(urls[1:]), DAGGER_TEACHER_URL=urls[0], DAGGER_TEACHER_TOKEN=token)
-            await save_result(made.store, 0, "prepare", PrepareResult(policy=STUDENT, teacher="endpoint-1"))
+            await save_result(made.store, 0, PrepareResult(policy=STUDENT, teacher="endpoint-1"))
             await point_to(made.store, STUDENT, 0)
             await made.store.put(layout.policy(STUDENT) + "tokenizer.json", TOKENIZER)
             await preflight(made)
-            result = await read_result(made.store, 0, "preflight", PreflightResult)
+            result = await read_result(made.store, 0, PreflightResult)
             assert result is not None and (result.student, result.teacher) == (STUDENT, "endpoint-1")
             progress = (await read_progress(made.store, 0, "preflight"))[0]
             assert (progress.done, progress.total, progress.unit) == (2, 2, "policies")
@@ -203,7 +204,7 @@ async def test_a_mistyped_model_is_told_the_closest_one(examine: Any) -> None:
 async def test_a_teacher_that_is_not_there_is_named(examine: Any, document: dict[str, Any], stage: Callable[..., Stage]) -> None:
     made = stage(DAGGER_STUDENT_URL="http://127.0.0.1:9/v1", DAGGER_TEACHER_URL="http://127.0.0.1:9/v1")
     with pytest.raises(StageFailure, match=r"(?s)http://127.0.0.1:9/v1.*start it, or correct teacher.endpoint.url") as failed:
-        await examination.Examination(made, "teacher", "endpoint-1", STUDENT).run()
+        await examination.Examination(made, Role.TEACHER, "endpoint-1", STUDENT).run()
     assert (failed.value.reason, failed.value.permanent) == ("TeacherUnreachable", False)
 
 

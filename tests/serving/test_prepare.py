@@ -30,7 +30,7 @@ async def test_the_first_student_is_stored_and_pointed_at(stage: Make, model: Pa
     (model / "pytorch_model.bin").write_bytes(b"the same weights in another form")
     await prepare(stage())
     store = stage().store
-    result, pointer = await read_result(store, 0, "prepare", PrepareResult), await pointed(store)
+    result, pointer = await read_result(store, 0, PrepareResult), await pointed(store)
     assert result is not None and pointer is not None
     assert (pointer.policy, pointer.round) == (result.policy, 0)
     assert result.policy.startswith("r000-") and result.teacher.startswith("endpoint-")
@@ -45,10 +45,10 @@ async def test_the_first_student_is_stored_and_pointed_at(stage: Make, model: Pa
 async def test_prepare_run_again_changes_nothing(stage: Make) -> None:
     await prepare(stage())
     before = {info.key for info in await stage().store.list()}
-    first = await read_result(stage().store, 0, "prepare", PrepareResult)
+    first = await read_result(stage().store, 0, PrepareResult)
     await stage().store.delete(layout.result(0, "prepare"))  # as if it had been killed before it wrote its result
     await prepare(stage())
-    again = await read_result(stage().store, 0, "prepare", PrepareResult)
+    again = await read_result(stage().store, 0, PrepareResult)
     assert first is not None and again is not None and (again.policy, again.teacher) == (first.policy, first.teacher)
     assert {info.key for info in await stage().store.list()} == before
 
@@ -76,7 +76,7 @@ async def test_a_student_behind_an_endpoint_has_no_weights(stage: Make, document
     document["spec"]["student"] = {"model": "gpt", "endpoint": {"url": "http://127.0.0.1:9/v1"}}
     document["spec"]["training"] = {"mode": "Disabled"}
     await prepare(stage())
-    result = await read_result(stage().store, 0, "prepare", PrepareResult)
+    result = await read_result(stage().store, 0, PrepareResult)
     assert result is not None and result.policy.startswith("endpoint-")
     assert await pointed(stage().store) is None
 
@@ -86,7 +86,7 @@ async def test_a_teacher_served_here_is_known_by_its_contents(
 ) -> None:
     document["spec"]["teacher"] = {"model": str(model), "serving": {"gpus": 0, "maxModelLen": 2048}}
     await prepare(stage())
-    result = await read_result(stage().store, 0, "prepare", PrepareResult)
+    result = await read_result(stage().store, 0, PrepareResult)
     assert result is not None and result.teacher.startswith("teacher-")
     environ = {"DAGGER_ROLE": "teacher", "DAGGER_SHARED": str(socket_folder)}
     await put_weights(stage(**environ))
@@ -108,7 +108,7 @@ async def test_a_node_of_several_waits_itself_for_what_is_away_since_all_are_beg
     assert not waiting.done()
     await prepare(stage())
     await asyncio.wait_for(waiting, 10)
-    result = await read_result(stage().store, 0, "prepare", PrepareResult)
+    result = await read_result(stage().store, 0, PrepareResult)
     assert result is not None and Shared(socket_folder).current == result.teacher
     (model / "tokenizer.json").write_text('{"changed": true}')
     shutil.rmtree(socket_folder / "versions")
@@ -135,7 +135,7 @@ async def test_a_teacher_in_the_storage_is_served_from_there_and_is_known_by_its
         await store.upload(f"models/teacher/{path.name}", path)
     await store.put("models/teacher/original/consolidated.pth", b"the same weights in another form")
     await prepare(stage())
-    result = await read_result(store, 0, "prepare", PrepareResult)
+    result = await read_result(store, 0, PrepareResult)
     assert result is not None and result.teacher == weights._named(digest_folder(model)), "as in a folder"
     assert not list((stage().scratch / "teacher").iterdir()), "a name needs no room"
     await put_weights(stage(**environ))

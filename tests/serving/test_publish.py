@@ -49,7 +49,7 @@ async def test_it_waits_for_every_replica(stage: Callable[..., Stage], document:
     document["spec"]["student"]["serving"]["replicas"] = 2
     async with serving(Agent(), Agent(late=2)) as urls:
         await publish(stage(round=1, policy=POLICY, DAGGER_AGENT_URL=urls))
-    result = await read_result(stage().store, 1, "publish", PublishResult)
+    result = await read_result(stage().store, 1, PublishResult)
     assert result is not None and (result.policy, result.replicas) == (POLICY, 2)
     pointer = await pointed(stage().store)
     assert pointer is not None and (pointer.policy, pointer.round) == (POLICY, 1)
@@ -85,7 +85,7 @@ async def test_a_replica_that_does_not_get_there_is_named(
         with pytest.raises(StageFailure, match=said) as failed:
             await publish(quick)
     assert failed.value.reason == reason and not failed.value.permanent
-    assert await read_result(made.store, 1, "publish", PublishResult) is None
+    assert await read_result(made.store, 1, PublishResult) is None
 
 
 async def test_an_agent_that_cannot_be_reached_is_named(stage: Callable[..., Stage]) -> None:

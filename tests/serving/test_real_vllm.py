@@ -24,7 +24,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from dagger_operator.api import Sampling, Storage, load
+from dagger_operator.api import Role, Sampling, Storage, load
 from dagger_operator.control.vllm import vllm_arguments, vllm_environment
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.metrics import GatewayMetrics
@@ -37,7 +37,6 @@ from dagger_operator.serving.publish import publish
 from dagger_operator.store.logprobs import TopLogprobs, asked, told
 from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import pointed, save_policy
-from dagger_operator.store.records import Actor
 from dagger_operator.store.results import PreflightResult, PublishResult, read_result
 from dagger_operator.store.stage import Stage
 
@@ -208,7 +207,7 @@ async def test_both_policies_pass_preflight(served: ServingPod) -> None:
     teacher = served.document["spec"]["teacher"]["endpoint"]["url"]
     stage = served.stage(DAGGER_STUDENT_URL=f"{served.url}/v1", DAGGER_TEACHER_URL=teacher)
     await preflight(stage)
-    result = await read_result(stage.store, 0, "preflight", PreflightResult)
+    result = await read_result(stage.store, 0, PreflightResult)
     assert result is not None and result.student == await _version(served)
     assert result.checks["student.context"] == "2048 tokens"
     assert result.checks["student.streaming"] == result.checks["teacher.streaming"] == "works"
@@ -247,7 +246,7 @@ async def test_log_probabilities_of_a_label_are_kept_and_are_the_models_own(serv
     """Of its whole distribution, whatever temperature and top-p sample from."""
     version, chunks = await _version(served), list[Chunk]()
     teacher = Upstream(
-        role=Actor.TEACHER,
+        role=Role.TEACHER,
         urls=(f"{served.url}/v1",),
         token=None,
         model=version,
@@ -312,7 +311,7 @@ async def test_weights_change_under_load_and_no_request_is_lost(served: ServingP
         await asyncio.gather(*asking)
         # With a salt of its own nothing of a prompt is in the prefix cache: what the cache holds is the new weights'.
         salted = _text((await _chat(http, served, second, cache_salt="fresh"))[1])
-    result = await read_result(stage.store, 1, "publish", PublishResult)
+    result = await read_result(stage.store, 1, PublishResult)
     assert result is not None and (result.policy, result.replicas) == (second, 1)
     assert (counts["lost"], served.vllm_starts) == (0, 1)
     assert seen.keys() == {first, second} and not seen[first] & seen[second]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from dagger_operator.api import DAggerRun, Storage, load
+from dagger_operator.api import DAggerRun, Role, Storage, load
 from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.objects import Store
-from dagger_operator.store.records import Actor, Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
+from dagger_operator.store.records import Completion, Failure, LabelFlaw, Outcome, Timings, Trajectory, Turn
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.heavy)])
@@ -84,7 +84,7 @@ def rollout() -> Callable[..., Trajectory]:
                 "turns": tuple(
                     Turn(
                         index=index,
-                        actor=Actor.STUDENT if index else Actor.TEACHER,
+                        actor=Role.STUDENT if index else Role.TEACHER,
                         beta=0.6,
                         coin=0.9 if index else 0.1,
                         kept=2 * index if index else 0,
@@ -148,7 +148,7 @@ _labels = st.builds(Completion, **_said, logprobs=st.none() | _told())
 _turns = st.builds(
     Turn,
     index=st.integers(0, 10**6),
-    actor=st.sampled_from(Actor),
+    actor=st.sampled_from(Role),
     beta=_shares,
     coin=_shares,
     kept=st.integers(0, 10**6),

@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 from prometheus_client import Counter
 
-from dagger_operator.store.exposition import METRICS_PORT, exposed
+from dagger_operator.store.exposition import PORT_VARIABLE, exposed
 
 
 def free_port(address: str) -> int:
@@ -27,7 +27,7 @@ def test_two_stages_of_one_machine_answer_on_one_port_at_addresses_of_their_own(
     port = free_port("127.0.0.1")
     with contextlib.ExitStack() as stack:
         for address in ("127.0.0.1", "127.0.0.2"):
-            registry = stack.enter_context(exposed({"POD_IP": address, METRICS_PORT: str(port)}))
+            registry = stack.enter_context(exposed({"POD_IP": address, PORT_VARIABLE: str(port)}))
             Counter("turns", "Turns.", registry=registry).inc(int(address[-1]))
         for address in ("127.0.0.1", "127.0.0.2"):
             said = scrape(address, port)
@@ -42,7 +42,7 @@ def test_a_port_that_cannot_be_had_is_logged_and_the_stage_goes_on(port: str, ca
         other.bind(("127.0.0.1", 0))
         other.listen()
         given = str(other.getsockname()[1]) if port == "taken" else port
-        with exposed({METRICS_PORT: given}) as registry:
+        with exposed({PORT_VARIABLE: given}) as registry:
             Counter("turns", "Turns.", registry=registry)
     assert "no metrics" in capsys.readouterr().out
 

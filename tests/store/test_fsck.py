@@ -34,7 +34,7 @@ async def sound(store: Store, rollout: Make, run: DAggerRun, tmp_path: Path) -> 
         store, tmp_path / "student", round=0, base_model="tiny", parent=None, data_digest=None, settings={}, software={}
     )
     await pin_task_sets(store, TaskSets(training=TaskSet(tasks={"task-1": "0" * 16}), held_out=TaskSet(tasks={})))
-    await save_result(store, 0, "prepare", PrepareResult(policy=student.version, teacher="endpoint-x"))
+    await save_result(store, 0, PrepareResult(policy=student.version, teacher="endpoint-x"))
     await point_to(store, student.version, 0)
     for rollout_id in IDS[:3]:
         await write_trajectory(store, Kind.ROLLOUT, rollout(rollout_id))
@@ -52,7 +52,7 @@ async def sound(store: Store, rollout: Make, run: DAggerRun, tmp_path: Path) -> 
         data_digest=manifest.data_digest,
         seconds=1,
     )
-    await save_result(store, 1, "rollout", RolloutResult(summary=summary, manifest_digest=manifest.digest, excluded=manifest.excluded))
+    await save_result(store, 1, RolloutResult(summary=summary, manifest_digest=manifest.digest, excluded=manifest.excluded))
     return {
         "owner": layout.RUN,
         "tasks": layout.TASKS,
@@ -83,7 +83,7 @@ async def test_a_round_under_way_is_sound(store: Store, sound: dict[str, str], r
 
 async def test_the_initial_students_evaluation_is_looked_at_like_any_other(store: Store, sound: dict[str, str], rollout: Make) -> None:
     await write_trajectory(store, Kind.EVALUATION, rollout("0000", round=0))
-    await save_result(store, 0, "evaluation", result("evaluation", 0))
+    await save_result(store, 0, result("evaluation", 0))
     report = await fsck(store)
     assert report.sound and report.looked_at["trajectories"] == 6
     await Claims(store, 0, Kind.EVALUATION, "w", 60).take("0001")

@@ -26,24 +26,24 @@ from dagger_operator.store.stage import StageFailure
 
 
 async def test_the_first_result_stands(store: Store) -> None:
-    assert await read_result(store, 1, "publish", PublishResult) is None
+    assert await read_result(store, 1, PublishResult) is None
     first = PublishResult(policy="r001-a", replicas=2, seconds=3.5)
-    assert await save_result(store, 1, "publish", first)
-    assert not await save_result(store, 1, "publish", PublishResult(policy="r001-b", replicas=1, seconds=1))
-    assert await read_result(store, 1, "publish", PublishResult) == first
-    assert await read_result(store, 2, "publish", PublishResult) is None
+    assert await save_result(store, 1, first)
+    assert not await save_result(store, 1, PublishResult(policy="r001-b", replicas=1, seconds=1))
+    assert await read_result(store, 1, PublishResult) == first
+    assert await read_result(store, 2, PublishResult) is None
 
 
 async def test_a_garbled_result_is_damage_and_not_an_undone_stage(store: Store) -> None:
     await store.put(layout.result(1, "publish"), b'{"policy": 3}')
     with pytest.raises(DamagedObject, match=r"results/publish\.json: is no PublishResult"):
-        await read_result(store, 1, "publish", PublishResult)
+        await read_result(store, 1, PublishResult)
 
 
 @pytest.mark.parametrize(
     ("key", "read"),
     [
-        (layout.result(1, "publish"), lambda store: read_result(store, 1, "publish", PublishResult)),
+        (layout.result(1, "publish"), lambda store: read_result(store, 1, PublishResult)),
         (layout.RUN, read_owner),
         (layout.POLICY, pointed),
     ],
@@ -62,8 +62,8 @@ def _trained(losses: tuple[float, ...]) -> TrainingResult:
 @pytest.mark.parametrize("steps", [2 * MOST_STEPS + 1, MOST_STEPS, MOST_LOSSES + 1])
 async def test_a_training_of_however_many_steps_leaves_a_result_that_can_be_read(store: Store, steps: int) -> None:
     losses = tuple(1 / (3 + step) for step in range(steps))
-    assert await save_result(store, 1, "training", _trained(losses))
-    read = await read_result(store, 1, "training", TrainingResult)
+    assert await save_result(store, 1, _trained(losses))
+    read = await read_result(store, 1, TrainingResult)
     assert read is not None and MOST_LOSSES / 2 < len(read.losses) <= MOST_LOSSES
     of = -(-steps // MOST_LOSSES)
     assert read.losses[0] == pytest.approx(sum(losses[:of]) / of)
@@ -72,9 +72,9 @@ async def test_a_training_of_however_many_steps_leaves_a_result_that_can_be_read
 
 async def test_up_to_ten_thousand_steps_it_has_the_loss_of_each(store: Store) -> None:
     result = _trained(tuple(1 / (3 + step) for step in range(MOST_LOSSES)))
-    await save_result(store, 1, "training", result)
+    await save_result(store, 1, result)
     assert result.losses[-1] == 1 / (2 + MOST_LOSSES)
-    assert await read_result(store, 1, "training", TrainingResult) == result
+    assert await read_result(store, 1, TrainingResult) == result
 
 
 async def test_a_result_that_could_not_be_read_again_is_refused_before_it_is_stored(store: Store) -> None:
@@ -82,7 +82,7 @@ async def test_a_result_that_could_not_be_read_again_is_refused_before_it_is_sto
     summary = EvaluationSummary(policy="p", tasks=50_000, resolved=50_000, resolved_rate=1, interval=[1, 1], false_submits=0, seconds=1)
     result = EvaluationResult(summary=summary, resolved_tasks=names, unresolved_tasks=())
     with pytest.raises(StageFailure, match=r"ResultTooLarge: .* evaluation of round 1 has .*tasks\.heldOut\.count") as refused:
-        await save_result(store, 1, "evaluation", result)
+        await save_result(store, 1, result)
     assert refused.value.permanent and await store.list() == []
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dagger_operator.store.records import Actor, Completion, LabelFlaw, Message, Outcome, Trajectory, Turn
+from dagger_operator.api import Role
+from dagger_operator.store.records import Completion, LabelFlaw, Message, Outcome, Trajectory, Turn
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.training.samples import Sample, tokenise
 from dagger_operator.training.template import StudentTemplate
@@ -99,7 +100,7 @@ def dialogue(rollout: int, turns: int) -> Trajectory:
         made.append(
             Turn(
                 index=index,
-                actor=Actor.TEACHER if teacher(index) else Actor.STUDENT,
+                actor=Role.TEACHER if teacher(index) else Role.STUDENT,
                 beta=0.5,
                 coin=0.1 if teacher(index) else 0.9,
                 kept=kept,

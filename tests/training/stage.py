@@ -63,7 +63,7 @@ class Setting:
 
     async def prepare(self, weights: Path, trajectories: list[Trajectory]) -> None:
         made = await save_policy(self.store, weights, round=0, base_model="tiny", parent=None, data_digest=None, settings={}, software={})
-        await save_result(self.store, 0, "prepare", PrepareResult(policy=made.version, teacher="t"))
+        await save_result(self.store, 0, PrepareResult(policy=made.version, teacher="t"))
         for trajectory in trajectories:
             await write_trajectory(self.store, Kind.ROLLOUT, trajectory)
         await close_round(self.store, "demo", 1, [trajectory.rollout_id for trajectory in trajectories])
@@ -105,7 +105,7 @@ class Setting:
             return await asyncio.to_thread(process.wait, 600)
 
     async def result(self) -> TrainingResult:
-        found = await read_result(self.store, 1, "training", TrainingResult)
+        found = await read_result(self.store, 1, TrainingResult)
         assert found is not None, self.log.read_text()[-4000:]
         return found
 

@@ -52,7 +52,7 @@ class Rounds(Setting):
         """The version that the round makes."""
         with self.started(DAGGER_ROUND=f"{number}") as process:
             assert await asyncio.to_thread(process.wait, 600) == ExitCode.DONE, self.log.read_text()[-4000:]
-        made = await read_result(self.store, number, "training", TrainingResult)
+        made = await read_result(self.store, number, TrainingResult)
         assert made is not None
         return made.policy
 
@@ -85,7 +85,7 @@ def two_rounds(
     async def train() -> list[str]:
         await run.prepare(loud, trajectories)
         await run.collect(2, second_round)
-        prepared = await read_result(run.store, 0, "prepare", PrepareResult)
+        prepared = await read_result(run.store, 0, PrepareResult)
         assert prepared is not None
         return [prepared.policy, await run.train(1), await run.train(2)]
 
@@ -105,7 +105,7 @@ async def test_each_round_goes_on_from_the_adapter_before_and_is_the_first_stude
     for folder in folders:
         await load_policy(run.store, folder.name, folder)
     assert [(await policy_manifest(run.store, version)).parent for version in (base, first, second)] == [None, base, first]
-    results = [await read_result(run.store, number, "training", TrainingResult) for number in (1, 2)]
+    results = [await read_result(run.store, number, TrainingResult) for number in (1, 2)]
     losses = [result.losses for result in results if result is not None]
     assert losses[0][-1] < losses[0][0] / 4
     assert losses[1][0] < losses[0][0] / 2, "what round 1 learned is there when round 2 begins"
@@ -206,9 +206,9 @@ async def test_killed_it_goes_on_from_a_small_checkpoint_to_the_same_losses(
     run = Rounds(tmp_path, deepspeed={"zeroStage": 3})
     await run.prepare(loud, trajectories)
     await run.collect(2, second_round)
-    first = await read_result(undisturbed.store, 1, "training", TrainingResult)
+    first = await read_result(undisturbed.store, 1, TrainingResult)
     assert first is not None
-    await save_result(run.store, 1, "training", first)
+    await save_result(run.store, 1, first)
     for info in await undisturbed.store.list(layout.policy(first.policy)):
         stored = await undisturbed.store.get(info.key)
         assert stored is not None
@@ -229,7 +229,7 @@ async def test_killed_it_goes_on_from_a_small_checkpoint_to_the_same_losses(
     await run.train(2)
     log = run.log.read_text()
     assert "given up" not in log and re.search(r'"from_step": [1-9]', log), "it did not begin anew"
-    results = [await read_result(store, 2, "training", TrainingResult) for store in (run.store, undisturbed.store)]
+    results = [await read_result(store, 2, TrainingResult) for store in (run.store, undisturbed.store)]
     losses = [result.losses for result in results if result is not None]
     # Sums in another order differ in the last digit, which Adam takes to the first within some twenty steps.
     assert losses[0][:8] == pytest.approx(losses[1][:8], rel=1e-3)
@@ -245,7 +245,7 @@ async def test_a_round_before_without_an_adapter_is_refused(tmp_path: Path, traj
     made_from: dict[str, Any] = {"base_model": "tiny", "parent": None, "data_digest": None, "settings": {}, "software": {}}
     made = await save_policy(run.store, stub, round=1, **made_from)
     summary = TrainingSummary(steps=1, labels=1, tokens=1, checkpoint=made.version, seconds=1)
-    await save_result(run.store, 1, "training", TrainingResult(summary=summary, policy=made.version, losses=(1.0,)))
+    await save_result(run.store, 1, TrainingResult(summary=summary, policy=made.version, losses=(1.0,)))
     with run.started(DAGGER_ROUND="2") as process:
         assert await asyncio.to_thread(process.wait, 120) == ExitCode.PERMANENT
     assert run.failure()["reason"] == "NoAdapter" and made.version in run.failure()["message"]

@@ -183,7 +183,7 @@ def test_flex_attention_on_cuda_gives_outputs_and_gradients_of_the_whole_mask(bu
 
     from dagger_operator.training import flex
 
-    chains = long_forest(buckets * flex.BUCKET)
+    chains = long_forest(buckets * flex.ROW_MULTIPLE)
     expected = results(dense, chains, chains, 4, 2, "cuda")
     found = results(flex.attend, chains, flex.block_mask(chains, torch.device("cuda")), 4, 2, "cuda")
     assert len(found) == 4

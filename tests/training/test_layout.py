@@ -24,13 +24,13 @@ def test_rows_on_gpus_hold_no_more_than_their_bound_with_padding_and_a_long_sequ
 ) -> None:
     import torch
 
-    from dagger_operator.training.flex import BUCKET
+    from dagger_operator.training.flex import ROW_MULTIPLE
     from dagger_operator.training.layout import Rank
 
     training = Training.model_validate({"microBatchTokens": micro_batch, "maxSequenceTokens": longest})
     limits = Rank(0, 24, torch.device("cuda"), shared_by).limits(training, 4096)
     step = limits.multiple
-    assert step % BUCKET == step % shared_by == 0
+    assert step % ROW_MULTIPLE == step % shared_by == 0
     assert limits.tokens <= max(micro_batch, step), "trees are parted at it"
     shared = data.draw(st.integers(1, limits.tokens))
     assert shared + limits.padding(shared) <= max(micro_batch, step)

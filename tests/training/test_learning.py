@@ -37,7 +37,7 @@ async def test_a_round_of_labels_becomes_a_policy_that_has_learned_them(
     assert summary.token_ratio > 1
     assert result.policy == summary.checkpoint
     manifest = await load_policy(store, result.policy, tmp_path / "made")
-    base = await read_result(store, 0, "prepare", PrepareResult)
+    base = await read_result(store, 0, PrepareResult)
     assert base is not None
     assert (manifest.round, manifest.parent, manifest.base_model) == (1, base.policy, "tiny")
     assert manifest.settings["training"]["learningRate"] == 3e-3

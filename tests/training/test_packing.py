@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagger_operator.api.training import Packing
-from dagger_operator.training.packing import Pack, pack, token_ratio
+from dagger_operator.training.packing import Pack, pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.strand import Strand
 from dagger_operator.training.tree import visits
@@ -39,6 +39,11 @@ def lessons(packs: list[Pack]) -> Counter[tuple[tuple[int, ...], int, float]]:
             assert one.position_ids[seen].tolist() == list(range(len(seen)))
             taught[tuple(one.input_ids[seen].tolist()), int(target), float(weight)] += 1
     return taught
+
+
+def token_ratio(made: list[Sample], packs: list[Pack]) -> float:
+    """Tokens that one sequence per sample would cost, by tokens that the packs cost."""
+    return sum(len(sample.strand) - 1 for sample in made) / sum(map(len, packs))
 
 
 @given(samples(), st.integers(1, 60), st.sampled_from(Packing))

@@ -39,7 +39,7 @@ async def test_killed_interrupted_and_robbed_of_a_checkpoint_it_ends_with_the_sa
         await until(setting.checkpoints, process)
         os.killpg(process.pid, signal.SIGKILL)
     first = await setting.checkpoints()
-    assert await read_result(setting.store, 1, "training", TrainingResult) is None
+    assert await read_result(setting.store, 1, TrainingResult) is None
 
     with setting.started() as process:  # a spot node gives notice while training goes on
         await until(lambda: goes_on(setting, first), process)
@@ -235,7 +235,7 @@ async def test_a_first_node_that_is_lost_while_it_stores_the_policy_is_waited_fo
             await asyncio.sleep(0.001)
         first.kill()
         ended = [await asyncio.to_thread(node.wait, 300) for node in nodes]
-    assert await read_result(setting.store, 1, "training", TrainingResult) is None
+    assert await read_result(setting.store, 1, TrainingResult) is None
     assert ended == [ExitCode.UNAVAILABLE] * 2, "a node that is done would never come again, and the first one wait for it"
     for life in ("second", "third"):  # the third finds the result
         with setting.two_nodes(tmp_path / life) as nodes:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dagger_operator.api import Role
 from dagger_operator.api.training import LabelWeights
-from dagger_operator.store.records import Actor, Message, Trajectory
+from dagger_operator.store.records import Message, Trajectory
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import tokenise
 from dagger_operator.training.template import StudentTemplate, template_options
@@ -93,7 +94,7 @@ def test_tool_calls_and_tools_are_rendered_as_the_server_renders_them(tokenizer_
 def test_states_are_checked_against_what_the_server_counted(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> None:
     template = StudentTemplate(tokenizer_with("qwen3_instruct"))
     whole = trajectories[0]
-    student = next(turn for turn in whole.turns if turn.actor is Actor.STUDENT)
+    student = next(turn for turn in whole.turns if turn.actor is Role.STUDENT)
     rendered = {sample.turn: sample.prompt for sample in tokenise([whole], template, 4096).samples}
 
     def counted(prompt_tokens: int) -> Trajectory:
@@ -122,7 +123,7 @@ def test_labels_weigh_by_who_acted_and_weight_0_leaves_them_out(
     tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]
 ) -> None:
     template = StudentTemplate(tokenizer_with("qwen3_instruct"))
-    students = {turn.index for turn in trajectories[3].turns if turn.actor is Actor.STUDENT}
+    students = {turn.index for turn in trajectories[3].turns if turn.actor is Role.STUDENT}
     weighed = tokenise([trajectories[3]], template, 4096, LabelWeights(student_acted=2.5)).samples
     assert {sample.turn: sample.weight for sample in weighed} == {
         turn.index: 2.5 if turn.index in students else 1.0 for turn in trajectories[3].turns

@@ -119,11 +119,11 @@ def plain_divergence(logits: Any, soft: Soft) -> Any:
 
 
 def in_trees(objective: Any, batch: Sequence[Sample], most_tokens: int, pieces: int) -> tuple[float, list[Any]]:
-    from dagger_operator.training.flex import BUCKET
+    from dagger_operator.training.flex import ROW_MULTIPLE
     from dagger_operator.training.rows import Share, collate
 
     device = objective.policy.device
-    total, limits = 0.0, Limits(most_tokens, 4096, BUCKET if device.type == "cuda" else 8, few_lengths=True)
+    total, limits = 0.0, Limits(most_tokens, 4096, ROW_MULTIPLE if device.type == "cuda" else 8, few_lengths=True)
     packs = pack(batch, most_tokens)
     for rows in (packs[::2], packs[1::2]):
         loss = objective(**collate(rows, limits, Share(), device), pieces=pieces)

@@ -9,7 +9,7 @@ from dagger_operator.api.evaluation import Evaluation, Overlap
 from dagger_operator.api.failure import FailureAction, FailurePolicy, FailureRule, Keep, RunStage
 from dagger_operator.api.mixing import Mixing, MixingStrategy, Schedule, ScheduleType
 from dagger_operator.api.pods import ClaimMount, LocalReference, PodSettings, Resources, SandboxPod, Toleration
-from dagger_operator.api.policies import Endpoint, MaxTokensParameter, Sampling, SecretKeyRef, Serving, Student, Teacher
+from dagger_operator.api.policies import Endpoint, MaxTokensParameter, Role, Sampling, SecretKeyRef, Serving, Student, Teacher
 from dagger_operator.api.rollouts import (
     LabelMode,
     Labels,
@@ -21,7 +21,19 @@ from dagger_operator.api.rollouts import (
     Scaffold,
     ScaffoldType,
 )
-from dagger_operator.api.run import API_VERSION, GROUP, KIND, MANAGER, VERSION, DAggerRun, GpuSharing, Kueue, Metadata, RunSpec, load
+from dagger_operator.api.run import (
+    API_VERSION,
+    DEFAULT_MANAGER,
+    GROUP,
+    KIND,
+    VERSION,
+    DAggerRun,
+    GpuSharing,
+    Kueue,
+    Metadata,
+    RunSpec,
+    load,
+)
 from dagger_operator.api.status import (
     Condition,
     EvaluationSummary,
@@ -38,9 +50,9 @@ from dagger_operator.api.training import Aggregation, BatchUnit, DeepSpeed, Lora
 
 __all__ = [
     "API_VERSION",
+    "DEFAULT_MANAGER",
     "GROUP",
     "KIND",
-    "MANAGER",
     "VERSION",
     "Aggregation",
     "BatchUnit",
@@ -74,6 +86,7 @@ __all__ = [
     "Progress",
     "Protocol",
     "Resources",
+    "Role",
     "RolloutSummary",
     "Rollouts",
     "RoundStatus",

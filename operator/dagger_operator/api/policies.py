@@ -11,6 +11,14 @@ from pydantic import Field, model_validator
 from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_repeated
 from dagger_operator.api.pods import EnvVar, ObjectName, PodSettings
 
+
+class Role(StrEnum):
+    """The two policies: by it a turn says who acted, and a run's pods and settings which of them they are for."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+
+
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 SecretKey = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
 

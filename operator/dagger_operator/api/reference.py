@@ -1,6 +1,9 @@
 """`docs/crd-reference.md` from the CRD's schema: what `kubectl explain` says, on one page."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -8,57 +11,95 @@ Schema = Mapping[str, Any]
 _HEAD = """# DAggerRun reference
 
 Made from the models in `operator/dagger_operator/api` by `python -m dagger_operator.api.crd`; do not edit.
-Required fields have no default. An optional field without a default may be left out.
+Required fields have no default. An optional field without a default may be left out. Objects that have the same fields share a section.
 """
 
 
+@dataclass(frozen=True)
+class _Section:
+    shape: Schema
+    uses: dict[str, str]
+    """By path, what is said of the object there; the first path is the heading."""
+
+    @property
+    def heading(self) -> str:
+        return next(iter(self.uses))
+
+
 def reference(schema: Schema) -> str:
-    """Markdown: a section for each object, a row for each field."""
-    sections = [_HEAD]
-    for path in ("spec", "status"):
-        for name, shape in _objects(path, schema["properties"][path]):
-            sections.append(_section(name, shape))
-    return "\n".join(sections)
+    """Markdown: a section for each kind of object, a row for each field."""
+    sections: dict[str, _Section] = {}
+    for name in ("spec", "status"):
+        _gather(name, schema["properties"][name], sections)
+    return "\n".join([_HEAD, *(_text(section, sections) for section in sections.values())])
 
 
-def _objects(path: str, shape: Schema) -> Iterator[tuple[str, Schema]]:
-    if shape.get("properties"):
-        yield path, shape
+def _gather(path: str, shape: Schema, sections: dict[str, _Section]) -> None:
+    """Adds this object and those in it to `sections`, which are by what the same objects have in common."""
+    if shape.get("items"):
+        _gather(f"{path}[]", shape["items"], sections)
+    elif shape.get("properties"):
+        sections.setdefault(_key(shape), _Section(shape, {})).uses[path] = shape.get("description", "")
         for name, inner in shape["properties"].items():
-            yield from _objects(f"{path}.{name}", inner)
-    elif shape.get("items"):
-        yield from _objects(f"{path}[]", shape["items"])
+            _gather(f"{path}.{name}", inner, sections)
 
 
-def _section(path: str, shape: Schema) -> str:
-    lines = [f"## {path}", "", shape.get("description", ""), "", "| field | type | default | meaning |", "|---|---|---|---|"]
+def _key(shape: Schema) -> str:
+    """The same for objects with the same fields and rules, whatever is said of them where they are used."""
+    return json.dumps({name: shape.get(name) for name in ("properties", "required", "x-kubernetes-validations")}, sort_keys=True)
+
+
+def _text(section: _Section, sections: Mapping[str, _Section]) -> str:
+    shape, (heading, *others) = section.shape, section.uses
+    lines = [f"## {heading}", ""]
+    if len(said := set(section.uses.values()) - {""}) == 1:
+        lines += [*said, ""]
+    if others:
+        lines += [f"Also at {', '.join(f'`{other}`' for other in others)}.", ""]
+    lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     required = shape.get("required", ())
     for name, inner in shape["properties"].items():
-        lines.append(f"| `{name}` | {_type(inner)} | {_default(inner, name in required)} | {_cell(inner.get('description', ''))} |")
-    rules = [rule["message"] for rule in shape.get("x-kubernetes-validations", ())]
+        cells = f"`{name}`", _type(inner, sections), _default(inner, name in required), inner.get("description", "")
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    rules = dict.fromkeys(rule["message"] for rule in shape.get("x-kubernetes-validations", ()))
     if rules:
         lines += ["", "Rules:", "", *(f"- {message}" for message in rules)]
     return "\n".join([*lines, ""])
 
 
-def _type(shape: Schema) -> str:
+def _type(shape: Schema, sections: Mapping[str, _Section]) -> str:
+    return ", ".join([_kind(shape, sections), *_bounds(shape)])
+
+
+def _kind(shape: Schema, sections: Mapping[str, _Section]) -> str:
     if "enum" in shape:
         return ", ".join(f"`{word}`" for word in shape["enum"])
-    kind = str(shape.get("type"))
-    if kind == "array":
-        kind = f"list of {shape['items'].get('type')}"
-    elif kind == "object" and isinstance(shape.get("additionalProperties"), Mapping):
-        kind = f"map to {shape['additionalProperties'].get('type')}"
-    bounds = []
-    for low, high in (("minimum", "maximum"), ("minLength", "maxLength"), ("minItems", "maxItems")):
-        if low in shape:
-            bounds.append(f"{'>' if shape.get('exclusiveMinimum') else '≥'} {_number(shape[low])}")
-        if high in shape:
-            bounds.append(f"{'<' if shape.get('exclusiveMaximum') else '≤'} {_number(shape[high])}")
-    if not bounds:
-        return kind
-    counted = {"string": " characters", "array": " items"}.get(str(shape.get("type")), "")
-    return f"{kind}, {', '.join(bounds)}{counted}"
+    if shape.get("properties"):
+        return f"[object](#{_anchor(sections[_key(shape)].heading)})"
+    values = shape.get("items") or shape.get("additionalProperties")
+    if not isinstance(values, Mapping):
+        return str(shape.get("type"))
+    bounds = ", ".join(_bounds(values))
+    return f"{'list of' if 'items' in shape else 'map to'} {_kind(values, sections)}{f' ({bounds})' if bounds else ''}"
+
+
+def _bounds(shape: Schema) -> Iterator[str]:
+    for what, counted in (("imum", ""), ("Length", " characters"), ("Items", " items"), ("Properties", " entries")):
+        low, high = shape.get(f"min{what}"), shape.get(f"max{what}")
+        found = []
+        if low is not None:
+            found.append(f"{'>' if shape.get('exclusiveMinimum') else '≥'} {_number(low)}")
+        if high is not None:
+            found.append(f"{'<' if shape.get('exclusiveMaximum') else '≤'} {_number(high)}")
+        if found:
+            yield ", ".join(found) + counted
+    if "pattern" in shape:
+        yield f"`{shape['pattern']}`"
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower())
 
 
 def _default(shape: Schema, required: bool) -> str:
@@ -67,7 +108,16 @@ def _default(shape: Schema, required: bool) -> str:
     default = shape.get("default")
     if default is None:
         return ""
-    return "see below" if default == {} else f"`{_cell(_literal(default))}`"
+    return "see its section" if "properties" in shape and _is_fields_own(default, shape) else f"`{_literal(default)}`"
+
+
+def _is_fields_own(default: Any, shape: Schema) -> bool:
+    """Whether an object's default has nothing but its fields' own defaults."""
+    fields = shape["properties"]
+    return all(
+        value == fields[name].get("default") or ("properties" in fields[name] and _is_fields_own(value, fields[name]))
+        for name, value in default.items()
+    )
 
 
 def _literal(value: object) -> str:
@@ -75,7 +125,7 @@ def _literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_literal(part)}" for key, part in value.items()) + "}"
-    return _number(value) if isinstance(value, float) else str(value)
+    return _number(value) if isinstance(value, float) else str(value) or '""'
 
 
 def _number(value: float) -> str:

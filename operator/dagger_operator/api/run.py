@@ -16,7 +16,7 @@ from dagger_operator.api.failure import FailurePolicy
 from dagger_operator.api.mixing import Mixing
 from dagger_operator.api.model import ApiModel, Misfit, Rule
 from dagger_operator.api.pods import Label
-from dagger_operator.api.policies import Student, Teacher
+from dagger_operator.api.policies import Role, Student, Teacher
 from dagger_operator.api.rollouts import Labels, Protocol, Rollouts, Sandbox, Scaffold
 from dagger_operator.api.status import RunStatus
 from dagger_operator.api.storage import Storage
@@ -29,7 +29,7 @@ API_VERSION = f"{GROUP}/{VERSION}"
 KIND = "DAggerRun"
 
 
-MANAGER = f"{GROUP}/operator"
+DEFAULT_MANAGER = f"{GROUP}/operator"
 """`managedBy` of runs that this operator works on."""
 
 
@@ -170,7 +170,7 @@ class RunSpec(ApiModel):
     other servers are admitted replica by replica, so give the queue room for all replicas of a run."""
     failure_policy: FailurePolicy = FailurePolicy()
     """Which failures are tried again, and what is kept of a run that failed."""
-    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = MANAGER
+    managed_by: Annotated[str, Field(min_length=1, max_length=253)] = DEFAULT_MANAGER
     """Who works on the run; an operator leaves a run alone that names another."""
     suspend: bool = False
     """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""
@@ -189,7 +189,7 @@ class RunSpec(ApiModel):
         if self.training.loss is Loss.FORWARD_KL and not self.labels.top_logprobs:
             raise Misfit("labels.topLogprobs", self.labels.top_logprobs, _UNTOLD)
         if self.scaffold.protocol is Protocol.TOOL_CALL:
-            for role, serving in (("student", self.student.served), ("teacher", self.teacher.serving)):
+            for role, serving in ((Role.STUDENT, self.student.served), (Role.TEACHER, self.teacher.serving)):
                 if serving is not None and serving.tool_call_parser is None:
                     raise Misfit(f"{role}.serving.toolCallParser", None, _NO_PARSER)
         return self

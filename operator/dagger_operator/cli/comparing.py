@@ -17,23 +17,24 @@ def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
     theirs, their_store = stored_run(other) if other else (ours, store)
     results = []
     for one, its_store, number in ((ours, store, first), (theirs, their_store, second)):
-        result = asyncio.run(read_result(its_store, number, "evaluation", EvaluationResult))
+        result = asyncio.run(read_result(its_store, number, EvaluationResult))
         if result is None:
             print(f"error: round {number} of run {one.metadata.name!r} has no evaluation; its status shows which have", file=sys.stderr)
             return Exit.BAD_INPUT
         results.append(result)
     confidence = ours.spec.evaluation.confidence
+    candidate, reference = results
     try:
-        outcome = compare(results[1], results[0], confidence=confidence)  # second argument less first
+        outcome = compare(candidate, reference, confidence=confidence)
     except ValueError:
         both = f"round {first} of run {ours.metadata.name!r} and round {second} of run {theirs.metadata.name!r}"
         print(f"error: {both} have no graded task in common: compare evaluations of the same tasks.heldOut", file=sys.stderr)
         return Exit.BAD_INPUT
     ends = " to ".join(f"{100 * bound:+.1f}" for bound in outcome.interval)
     difference = f"{100 * outcome.difference:+.1f} points, {level(confidence)} interval {ends} (paired bootstrap)"
-    print(f"{ours.metadata.name} round {first}: {outcome.second_rate:.1%} resolved")
-    print(f"{theirs.metadata.name} round {second}: {outcome.first_rate:.1%} resolved")
+    print(f"{ours.metadata.name} round {first}: {outcome.candidate_rate:.1%} resolved")
+    print(f"{theirs.metadata.name} round {second}: {outcome.reference_rate:.1%} resolved")
     print(f"difference on {outcome.tasks} common tasks: {difference}")
-    print(f"resolved by the first alone: {outcome.only_second}, by the second alone: {outcome.only_first}")
+    print(f"resolved by the first alone: {outcome.only_candidate}, by the second alone: {outcome.only_reference}")
     print(f"p = {outcome.p_value:.2g} (McNemar's exact test)")
     return Exit.OK

@@ -79,9 +79,9 @@ async def _adapters(store: Store, to: Path, rounds: int) -> int:
 async def _version(store: Store, number: int) -> str | None:
     """The student that a round made; round 0 is before the first."""
     if number == 0:
-        prepared = await read_result(store, 0, "prepare", PrepareResult)
+        prepared = await read_result(store, 0, PrepareResult)
         return prepared.policy if prepared else None
-    trained = await read_result(store, number, "training", TrainingResult)
+    trained = await read_result(store, number, TrainingResult)
     return trained.policy if trained else None
 
 

@@ -12,7 +12,7 @@ from dagger_operator.api import DAggerRun
 from dagger_operator.cluster.cache import Cache, identity, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller, is_own
-from dagger_operator.control import MANAGED_BY, MANAGER, Ref, Trouble
+from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE, Ref, Trouble
 from dagger_operator.control.remedies import shortened
 from dagger_operator.control.scheduling import QUEUE
 from dagger_operator.kube.errors import ApiError, Missing, Refused, Unavailable
@@ -148,7 +148,7 @@ def _version(live: Manifest) -> int | str:
 def _may_touch(run: DAggerRun, manifest: Manifest, live: Manifest) -> bool:
     if controller(manifest) is not None:
         return is_own(run, live)
-    return (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGER and run_key(live) == run_key(manifest)
+    return (live["metadata"].get("labels") or {}).get(MANAGED_BY) == MANAGED_BY_VALUE and run_key(live) == run_key(manifest)
 
 
 def _refusal(kind: str, namespace: str, name: str, error: ApiError) -> Trouble:

@@ -4,8 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dagger_operator.api import Role
 from dagger_operator.cluster.cache import RunKey, run_key
-from dagger_operator.control import COMPONENT, Role, StageName
+from dagger_operator.control import COMPONENT, StageName
+from dagger_operator.control.said import lives, true
 
 Manifest = Mapping[str, Any]
 
@@ -25,7 +27,7 @@ def held(pods: Iterable[Manifest]) -> Counter[str]:
     stages: defaultdict[RunKey | None, set[str]] = defaultdict(set)
     holding: list[tuple[Manifest, int]] = []
     for pod in pods:
-        if _phase(pod) in ("Succeeded", "Failed"):
+        if not lives(pod):
             continue
         if (stage := _component(pod)) in _ASKS:
             stages[run_key(pod)].add(stage)
@@ -42,7 +44,7 @@ def _use(pod: Manifest, stages: Iterable[str]) -> str:
     component = _component(pod)
     if component not in set(Role):
         return "training"
-    if not any(one["type"] == "Ready" and one["status"] == "True" for one in (pod.get("status") or {}).get("conditions") or ()):
+    if true(pod, "Ready") is None:
         return "starting"
     return component if any(component in _ASKS[stage] for stage in stages) else "idle"
 
@@ -55,7 +57,3 @@ def _gpus(pod: Manifest) -> int:
 
 def _component(pod: Manifest) -> str:
     return str((pod["metadata"].get("labels") or {}).get(COMPONENT, ""))
-
-
-def _phase(pod: Manifest) -> str:
-    return str((pod.get("status") or {}).get("phase") or "Pending")

@@ -11,6 +11,7 @@ from typing import Any
 
 from dagger_operator.cluster.client import Client
 from dagger_operator.control import PodFailure
+from dagger_operator.control.said import time
 from dagger_operator.kube.errors import Refused, Unavailable
 
 Manifest = Mapping[str, Any]
@@ -28,7 +29,7 @@ async def begun_anew(client: Client, objects: Iterable[Manifest]) -> dict[str, t
 def _unavailable_since(group: Manifest) -> datetime | None:
     conditions = (group.get("status") or {}).get("conditions") or ()
     began: Manifest = next((one for one in conditions if one["type"] == "Progressing" and one["status"] == "True"), {})
-    return _time(began.get("lastTransitionTime"))
+    return time(began.get("lastTransitionTime"))
 
 
 async def _ends(client: Client, group: Manifest, since: datetime) -> tuple[PodFailure, ...]:
@@ -40,12 +41,8 @@ async def _ends(client: Client, group: Manifest, since: datetime) -> tuple[PodFa
         return ()  # an explanation less; the run is none the worse
     by_replica: dict[str, dict[str, PodFailure]] = defaultdict(dict)
     for event in sorted(events, key=lambda one: str(one.get("eventTime") or one.get("lastTimestamp") or "")):
-        at, first = _time(event.get("eventTime") or event.get("lastTimestamp")), event.get("related") or {}
+        at, first = time(event.get("eventTime") or event.get("lastTimestamp")), event.get("related") or {}
         if at is not None and at >= since and first.get("name"):
             # Each first node that was taken away is one time, however often it was told.
             by_replica[first["name"]][first.get("uid", "")] = PodFailure("GroupBegunAnew", str(event.get("message") or ""))
     return max((tuple(times.values()) for times in by_replica.values()), key=len, default=())
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None

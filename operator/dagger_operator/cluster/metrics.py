@@ -24,6 +24,7 @@ from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.gpus import USES, held
 from dagger_operator.cluster.readings import Readings
 from dagger_operator.control import COMPONENT, StageName
+from dagger_operator.control.said import true
 from dagger_operator.store.exposition import fresh_registry
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -78,8 +79,8 @@ class Metrics:
             return
         stage = (now["metadata"].get("labels") or {}).get(COMPONENT)
         if stage in list(StageName):
-            seconds = (_time(end["lastTransitionTime"]) - _time(now["metadata"]["creationTimestamp"])).total_seconds()
-            self._stages.labels(stage, "Succeeded" if end["type"] == "Complete" else "Failed").observe(seconds)
+            took = datetime.fromisoformat(end["lastTransitionTime"]) - datetime.fromisoformat(now["metadata"]["creationTimestamp"])
+            self._stages.labels(stage, "Succeeded" if end["type"] == "Complete" else "Failed").observe(took.total_seconds())
 
     async def count_gpus(self, cache: Cache) -> None:
         """Adds up GPU-seconds, for ever."""
@@ -119,9 +120,4 @@ class Metrics:
 
 
 def _end(job: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    conditions: list[Mapping[str, Any]] = (job.get("status") or {}).get("conditions") or []
-    return next((one for one in conditions if one["type"] in ("Complete", "Failed") and one["status"] == "True"), None)
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return true(job, "Complete", "Failed")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dagger_operator.api import DAggerRun
-from dagger_operator.control import ATTEMPT, COMPONENT, Role
+from dagger_operator.api import DAggerRun, Role
+from dagger_operator.control import ATTEMPT, COMPONENT
 from dagger_operator.control.names import group_name, job_name, round_of, server_name
 
 Manifest = Mapping[str, Any]

@@ -5,15 +5,15 @@ Sandbox pods belong to their worker's Lease, so the garbage collector takes them
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 import structlog
 
 from dagger_operator.api import API_VERSION, KIND
 from dagger_operator.cluster.cache import Cache, RunKey, run_key
 from dagger_operator.cluster.client import Client
-from dagger_operator.control import MANAGED_BY, MANAGER
+from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE
+from dagger_operator.kube.api import Manifest
 from dagger_operator.kube.errors import ApiError, Conflict, Missing
 from dagger_operator.sandbox.worker_lease import Witness
 
@@ -23,8 +23,6 @@ EVERY = 60.0
 """Seconds between two rounds."""
 GRACE = 60.0
 """A Lease that stood still for so many seconds more than it lasts is nobody's: its worker is gone, and no sibling took it away."""
-
-Manifest = Mapping[str, Any]
 
 
 class Reaper:
@@ -68,8 +66,8 @@ class Reaper:
             )
             return False
 
-    def _labelled(self, api_version: str, kind: str) -> Any:
-        return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGER}")
+    def _labelled(self, api_version: str, kind: str) -> AsyncIterator[Manifest]:
+        return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGED_BY_VALUE}")
 
     def _notice(self, bindings: list[Manifest]) -> None:
         """Nobody watches bindings: here it shows that one went which we made, and its run makes it again."""

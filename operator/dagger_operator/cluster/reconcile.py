@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from dagger_operator.api import KIND, MANAGER, DAggerRun, InvalidRun, Metadata, Phase, RunStatus, load
+from dagger_operator.api import DEFAULT_MANAGER, KIND, DAggerRun, InvalidRun, Phase, RunStatus, load
 from dagger_operator.cluster.apply import Applier
 from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.client import Client
@@ -61,9 +61,9 @@ class Reconciler:
         try:
             run = self._run(key, stored)
         except InvalidRun as error:
-            shell = _shell(stored)
-            status = refused(shell, error.problems, datetime.now(UTC))
-            await self._say(stored, shell, status, news(shell, status))
+            before = _understood(stored.get("status"))
+            status = refused(stored["metadata"].get("generation"), before, error.problems, datetime.now(UTC))
+            await self._say(stored, before, status, news(before, status))
             return None
 
         observed = await self._observer.observe(run, self._refused.get(key) or failed_by(run.status))
@@ -71,7 +71,7 @@ class Reconciler:
         refusal = await self._carry_out(key, run, planned, observed)
         if refusal != observed.refused:
             planned = plan(run, replace(observed, refused=refusal))
-        written = await self._say(stored, run, planned.status, planned.events)
+        written = await self._say(stored, run.status, planned.status, planned.events)
 
         if planned.expired:
             await self._delete(written)
@@ -103,16 +103,16 @@ class Reconciler:
             self._refused.pop(key, None)
         return None
 
-    async def _say(self, stored: Manifest, run: DAggerRun, status: RunStatus, events: Sequence[Event] = ()) -> Manifest:
+    async def _say(self, stored: Manifest, known: RunStatus | None, status: RunStatus, events: Sequence[Event]) -> Manifest:
         """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it. The run as it
         was looked at, with the status that it has now."""
-        if status == run.status or run.metadata.deletion_timestamp is not None:
+        if status == known or stored["metadata"].get("deletionTimestamp") is not None:
             return stored
         metadata = {name: stored["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
         head = {"apiVersion": stored["apiVersion"], "kind": stored["kind"], "metadata": metadata}
         written = await self._client.apply({**head, "status": status.wire()}, "status")
         self._cache.put(written)
-        before = run.status or RunStatus()
+        before = known or RunStatus()
         if (before.phase, before.round, before.reason) != (status.phase, status.round, status.reason):
             log.info(
                 "run", namespace=metadata["namespace"], name=metadata["name"], phase=status.phase, round=status.round, reason=status.reason
@@ -163,7 +163,7 @@ def _filled(section: Section, **own: str | None) -> Section:
 
 def _is_ours(stored: Manifest) -> bool:
     """Whether no other is to work on it. Asked before it is read: what we do not understand may be another's way to write a run."""
-    return ((stored.get("spec") or {}).get("managedBy") or MANAGER) == MANAGER
+    return ((stored.get("spec") or {}).get("managedBy") or DEFAULT_MANAGER) == DEFAULT_MANAGER
 
 
 def _loaded(stored: Manifest) -> DAggerRun:
@@ -177,10 +177,3 @@ def _understood(status: Any) -> RunStatus | None:
         return RunStatus.model_validate(status)
     except ValidationError:
         return None
-
-
-def _shell(stored: Manifest) -> DAggerRun:
-    """A run of which nothing is trusted but who it is: enough to say in its status why it is refused."""
-    known = stored["metadata"]
-    metadata = Metadata.model_construct(name=known["name"], namespace=known["namespace"], generation=known.get("generation"))
-    return DAggerRun.model_construct(metadata=metadata, spec=None, status=_understood(stored.get("status")))  # type: ignore[arg-type]  # there is no spec to trust

@@ -7,6 +7,7 @@ from typing import Any
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller
 from dagger_operator.control import Trouble
+from dagger_operator.control.said import lives, time
 from dagger_operator.kube.errors import Refused, Unavailable
 
 Manifest = Mapping[str, Any]
@@ -56,14 +57,14 @@ def replica_failure(deployment: Manifest) -> Trouble | None:
     for condition in (deployment.get("status") or {}).get("conditions") or ():
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             message = condition.get("message") or ""
-            return Trouble(_reason(message, condition.get("reason") or "FailedCreate"), message, _time(condition.get("lastTransitionTime")))
+            return Trouble(_reason(message, condition.get("reason") or "FailedCreate"), message, time(condition.get("lastTransitionTime")))
     return None
 
 
 def _lacks_pods(one: Manifest, pods: Iterable[Manifest]) -> bool:
     """Whether it has fewer than it is to have. Those that are ending count: none is made in their place yet."""
     spec, status = one["spec"], one.get("status") or {}
-    living = sum((pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed") for pod in pods)
+    living = sum(map(lives, pods))
     if one["kind"] == "LeaderWorkerSet":
         return living < int(spec.get("replicas", 1)) * int(spec["leaderWorkerTemplate"].get("size", 1))
     if spec.get("suspend") or any(told["type"] in _ENDS and told["status"] == "True" for told in status.get("conditions") or ()):
@@ -83,10 +84,10 @@ async def _newest_warning(client: Client, namespace: str, makers: Collection[tup
         return None  # an explanation less; the run is none the worse
     warnings = [one for one in every if (one["involvedObject"]["kind"], one["involvedObject"]["name"]) in makers]
     newest = max(warnings, key=_last_seen, default=None)
-    if newest is None or (seen := _time(_last_seen(newest))) is None or seen < newest_pod:
+    if newest is None or (seen := time(_last_seen(newest))) is None or seen < newest_pod:
         return None
     message = newest.get("message") or ""
-    began = _time(newest.get("firstTimestamp") or newest.get("eventTime"))
+    began = time(newest.get("firstTimestamp") or newest.get("eventTime"))
     return Trouble(_reason(message, newest.get("reason") or "Warning"), message, max(began, newest_pod) if began else newest_pod)
 
 
@@ -98,12 +99,8 @@ def _last_seen(event: Manifest) -> str:
 def _begun(manifest: Manifest) -> datetime:
     """When an object was made, or a Job let go on."""
     times = (manifest["metadata"]["creationTimestamp"], (manifest.get("status") or {}).get("startTime"))
-    return max(at for text in times if (at := _time(text)) is not None)
+    return max(at for text in times if (at := time(text)) is not None)
 
 
 def _reason(message: str, otherwise: str) -> str:
     return "QuotaExceeded" if "exceeded quota" in message else otherwise
-
-
-def _time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None

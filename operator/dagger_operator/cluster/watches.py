@@ -16,7 +16,7 @@ from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.connection import kopf_session
 from dagger_operator.cluster.settings import Settings
 from dagger_operator.cluster.streams import Streams
-from dagger_operator.control import MANAGED_BY, MANAGER
+from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE
 from dagger_operator.kube.errors import ApiError, Missing
 
 log = structlog.get_logger()
@@ -191,7 +191,7 @@ def _settings() -> kopf.OperatorSettings:
     settings.watching.chunk_size = 500
     settings.watching.server_timeout = _RECONNECT_SECONDS
     settings.queueing.idle_timeout = _IDLE_SECONDS
-    ours = f"{MANAGED_BY}={MANAGER}"
+    ours = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
     for group, version, plural, _ in (*CHILDREN, *OPTIONAL):
         # A sandbox belongs to its worker; nobody here looks at it.
         settings.watching.label_selectors[group, version, plural] = (

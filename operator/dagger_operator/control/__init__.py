@@ -6,7 +6,7 @@ and writes its status. It decides nothing.
 
 from dagger_operator.control.child import Child, ChildState, PodFailure, Trouble
 from dagger_operator.control.conditions import ConditionType, Event, Reason
-from dagger_operator.control.names import ATTEMPT, COMPONENT, FAILED, MANAGED_BY, MANAGER, RETRY, ROUND, RUN, Ref, Role
+from dagger_operator.control.names import ATTEMPT, COMPONENT, FAILED, MANAGED_BY, MANAGED_BY_VALUE, RETRY, ROUND, RUN, Ref
 from dagger_operator.control.network import PROMETHEUS, Peer
 from dagger_operator.control.observe import Observed, child, children
 from dagger_operator.control.plan import Plan, news, plan
@@ -20,7 +20,7 @@ __all__ = [
     "COMPONENT",
     "FAILED",
     "MANAGED_BY",
-    "MANAGER",
+    "MANAGED_BY_VALUE",
     "PROMETHEUS",
     "RETRY",
     "ROUND",
@@ -37,7 +37,6 @@ __all__ = [
     "Reason",
     "Ref",
     "Results",
-    "Role",
     "StageName",
     "Step",
     "Trouble",

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from dagger_operator.api import DAggerRun, GpuSharing, RunStatus
+from dagger_operator.api import DAggerRun, GpuSharing, Role, RunStatus
 from dagger_operator.api.course import waits_for_evaluation
 from dagger_operator.control.child import Child, ChildState, Trouble
 from dagger_operator.control.conditions import Reason
 from dagger_operator.control.failures import given_up, server_given_up
 from dagger_operator.control.jobs import pods_of
-from dagger_operator.control.names import RETRY, Role
+from dagger_operator.control.names import RETRY
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.refusals import since, waited_since
 from dagger_operator.control.rounds import StageName, Step, Work

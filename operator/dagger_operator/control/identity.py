@@ -3,7 +3,7 @@
 from typing import Any
 
 from dagger_operator.api import DAggerRun, SandboxBackend
-from dagger_operator.control.names import MANAGED_BY, MANAGER, RUN, RUN_NAMESPACE, labels
+from dagger_operator.control.names import MANAGED_BY, MANAGED_BY_VALUE, RUN, RUN_NAMESPACE, labels
 from dagger_operator.control.pods import owned
 from dagger_operator.control.rounds import StageName
 
@@ -36,7 +36,7 @@ def build_identity(run: DAggerRun, namespace: str) -> list[dict[str, Any]]:
         "metadata": {
             "name": f"{run.metadata.namespace}.{run.metadata.name}.worker",
             "namespace": namespace,
-            "labels": {MANAGED_BY: MANAGER, RUN: run.metadata.name, RUN_NAMESPACE: run.metadata.namespace},
+            "labels": {MANAGED_BY: MANAGED_BY_VALUE, RUN: run.metadata.name, RUN_NAMESPACE: run.metadata.namespace},
         },
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": WORKER_ROLE},
         "subjects": [account],

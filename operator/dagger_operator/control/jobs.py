@@ -4,14 +4,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from dagger_operator.api import DAggerRun, PodSettings
+from dagger_operator.api import DAggerRun, PodSettings, Role
+from dagger_operator.api.ports import GATEWAY_PORT, METRICS_PORT, TORCH_PORT
 from dagger_operator.control.child import Trouble
 from dagger_operator.control.failures import retry_settings
 from dagger_operator.control.identity import sandbox_namespace, worker_account
-from dagger_operator.control.names import COMPLETION_INDEX, FAILED, Role, attempt_of, job_name, labels
+from dagger_operator.control.names import COMPLETION_INDEX, FAILED, attempt_of, job_name, labels
 from dagger_operator.control.pods import (
-    GATEWAY_PORT,
-    METRICS_PORT,
     SCRATCH,
     TRAINER_IMAGE,
     WORKER_IMAGE,
@@ -29,7 +28,6 @@ from dagger_operator.control.rounds import StageName, Step
 from dagger_operator.control.scheduling import pod_template, queue_labels
 
 INDEX = f"metadata.annotations['{COMPLETION_INDEX}']"
-MASTER_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def build_training_service(run: DAggerRun) -> dict[str, Any]:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": selector,
-            "ports": [{"name": "torch", "port": MASTER_PORT}],
+            "ports": [{"name": "torch", "port": TORCH_PORT}],
         },
     }
 
@@ -151,7 +149,7 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
     if policy is not None and step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
         env.append(value("DAGGER_POLICY", policy))
     if training and run.spec.training.nodes > 1:
-        env.append(value("DAGGER_MASTER_PORT", MASTER_PORT))
+        env.append(value("DAGGER_MASTER_PORT", TORCH_PORT))
     if shape.ports:
         env.append(value("DAGGER_METRICS_PORT", METRICS_PORT))
     if (namespace := sandbox_namespace(run, step.stage)) is not None:

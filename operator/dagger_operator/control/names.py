@@ -4,13 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, Role
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
-MANAGER = "dagger-operator"
+MANAGED_BY_VALUE = "dagger-operator"
 RUN = "dagger-operator.dev/run"
 COMPONENT = "dagger-operator.dev/component"
 ROUND = "dagger-operator.dev/round"
@@ -28,13 +27,6 @@ COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 """Label of an Indexed Job's pods."""
 
 
-class Role(StrEnum):
-    """The two policies, as components of a run."""
-
-    STUDENT = "student"
-    TEACHER = "teacher"
-
-
 @dataclass(frozen=True, order=True)
 class Ref:
     """Points at one object in the run's namespace."""
@@ -48,7 +40,7 @@ class Ref:
 
 def labels(run: DAggerRun, component: str, round_number: int, attempt: str) -> dict[str, str]:
     return {
-        MANAGED_BY: MANAGER,
+        MANAGED_BY: MANAGED_BY_VALUE,
         RUN: run.metadata.name,
         COMPONENT: str(component),
         ROUND: str(round_number),

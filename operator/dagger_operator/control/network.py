@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dagger_operator.api import DAggerRun
-from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGER, RUN, Role, labels
-from dagger_operator.control.pods import AGENT_PORT, owned
+from dagger_operator.api import DAggerRun, Role
+from dagger_operator.api.ports import AGENT_PORT
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGED_BY_VALUE, RUN, labels
+from dagger_operator.control.pods import owned
 
 SERVING = "serving"
 """Component of what belongs to both policies' servers."""
@@ -16,7 +17,7 @@ PROMETHEUS: tuple[Peer, ...] = ({"namespaceSelector": {}, "podSelector": {"match
 
 def build_network_policy(run: DAggerRun, scrapers: Iterable[Peer] = PROMETHEUS) -> dict[str, Any]:
     """Serving pods take requests from this run's pods alone, and are scraped by those who may. Probes come from the node and pass."""
-    own_pods = {"matchLabels": {MANAGED_BY: MANAGER, RUN: run.metadata.name}}
+    own_pods = {"matchLabels": {MANAGED_BY: MANAGED_BY_VALUE, RUN: run.metadata.name}}
     roles = [{"key": COMPONENT, "operator": "In", "values": sorted(Role)}]
     servers = {**own_pods, "matchExpressions": roles}
     ingress: list[dict[str, Any]] = [

@@ -66,7 +66,7 @@ def plan(run: DAggerRun, observed: Observed) -> Plan:
         if status.phase is Phase.FAILED:
             ended = _ended(run, observed, objects, remove, status)
             return replace(ended, requeue_after=LOOK_AGAIN if ended.requeue_after is None else min(LOOK_AGAIN, ended.requeue_after))
-        return Plan(objects, remove, status, LOOK_AGAIN, news(run, status))
+        return Plan(objects, remove, status, LOOK_AGAIN, news(run.status, status))
 
     work = next_steps(run.spec, observed.results)
     if work is None:
@@ -139,7 +139,7 @@ def _close(
         requeue = None if deadline is None else (deadline - observed.now).total_seconds()
     elif any(child.state is ChildState.SUCCEEDED for child in observed.children if work and _is_at_work(work, child)):
         requeue = LOOK_AGAIN_SOON  # its result is about to be seen
-    return Plan(tuple(objects), remove, status, requeue, news(run, status))
+    return Plan(tuple(objects), remove, status, requeue, news(run.status, status))
 
 
 def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remove: tuple[Ref, ...], status: RunStatus) -> Plan:
@@ -148,13 +148,13 @@ def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remo
     if run.spec.ttl_seconds_after_finished is not None and status.completion_time is not None:
         left = status.completion_time + timedelta(seconds=run.spec.ttl_seconds_after_finished) - observed.now
         requeue, expired = max(0.0, left.total_seconds()), left <= timedelta(0)
-    return Plan(tuple(objects), remove, status, requeue, news(run, status), expired=expired)
+    return Plan(tuple(objects), remove, status, requeue, news(run.status, status), expired=expired)
 
 
 def _is_at_work(work: Work, child: Child) -> bool:
     return any((step.round, step.stage) == (child.round, child.component) for step in work)
 
 
-def news(run: DAggerRun, status: RunStatus) -> tuple[Event, ...]:
+def news(before: RunStatus | None, status: RunStatus) -> tuple[Event, ...]:
     """What a new status is worth telling."""
-    return events(run.status.conditions if run.status else (), status.conditions)
+    return events(before.conditions if before else (), status.conditions)

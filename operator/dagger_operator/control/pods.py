@@ -5,18 +5,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from dagger_operator import __version__
-from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint, PodSettings
+from dagger_operator.api import API_VERSION, KIND, DAggerRun, Endpoint, PodSettings, Role
+from dagger_operator.api.ports import AGENT_PORT
 from dagger_operator.api.training import Loss
-from dagger_operator.control.names import Role, server_name
+from dagger_operator.control.names import server_name
 
 Json = dict[str, Any]
 
 SCRATCH = "/scratch"
 SHARED = "/shared"
 TMP = "/tmp"  # noqa: S108 - a volume of the pod's own
-AGENT_PORT = 8000
-METRICS_PORT = 9090
-GATEWAY_PORT = 8090
 USER_ID = 10001
 """An ordinary user: no image needs root, and restricted namespaces admit the pods."""
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from dagger_operator.api import Role
 from dagger_operator.control.child import Trouble
-from dagger_operator.control.names import COMPONENT, Role
+from dagger_operator.control.names import COMPONENT
 from dagger_operator.control.rounds import StageName
 
 SAID_LIMIT = 600

@@ -10,15 +10,15 @@ from dagger_operator.api.course import ONCE, StageName
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Reads
 from dagger_operator.store.owner import owner_of, read_owner
-from dagger_operator.store.records import Record
 from dagger_operator.store.results import (
     KINDS,
     PrepareResult,
+    Result,
     TrainingResult,
     read_result,
 )
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=Result)
 RUN_BYTES = 16 << 20
 """More than the results of a thousand rounds have, without their lists."""
 
@@ -27,7 +27,7 @@ RUN_BYTES = 16 << 20
 class Results:
     """Results by round and stage. They are created once, so a copy of any age is right in what it has."""
 
-    records: Mapping[tuple[int, str], Record] = field(default_factory=dict)
+    records: Mapping[tuple[int, str], Result] = field(default_factory=dict)
     size: int = field(default=0, compare=False)
     """Bytes of all of them together."""
 
@@ -36,8 +36,7 @@ class Results:
 
     def get(self, kind: type[R], round_number: int) -> R | None:
         """A round's result of one kind, such as `results.get(RolloutResult, 3)`."""
-        stage = next(name for name, known in KINDS.items() if known is kind)
-        record = self.records.get((round_number, stage))
+        record = self.records.get((round_number, kind.stage))
         return record if isinstance(record, kind) else None
 
     @property
@@ -70,7 +69,7 @@ async def read_results(store: Reads, run: DAggerRun, known: Results | None = Non
     first = max(0, results.newest_round - 1)
     for number in (*([0] if first and run.spec.evaluation.initial else []), *range(first, run.spec.rounds + 1)):
         missing = [stage for stage in KINDS if (number, stage) not in records and stage in (_ROUND_0 if number == 0 else _ROUND)]
-        found = await asyncio.gather(*(read_result(store, number, stage, KINDS[stage]) for stage in missing))
+        found = await asyncio.gather(*(read_result(store, number, KINDS[stage]) for stage in missing))
         new = {(number, stage): _planned_by(record) for stage, record in zip(missing, found, strict=True) if record is not None}
         records.update(new)
         size += sum(len(record.model_dump_json()) for record in new.values())
@@ -82,7 +81,7 @@ async def read_results(store: Reads, run: DAggerRun, known: Results | None = Non
     return Results(records, size)
 
 
-def _planned_by(record: Record) -> Record:
+def _planned_by(record: Result) -> Result:
     """A result without the lists that grow with tasks and steps, which no plan reads."""
     return record.model_copy(update=dict.fromkeys(_LISTS & type(record).model_fields.keys(), ()))
 

@@ -228,4 +228,4 @@ def true(manifest: Manifest, *types: str) -> Manifest | None:
 
 
 def time(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+    return datetime.fromisoformat(text) if text else None

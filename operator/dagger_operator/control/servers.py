@@ -3,10 +3,10 @@ Service."""
 
 from typing import Any
 
-from dagger_operator.api import DAggerRun, Serving
-from dagger_operator.control.names import COMPONENT, MANAGED_BY, RUN, Role, attempt_of, group_name, labels, server_name
+from dagger_operator.api import DAggerRun, Role, Serving
+from dagger_operator.api.ports import AGENT_PORT
+from dagger_operator.control.names import COMPONENT, MANAGED_BY, RUN, attempt_of, group_name, labels, server_name
 from dagger_operator.control.pods import (
-    AGENT_PORT,
     SCRATCH,
     SHARED,
     WORKER_IMAGE,

@@ -3,12 +3,12 @@
 import json
 from typing import Any
 
-from dagger_operator.api import DAggerRun, Keep
+from dagger_operator.api import DAggerRun, Keep, Role
 from dagger_operator.control.child import SERVERS, Child, ChildState
 from dagger_operator.control.gates import Failure, Jobs, Servers
 from dagger_operator.control.jobs import build_job
 from dagger_operator.control.leftovers import kept
-from dagger_operator.control.names import FAILED, Ref, Role
+from dagger_operator.control.names import FAILED, Ref
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import Work
 from dagger_operator.control.servers import build_server, served, server_of

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from dagger_operator.api import Condition, DAggerRun, Phase, Problem, RoundStatus, RunStatus
+from dagger_operator.api import Condition, DAggerRun, Phase, Problem, Role, RoundStatus, RunStatus
 from dagger_operator.control.child import Trouble
 from dagger_operator.control.conditions import ConditionType, Reason, condition, settle
 from dagger_operator.control.gates import Servers, servers_trouble
-from dagger_operator.control.names import Role
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.progress import gpu_hours, run_end, shown
 from dagger_operator.control.refusals import since
@@ -62,12 +61,13 @@ def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
     return previous.model_copy(update=update)
 
 
-def refused(run: DAggerRun, problems: Sequence[Problem], now: datetime) -> RunStatus:
+def refused(generation: int | None, status: RunStatus | None, problems: Sequence[Problem], now: datetime) -> RunStatus:
     """The status of a resource that cannot be run, or was edited as it must not be: it stands still where it was."""
     message = "\n".join(map(str, problems))
-    ended = run.status is not None and run.status.phase in (Phase.SUCCEEDED, Phase.FAILED)
+    ended = status is not None and status.phase in (Phase.SUCCEEDED, Phase.FAILED)
     untrue = (ConditionType.ACCEPTED,) if ended else (ConditionType.ACCEPTED, ConditionType.PROGRESSING)
-    return _overlaid(run, now, Reason.INVALID_SPEC, [condition(kind, False, Reason.INVALID_SPEC, message) for kind in untrue])
+    fresh = [condition(kind, False, Reason.INVALID_SPEC, message) for kind in untrue]
+    return _overlaid(generation, status, now, Reason.INVALID_SPEC, fresh)
 
 
 def blind(run: DAggerRun, problem: str, now: datetime, late: Trouble | None) -> RunStatus:
@@ -81,23 +81,23 @@ def blind(run: DAggerRun, problem: str, now: datetime, late: Trouble | None) -> 
             condition(ConditionType.SUSPENDED, False, Reason.NOT_SUSPENDED),
             condition(ConditionType.FAILED, True, late.reason, late.message),
         ]
-        return _overlaid(run, now, Reason.STORAGE_UNAVAILABLE, failed).model_copy(update=ended)
+        return _overlaid(run.metadata.generation, run.status, now, Reason.STORAGE_UNAVAILABLE, failed).model_copy(update=ended)
     fresh = [
         condition(ConditionType.ACCEPTED, True, Reason.VALID),
         condition(ConditionType.PROGRESSING, False, Reason.STORAGE_UNAVAILABLE, problem),
     ]
     if run.spec.suspend:
         fresh.append(condition(ConditionType.SUSPENDED, True, Reason.SUSPENDED))
-    return _overlaid(run, now, Reason.STORAGE_UNAVAILABLE, fresh)
+    return _overlaid(run.metadata.generation, run.status, now, Reason.STORAGE_UNAVAILABLE, fresh)
 
 
-def _overlaid(run: DAggerRun, now: datetime, reason: Reason, fresh: list[Condition]) -> RunStatus:
-    previous = run.status or RunStatus()
+def _overlaid(generation: int | None, status: RunStatus | None, now: datetime, reason: Reason, fresh: list[Condition]) -> RunStatus:
+    previous = status or RunStatus()
     kept = [one for one in previous.conditions if one.type not in {new.type for new in fresh}]
     update = {
-        "observed_generation": run.metadata.generation,
+        "observed_generation": generation,
         "reason": reason.value,
-        "conditions": settle([*fresh, *kept], previous.conditions, run.metadata.generation, now),
+        "conditions": settle([*fresh, *kept], previous.conditions, generation, now),
         "start_time": previous.start_time or now,
     }
     return previous.model_copy(update=update)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dagger_operator.api import Serving
+from dagger_operator.api.ports import VLLM_MASTER_PORT
 from dagger_operator.control.pods import SCRATCH, value
 
 CPU_BATCHED_TOKENS = 8192
@@ -13,7 +14,6 @@ SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
 """vLLM's own image has a `python3`; not each version has a `python`."""
 FOLLOWER = ("python3", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
 """What the further nodes of a replica run: workers of the first one's engine."""
-MASTER_PORT = 29501
 DRAIN_SECONDS = 5
 """How long a server that is ended goes on with the turns under way: as long as its agent does, and well within a pod's grace."""
 
@@ -39,7 +39,8 @@ def vllm_arguments(serving: Serving) -> list[str]:
             "--nnodes",
             str(serving.nodes),
         ]
-        arguments += ["--node-rank", "$(LWS_WORKER_INDEX)", "--master-addr", "$(LWS_LEADER_ADDRESS)", "--master-port", str(MASTER_PORT)]
+        arguments += ["--node-rank", "$(LWS_WORKER_INDEX)"]
+        arguments += ["--master-addr", "$(LWS_LEADER_ADDRESS)", "--master-port", str(VLLM_MASTER_PORT)]
     if serving.gpus == 0:
         arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
         # A tied head stays packed from the old weights when new ones are loaded in place; the agent has it packed anew.

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from dagger_operator.api import DAggerRun, Serving
+from dagger_operator.api import DAggerRun, Role, Serving
 from dagger_operator.control.child import Child
 from dagger_operator.control.gates import Jobs, Servers
 from dagger_operator.control.identity import build_identity, sandbox_namespace
 from dagger_operator.control.jobs import build_job, build_training_service
-from dagger_operator.control.names import ATTEMPT, Role
+from dagger_operator.control.names import ATTEMPT
 from dagger_operator.control.network import build_network_policy
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import StageName, Work

@@ -14,13 +14,13 @@ from dagger_operator.tasks.deal import held_out
 from dagger_operator.tasks.sources import load_held_out
 
 log = structlog.get_logger(__name__)
-STAGE = "evaluation"
+STAGE = EvaluationResult.stage
 
 
 async def evaluate(stage: Stage) -> None:
     """Ends when the round's evaluation exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     spec = stage.run.spec
-    if await read_result(stage.store, stage.round, STAGE, EvaluationResult) is not None:
+    if await read_result(stage.store, stage.round, EvaluationResult) is not None:
         return
     reader = action_reader(spec.scaffold)
     tasks = await load_held_out(spec.tasks, stage.store, stage.environ)
@@ -31,5 +31,5 @@ async def evaluate(stage: Stage) -> None:
         return
     tally, trajectories = await counted(stage, Kind.EVALUATION, assignments, reader)
     result = evaluation_result(stage.policy, trajectories, confidence=spec.evaluation.confidence, seconds=tally.seconds)
-    await save_result(stage.store, stage.round, STAGE, result)
+    await save_result(stage.store, stage.round, result)
     log.info("evaluated", policy=stage.policy, tasks=result.summary.tasks, resolved=result.summary.resolved)

@@ -12,23 +12,23 @@ from dagger_operator.store.results import EvaluationResult
 
 
 class Comparison(BaseModel):
-    """Two policies on the tasks that both were graded on."""
+    """A policy, the candidate, beside another, the reference, on the tasks that both were graded on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tasks: int
     """Tasks that both were graded on."""
-    first_rate: float
-    second_rate: float
+    candidate_rate: float
+    reference_rate: float
     difference: float
-    """`second_rate - first_rate`: above 0 the second is better."""
+    """`candidate_rate - reference_rate`: above 0 the candidate is better."""
     interval: tuple[float, float]
     """Percentile interval of the difference, by paired bootstrap over tasks."""
     confidence: float
-    only_first: int
-    """Tasks that the first alone resolved."""
-    only_second: int
-    """Tasks that the second alone resolved."""
+    only_candidate: int
+    """Tasks that the candidate alone resolved."""
+    only_reference: int
+    """Tasks that the reference alone resolved."""
     p_value: float
     """McNemar's exact test, two-sided."""
 
@@ -69,24 +69,23 @@ def paired_bootstrap(
     return means[tail], means[resamples - 1 - tail]
 
 
-def compare(first: EvaluationResult, second: EvaluationResult, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
+def compare(candidate: EvaluationResult, reference: EvaluationResult, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
     """Compares two evaluations on their common tasks. Raises `ValueError` where they have none."""
-    first_resolved, second_resolved = set(first.resolved_tasks), set(second.resolved_tasks)
-    common = sorted((first_resolved | set(first.unresolved_tasks)) & (second_resolved | set(second.unresolved_tasks)))
-    pairs = [(task in first_resolved, task in second_resolved) for task in common]
-    interval = paired_bootstrap([float(b) - float(a) for a, b in pairs], confidence, seed=seed)
-    only_first = sum(a and not b for a, b in pairs)
-    only_second = sum(b and not a for a, b in pairs)
+    by_candidate, by_reference = set(candidate.resolved_tasks), set(reference.resolved_tasks)
+    common = sorted((by_candidate | set(candidate.unresolved_tasks)) & (by_reference | set(reference.unresolved_tasks)))
+    differences = [float(task in by_candidate) - float(task in by_reference) for task in common]
+    interval = paired_bootstrap(differences, confidence, seed=seed)
+    only_candidate, only_reference = differences.count(1.0), differences.count(-1.0)
     return Comparison(
         tasks=len(common),
-        first_rate=sum(a for a, _ in pairs) / len(common),
-        second_rate=sum(b for _, b in pairs) / len(common),
-        difference=(only_second - only_first) / len(common),
+        candidate_rate=len(by_candidate.intersection(common)) / len(common),
+        reference_rate=len(by_reference.intersection(common)) / len(common),
+        difference=(only_candidate - only_reference) / len(common),
         interval=interval,
         confidence=confidence,
-        only_first=only_first,
-        only_second=only_second,
-        p_value=mcnemar(only_first, only_second),
+        only_candidate=only_candidate,
+        only_reference=only_reference,
+        p_value=mcnemar(only_candidate, only_reference),
     )
 
 

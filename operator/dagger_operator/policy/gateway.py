@@ -45,8 +45,8 @@ class Gateway:
             ...  # a scaffold talks to session.base_url with session.token
             recording = await session.finish()
 
-    `teacher` is None in evaluation. `host` and `port` are the address to listen on, 0 being any port; `advertise` is the host that base
-    URLs name, where scaffolds run elsewhere.
+    `teacher` is None in evaluation, where `student` is greedy. `host` and `port` are the address to listen on, 0 being any port;
+    `advertise` is the host that base URLs name, where scaffolds run elsewhere.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Gateway:
     ) -> None:
         self._metrics = GatewayMetrics(registry or CollectorRegistry())
         self._student_version = student.version
-        self._student, self._greedy = Client(student, self._metrics), Client(student.greedy(), self._metrics)
+        self._student = Client(student, self._metrics)
         self._teacher = Client(teacher, self._metrics) if teacher else None
         self._labeller = Labeller(self._teacher, labels.concurrency, self._metrics) if self._teacher else None
         self._host, self._advertise, self._port = host, advertise or host, port
@@ -71,7 +71,7 @@ class Gateway:
 
     async def __aenter__(self) -> Self:
         _raise_open_files()
-        for client in filter(None, (self._student, self._greedy, self._teacher)):
+        for client in filter(None, (self._student, self._teacher)):
             await self._stack.enter_async_context(client)
         app = web.Application(client_max_size=LARGEST_REQUEST)
         app.router.add_post("/{rollout}/v1/chat/completions", self._completions)
@@ -100,16 +100,15 @@ class Gateway:
             raise ValueError(f"rollout_id {key!r} is open already: finish or abort it first")
         if request.student != self._student_version:
             raise ValueError(f"student {request.student!r} must act, but this gateway was made for {self._student_version!r}")
-        if request.mixing is not None and self._teacher is None:
-            raise ValueError(f"rollout_id {key!r} is to be mixed, but this gateway has no teacher: give it one, or set mixing to None")
-        evaluation = request.mixing is None
+        if (request.mixing is None) != (self._teacher is None):
+            raise ValueError(f"rollout_id {key!r} must have mixing exactly where this gateway has a teacher, in all but evaluation")
         self._sessions[key] = session = RolloutSession(
             request,
             base_url=f"http://{self._advertise}:{self._port}/{quote(key, safe='')}/v1",
             token=secrets.token_urlsafe(32),
-            student=self._greedy if evaluation else self._student,
-            teacher=None if evaluation else self._teacher,
-            labeller=None if evaluation else self._labeller,
+            student=self._student,
+            teacher=self._teacher,
+            labeller=self._labeller,
             metrics=self._metrics,
             on_close=lambda: self._close(key, session),
         )

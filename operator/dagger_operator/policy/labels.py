@@ -5,6 +5,7 @@ import time
 
 import structlog
 
+from dagger_operator.api import Role
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.failures import PolicyFailure, PolicyRefused
 from dagger_operator.policy.metrics import GatewayMetrics, Purpose
@@ -12,7 +13,7 @@ from dagger_operator.policy.recorder import Label
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.session import LabelCheck
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.store.records import Actor, Completion, LabelFlaw
+from dagger_operator.store.records import Completion, LabelFlaw
 
 ACTING_PRIORITY = 0
 LABEL_PRIORITY = 10
@@ -43,7 +44,7 @@ class Labeller:
             started = time.monotonic()
             try:
                 answer = await self._teacher.complete(request, seed=seed, priority=LABEL_PRIORITY, affinity=affinity)
-                self._metrics.answered(Actor.TEACHER, Purpose.LABEL, answer.completion)
+                self._metrics.answered(Role.TEACHER, Purpose.LABEL, answer.completion)
                 label = judged(self._teacher.upstream, answer.completion, check)
             except PolicyFailure as failure:
                 structlog.get_logger().warning("label failed", rollout=affinity, reason=failure.reason, message=failure.message)

@@ -4,7 +4,8 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from dagger_operator.store.records import Actor, Completion, LabelFlaw
+from dagger_operator.api import Role
+from dagger_operator.store.records import Completion, LabelFlaw
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 
@@ -48,12 +49,12 @@ class GatewayMetrics:
         self.label_seconds = Histogram(
             "dagger_gateway_label_seconds", "From when a label's turn came to having it.", buckets=_SECONDS, registry=registry
         )
-        for actor in Actor:
+        for actor in Role:
             self.turns.labels(actor)
         for flaw in ("None", *LabelFlaw):
             self._labels.labels(flaw)
 
-    def answered(self, role: Actor, purpose: Purpose, completion: Completion) -> None:
+    def answered(self, role: Role, purpose: Purpose, completion: Completion) -> None:
         """Counts a policy's answer."""
         self._seconds.labels(role, purpose).observe(completion.latency_seconds)
         kinds = {

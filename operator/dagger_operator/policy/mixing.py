@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-from dagger_operator.api import Mixing, MixingStrategy
+from dagger_operator.api import Mixing, MixingStrategy, Role
 from dagger_operator.policy.coins import coin, kappa
-from dagger_operator.store.records import Actor
 
 
 @dataclass(frozen=True)
 class Decision:
     """Who acts, and why: the teacher where `coin < beta`."""
 
-    actor: Actor
+    actor: Role
     beta: float
     coin: float
 
@@ -38,7 +37,7 @@ class Mixer:
         """The decision of a turn; turns count from 0."""
         draw = coin(self.seed, self.round, self.task, self.rollout, turn)
         beta = self._beta(turn)
-        return Decision(Actor.TEACHER if draw < beta else Actor.STUDENT, beta, draw)
+        return Decision(Role.TEACHER if draw < beta else Role.STUDENT, beta, draw)
 
     def _beta(self, turn: int) -> float:
         if self.mixing is None:

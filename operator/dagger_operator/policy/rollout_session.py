@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from dagger_operator.api import LabelMode
+from dagger_operator.api import LabelMode, Role
 from dagger_operator.policy.act import Act, TurnDropped
 from dagger_operator.policy.client import Answer, Client
 from dagger_operator.policy.coins import request_seed
@@ -17,7 +17,7 @@ from dagger_operator.policy.recorder import Label, Recorder
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.session import Recording, SessionRequest, Silence
 from dagger_operator.policy.streaming import Chunk
-from dagger_operator.store.records import Actor, Failure
+from dagger_operator.store.records import Failure
 
 
 class TurnLimit(Exception):
@@ -56,7 +56,7 @@ class RolloutSession:
         self._closed = False
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
-        self._asked: Actor | None = None
+        self._asked: Role | None = None
         """Who is asked for a turn right now."""
         self._heard_at = 0.0
         self._silence: Silence | None = None
@@ -96,10 +96,10 @@ class RolloutSession:
     async def _run(self, act: Act) -> Answer:
         index = len(self._recorder.turns)
         decision = self._mixer.decide(index)
-        client = self._student if decision.actor is Actor.STUDENT else self._teacher
+        client = self._student if decision.actor is Role.STUDENT else self._teacher
         assert client is not None, "a mix without a teacher is refused when the session is opened"
         mode = self._request.labels
-        labelled = decision.actor is Actor.STUDENT and self._labeller is not None
+        labelled = decision.actor is Role.STUDENT and self._labeller is not None
         if labelled and mode is not LabelMode.DEFERRED:
             self._labels[index] = asyncio.create_task(self._label(index, act.request))
         started = self._heard_at = time.monotonic()
@@ -130,7 +130,7 @@ class RolloutSession:
         self._recorder.record(act.request, decision, answer.completion)
         self._metrics.turns.labels(decision.actor).inc()
         self._metrics.answered(decision.actor, Purpose.ACTION, answer.completion)
-        if decision.actor is Actor.TEACHER:
+        if decision.actor is Role.TEACHER:
             self._set_label(index, judged(client.upstream, answer.completion, self._request.label_check))
         elif labelled and mode is LabelMode.DEFERRED:
             self._deferred[index] = act.request
@@ -146,7 +146,7 @@ class RolloutSession:
         assert self._labeller is not None
         label, seconds = await self._labeller.label(
             request,
-            seed=self._seed(index, Actor.TEACHER),
+            seed=self._seed(index, Role.TEACHER),
             affinity=self._request.rollout_id,
             check=self._request.label_check,
         )
@@ -158,7 +158,7 @@ class RolloutSession:
         asked = self._teacher is not None and self._teacher.upstream.top_logprobs > 0
         self._metrics.labelled(label.flaw, hard=asked and (label.completion is None or label.completion.logprobs is None))
 
-    def _seed(self, turn: int, role: Actor) -> int:
+    def _seed(self, turn: int, role: Role) -> int:
         key = self._request
         return request_seed(key.seed, key.round, key.task_id, key.rollout_id, turn, role.value)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from dagger_operator.api import LabelMode, Mixing
-from dagger_operator.store.records import Actor, Failure, Message, Turn
+from dagger_operator.api import LabelMode, Mixing, Role
+from dagger_operator.store.records import Failure, Message, Turn
 
 
 class LabelCheck(Protocol):
@@ -17,12 +17,10 @@ class LabelCheck(Protocol):
 class SessionRequest:
     """One rollout."""
 
-    run: str
     seed: int
     round: int
     rollout_id: str
     task_id: str
-    attempt: int
     student: str
     """Policy version that must act as student."""
     max_turns: int
@@ -37,7 +35,7 @@ class SessionRequest:
 class Silence:
     """A policy that was asked to act and had not answered when the session was closed."""
 
-    actor: Actor
+    actor: Role
     seconds: float
     """Since it was asked, or since it last streamed a part of its answer."""
 

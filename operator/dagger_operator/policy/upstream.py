@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagger_operator.api import MaxTokensParameter, Sampling, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Role, Sampling, Student, Teacher
 from dagger_operator.policy.request import ChatRequest
 from dagger_operator.policy.retry import Backoff
-from dagger_operator.store import layout, logprobs
-from dagger_operator.store.records import Actor, Completion
-from dagger_operator.store.results import PreflightResult
+from dagger_operator.store import logprobs
+from dagger_operator.store.records import Completion
+from dagger_operator.store.results import PreflightResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
 SERVED_TIMEOUT_SECONDS = 900.0
@@ -19,7 +19,7 @@ SERVED_TIMEOUT_SECONDS = 900.0
 class Upstream:
     """One policy."""
 
-    role: Actor
+    role: Role
     urls: tuple[str, ...]
     """Base URLs that end before `/chat/completions`: one for each replica, or one whose host name stands for several addresses."""
     token: str | None = field(repr=False)
@@ -77,22 +77,22 @@ async def upstreams(stage: Stage, *, greedy: bool) -> tuple[Upstream, Upstream |
     A served teacher's version is what preflight found. Raises `StageFailure` where something is missing, `StoreUnavailable`.
     """
     spec = stage.run.spec
-    student = _upstream(stage, Actor.STUDENT, spec.student, _required(stage, "DAGGER_POLICY"))
+    student = _upstream(stage, Role.STUDENT, spec.student, _required(stage, "DAGGER_POLICY"))
     if greedy:
         return student.greedy(), None
-    return student, _upstream(stage, Actor.TEACHER, spec.teacher, "" if spec.teacher.endpoint else await _teacher_version(stage))
+    return student, _upstream(stage, Role.TEACHER, spec.teacher, "" if spec.teacher.endpoint else await _teacher_version(stage))
 
 
 async def _teacher_version(stage: Stage) -> str:
-    found = await stage.store.get(layout.result(0, "preflight"))
+    found = await read_result(stage.store, 0, PreflightResult)
     if found is None:
         raise StageFailure(
             "NoPreflight", "the served teacher's version is in the result of preflight, which must come first", permanent=False
         )
-    return PreflightResult.model_validate_json(found.data).teacher
+    return found.teacher
 
 
-def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str) -> Upstream:
+def _upstream(stage: Stage, role: Role, policy: Student | Teacher, version: str) -> Upstream:
     endpoint = policy.endpoint
     serving = policy.served if isinstance(policy, Student) else policy.serving
     name = role.value.upper()
@@ -109,7 +109,7 @@ def _upstream(stage: Stage, role: Actor, policy: Student | Teacher, version: str
         served=endpoint is None,
         max_tokens_parameter=endpoint.max_tokens_parameter if endpoint else MaxTokensParameter.MAX_TOKENS,
         context=serving.max_model_len if serving else 0,
-        top_logprobs=stage.run.spec.labels.top_logprobs if role is Actor.TEACHER else 0,
+        top_logprobs=stage.run.spec.labels.top_logprobs if role is Role.TEACHER else 0,
     )
 
 

@@ -147,12 +147,10 @@ class Attempts:
     def _session_request(self, assignment: Assignment) -> SessionRequest:
         spec = self.run.spec
         return SessionRequest(
-            run=self.run.metadata.name,
             seed=spec.seed,
             round=self.round,
             rollout_id=assignment.rollout_id,
             task_id=assignment.task.id,
-            attempt=assignment.attempt,
             student=self.student,
             max_turns=self.max_turns,
             label_check=self.reader.flaw,

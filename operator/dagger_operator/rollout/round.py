@@ -17,13 +17,13 @@ from dagger_operator.tasks.deal import Assignment, deal
 from dagger_operator.tasks.sources import load_training
 
 log = structlog.get_logger(__name__)
-STAGE = "rollout"
+STAGE = RolloutResult.stage
 
 
 async def rollout(stage: Stage) -> None:
     """Ends when the round's result exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     spec = stage.run.spec
-    if await read_result(stage.store, stage.round, STAGE, RolloutResult) is not None:
+    if await read_result(stage.store, stage.round, RolloutResult) is not None:
         return
     reader = action_reader(spec.scaffold)
     tasks = await load_training(spec.tasks, stage.store, stage.environ)
@@ -55,5 +55,5 @@ async def _close(stage: Stage, assignments: tuple[Assignment, ...], reader: Acti
         data_digest=manifest.data_digest,
     )
     result = RolloutResult(summary=summary, manifest_digest=manifest.digest, excluded=manifest.excluded)
-    await save_result(stage.store, stage.round, STAGE, result)
+    await save_result(stage.store, stage.round, result)
     log.info("round closed", rollouts=summary.rollouts, labels=summary.labels, data=manifest.data_digest[:12])

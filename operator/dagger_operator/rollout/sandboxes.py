@@ -7,12 +7,11 @@ from hashlib import sha256
 from typing import TypedDict
 
 from dagger_operator.api import Rollouts, Sandbox, SandboxBackend, ScaffoldType
+from dagger_operator.api.ports import GATEWAY_PORT
 from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
 from dagger_operator.sandbox.process import NO_NAMESPACES, ProcessSandboxes
 from dagger_operator.store.stage import Stage, StageFailure
 
-GATEWAY_PORT = 8090
-"""Open to sandbox pods of command scaffolds; the chart's network policies name it."""
 _SPARE_SECONDS = 600
 
 

@@ -10,10 +10,9 @@ import aiohttp
 import structlog
 from yarl import URL
 
-from dagger_operator.api import DAggerRun
+from dagger_operator.api import DAggerRun, Role
 from dagger_operator.policy.replicas import addresses
 from dagger_operator.policy.upstream import Upstream
-from dagger_operator.store.records import Actor
 from dagger_operator.store.stage import StageFailure
 
 POLL_SECONDS = 1.0
@@ -24,7 +23,7 @@ log = structlog.get_logger(__name__)
 class Served:
     """One policy that the run serves, as its policy agents show it."""
 
-    role: Actor
+    role: Role
     version: str
     agents: tuple[str, ...]
     """Base URLs without `/v1`; the host name of one may stand for several addresses."""
@@ -34,7 +33,7 @@ class Served:
 
 def served(run: DAggerRun, *upstreams: Upstream | None) -> tuple[Served, ...]:
     """Those of the policies that the run serves; one behind an endpoint has no agent to ask."""
-    settings = {Actor.STUDENT: run.spec.student.served, Actor.TEACHER: run.spec.teacher.serving}
+    settings = {Role.STUDENT: run.spec.student.served, Role.TEACHER: run.spec.teacher.serving}
     return tuple(
         Served(
             role=upstream.role,

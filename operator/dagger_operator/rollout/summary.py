@@ -1,11 +1,10 @@
 """What a round's rollouts delivered, counted one trajectory at a time: pure."""
 
 from collections import Counter
-from collections.abc import Iterable
 
-from dagger_operator.api import RolloutSummary
+from dagger_operator.api import Role, RolloutSummary
 from dagger_operator.rollout.actions import ActionReader
-from dagger_operator.store.records import Actor, LabelFlaw, Outcome, Trajectory, Turn
+from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory, Turn
 
 _OUT_OF_TOKENS = ("length", "tool_calls")
 """How labels end that were cut off for want of tokens; vLLM says `tool_calls` of those, too. Any other end is the endpoint's own."""
@@ -30,13 +29,6 @@ class Tally:
         self._compared = self._agreed = 0
         self._started, self._ended = float("inf"), 0.0
 
-    @classmethod
-    def of(cls, reader: ActionReader, trajectories: Iterable[Trajectory]) -> "Tally":
-        tally = cls(reader)
-        for trajectory in trajectories:
-            tally.add(trajectory)
-        return tally
-
     def add(self, trajectory: Trajectory) -> None:
         self.outcomes[trajectory.outcome] += 1
         timings = trajectory.timings
@@ -50,7 +42,7 @@ class Tally:
         for turn in trajectory.turns:
             self.turns += 1
             self._tokens += turn.action.completion_tokens
-            if turn.actor is Actor.TEACHER:
+            if turn.actor is Role.TEACHER:
                 self._teacher_turns += 1
                 self._teacher_tokens += turn.action.completion_tokens
             if reason := _stopped(turn):
@@ -60,7 +52,7 @@ class Tally:
                 self.flaws[turn.label_flaw or LabelFlaw.REQUEST_FAILED] += 1
                 continue
             self.labels += 1
-            if turn.actor is Actor.STUDENT:
+            if turn.actor is Role.STUDENT:
                 self._compared += 1
                 self._agreed += self._reader.agree(turn.action.message, turn.label.message)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
+from dagger_operator.api import Role
+from dagger_operator.api.ports import AGENT_PORT
 from dagger_operator.serving.engine import Engine
 from dagger_operator.serving.gate import Gate
 from dagger_operator.serving.metrics import AgentMetrics
@@ -17,7 +19,6 @@ from dagger_operator.serving.weights import role
 from dagger_operator.store.policies import PolicyManifest, load_policy, pointed
 from dagger_operator.store.stage import Stage, main
 
-PORT = 8000
 _LOOK_SECONDS = 1.0
 """Between two looks at the pointer and at vLLM."""
 
@@ -25,9 +26,9 @@ log = structlog.get_logger()
 
 
 async def serve(stage: Stage) -> None:
-    """Runs until it is cancelled. Listens on `POD_IP`, port 8000."""
+    """Runs until it is cancelled. Listens on `POD_IP`, port `AGENT_PORT`."""
     spec = stage.run.spec
-    student = role(stage) == "student"
+    student = role(stage) is Role.STUDENT
     serving = spec.student.served if student else spec.teacher.serving
     slow_seconds = float(serving.startup_deadline_seconds) if serving else 600.0
     shared, gate = Shared.of(stage), Gate()
@@ -48,8 +49,8 @@ async def serve(stage: Stage) -> None:
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, stage.environ.get("POD_IP") or "0.0.0.0", PORT, backlog=1024).start()  # noqa: S104 - a pod's own address
-        log.info("listening", port=PORT)
+        await web.TCPSite(runner, stage.environ.get("POD_IP") or "0.0.0.0", AGENT_PORT, backlog=1024).start()  # noqa: S104 - a pod's own address
+        log.info("listening", port=AGENT_PORT)
         await converge(replica, seconds=_LOOK_SECONDS)
     finally:
         await runner.cleanup()

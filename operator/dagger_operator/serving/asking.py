@@ -6,11 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import aiohttp
 
-from dagger_operator.api import MaxTokensParameter, Sampling
+from dagger_operator.api import MaxTokensParameter, Role, Sampling
 from dagger_operator.store import logprobs
 from dagger_operator.store.logprobs import TopLogprobs
 from dagger_operator.store.stage import StageFailure
@@ -25,7 +25,7 @@ _LONGEST_WAIT = 30.0
 class Policy:
     """One replica of a policy, and how it is asked."""
 
-    role: Literal["student", "teacher"]
+    role: Role
     url: str
     """Base URL that ends before `/chat/completions`."""
     token: str | None = field(repr=False)

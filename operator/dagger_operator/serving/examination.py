@@ -2,16 +2,13 @@
 
 import json
 from difflib import get_close_matches
-from typing import Literal
 
-from dagger_operator.api import MaxTokensParameter, Protocol, ScaffoldType, Serving, Student, Teacher
+from dagger_operator.api import MaxTokensParameter, Protocol, Role, ScaffoldType, Serving, Student, Teacher
 from dagger_operator.api.training import Loss
 from dagger_operator.serving.agents import AgentStatus, said, wait_for
 from dagger_operator.serving.asking import Answer, Asker, Json, Policy
 from dagger_operator.serving.tokens import token_flaw
 from dagger_operator.store.stage import Stage, StageFailure
-
-Role = Literal["student", "teacher"]
 
 ENDPOINT_PATIENCE_SECONDS = 120.0
 """How long an endpoint that cannot be reached, is overloaded or fails is borne."""
@@ -36,8 +33,8 @@ class Examination:
     def __init__(self, stage: Stage, role: Role, version: str, student: str) -> None:
         """`student`: version of the one that is to learn."""
         self._stage, self._role, self._version, self._student = stage, role, version, student
-        self._top_logprobs = stage.run.spec.labels.top_logprobs if role == "teacher" else 0
-        self._spec: Student | Teacher = stage.run.spec.student if role == "student" else stage.run.spec.teacher
+        self._top_logprobs = stage.run.spec.labels.top_logprobs if role is Role.TEACHER else 0
+        self._spec: Student | Teacher = stage.run.spec.student if role is Role.STUDENT else stage.run.spec.teacher
         self._serving: Serving | None = self._spec.served if isinstance(self._spec, Student) else self._spec.serving
         self._checks: dict[str, str] = {}
         self.context = 0
@@ -144,7 +141,7 @@ class Examination:
         if answer.finish_reason in ("stop", "tool_calls"):
             self._checks["stop"] = f"ends by itself ({answer.finish_reason})"
         elif answer.finish_reason == "length":
-            if self._role == "teacher":
+            if self._role is Role.TEACHER:
                 asker.fail(
                     "Truncates",
                     f"one short line was cut off after {limit} tokens (finish_reason length), so labels would be too: raise "
@@ -192,7 +189,7 @@ class Examination:
             await asker.chat([*_TOOL_QUESTION, turn, *results], tools=[_TOOL])
             self._checks["tools"] = "calls a tool and takes its result"
             return
-        if self._role == "teacher":
+        if self._role is Role.TEACHER:
             parser = "teacher.serving.toolCallParser" if self._serving else "whether the endpoint supports tools"
             asker.fail(
                 "CallsNoTools", f"asked {_TOOL_TRIES} times to call a tool: {wrong}. Look at {parser}, or use scaffold.protocol Text"

@@ -6,7 +6,8 @@ import sys
 
 import structlog
 
-from dagger_operator.serving.examination import Examination, Role
+from dagger_operator.api import Role
+from dagger_operator.serving.examination import Examination
 from dagger_operator.store.policies import pointed
 from dagger_operator.store.progress import Reporter
 from dagger_operator.store.results import PreflightResult, PrepareResult, read_result, save_result
@@ -17,27 +18,27 @@ log = structlog.get_logger()
 
 async def preflight(stage: Stage) -> None:
     """The stage. Raises `StageFailure`; its reason starts with the policy that is to blame."""
-    if await read_result(stage.store, 0, "preflight", PreflightResult) is not None:
+    if await read_result(stage.store, 0, PreflightResult) is not None:
         return
-    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    prepared = await read_result(stage.store, 0, PrepareResult)
     if prepared is None:
         raise StageFailure("NotPrepared", "the prepare stage has no result: it comes first", permanent=False)
     pointer = await pointed(stage.store)
-    versions: dict[Role, str] = {"student": pointer.policy if pointer else prepared.policy, "teacher": prepared.teacher}
+    versions: dict[Role, str] = {Role.STUDENT: pointer.policy if pointer else prepared.policy, Role.TEACHER: prepared.teacher}
     checks: dict[str, str] = {}
     contexts: dict[Role, int] = {}
     reporter = Reporter(stage.store, 0, "preflight", "policies")
     for number, (role, version) in enumerate(versions.items()):
         await reporter.tell(number, len(versions))
-        examination = Examination(stage, role, version, versions["student"])
+        examination = Examination(stage, role, version, versions[Role.STUDENT])
         found = await examination.run()
         checks |= {f"{role}.{name}": what for name, what in found.items()}
         contexts[role] = examination.context
         log.info("policy checked", policy=version, role=role, **found)
     await reporter.tell(len(versions), len(versions))
-    if 0 < contexts["teacher"] < contexts["student"]:
-        checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts['student']}, get no label"
-    await save_result(stage.store, 0, "preflight", PreflightResult(student=versions["student"], teacher=versions["teacher"], checks=checks))
+    if 0 < contexts[Role.TEACHER] < contexts[Role.STUDENT]:
+        checks["teacher.context"] += f"; warning: states beyond it, up to the student's {contexts[Role.STUDENT]}, get no label"
+    await save_result(stage.store, 0, PreflightResult(student=versions[Role.STUDENT], teacher=versions[Role.TEACHER], checks=checks))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ async def prepare(stage: Stage) -> None:
     """The stage. Raises `StageFailure` where storage or models cannot be used, and says what to change."""
     started = time.monotonic()
     await take_prefix(stage.store, stage.run)
-    if await read_result(stage.store, 0, "prepare", PrepareResult) is not None:
+    if await read_result(stage.store, 0, PrepareResult) is not None:
         return
     report = await require_honest(stage.store)
     # The teacher first: a mistake in its name shows before a large student is copied.
@@ -37,7 +37,7 @@ async def prepare(stage: Stage) -> None:
         round_trip_seconds=report.round_trip_seconds,
         seconds=time.monotonic() - started,
     )
-    await save_result(stage.store, 0, "prepare", result)
+    await save_result(stage.store, 0, result)
     log.info("prepared", policy=policy, teacher=teacher)
 
 

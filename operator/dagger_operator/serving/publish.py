@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 async def publish(stage: Stage) -> None:
     """The stage. `StageFailure` PolicyNotServed where the replicas do not get there within `student.serving.startupDeadlineSeconds`."""
-    if await read_result(stage.store, stage.round, "publish", PublishResult) is not None:
+    if await read_result(stage.store, stage.round, PublishResult) is not None:
         return
     started = time.monotonic()
     serving = stage.run.spec.student.served
@@ -45,7 +45,7 @@ async def publish(stage: Stage) -> None:
             permanent=False,
         )
     result = PublishResult(policy=policy, replicas=len(found), seconds=time.monotonic() - started)
-    await save_result(stage.store, stage.round, "publish", result)
+    await save_result(stage.store, stage.round, result)
     log.info("published", policy=policy, replicas=result.replicas, seconds=round(result.seconds, 3))
 
 

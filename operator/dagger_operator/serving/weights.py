@@ -10,6 +10,7 @@ import time
 
 import structlog
 
+from dagger_operator.api import Role
 from dagger_operator.serving.models import Folder, Hub, Source, Stored, check_model, commit, digest_folder, digest_stored, fetch, source
 from dagger_operator.serving.shared import Shared
 from dagger_operator.store.objects import StoreUnavailable
@@ -27,7 +28,7 @@ async def weights(stage: Stage) -> None:
     """The stage. All nodes of a server of several are begun anew when a container of one ends, so there it waits itself for storage or
     the hub, for `PATIENCE_SECONDS`; of a server of one node the kubelet starts it again."""
     spec = stage.run.spec
-    serving = spec.student.served if role(stage) == "student" else spec.teacher.serving
+    serving = spec.student.served if role(stage) is Role.STUDENT else spec.teacher.serving
     until = time.monotonic() + (PATIENCE_SECONDS if serving is not None and serving.nodes > 1 else 0)
     while True:
         try:
@@ -43,19 +44,20 @@ async def put_weights(stage: Stage) -> None:
     """Afterwards `current` names a whole version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     shared = Shared.of(stage)
     shared.folder("x").parent.mkdir(parents=True, exist_ok=True)
-    version = await (_student(stage, shared) if role(stage) == "student" else _teacher(stage, shared))
+    version = await (_student(stage, shared) if role(stage) is Role.STUDENT else _teacher(stage, shared))
     shared.point(version)
     shared.prune({version})
     shared.remove_stale_socket()
     log.info("weights are in place", policy=version)
 
 
-def role(stage: Stage) -> str:
+def role(stage: Stage) -> Role:
     """Which policy this pod serves."""
     found = stage.environ.get("DAGGER_ROLE", "")
-    if found not in ("student", "teacher"):
-        raise StageFailure("IncompleteEnvironment", f"DAGGER_ROLE is {found!r}: it has to be student or teacher")
-    return found
+    try:
+        return Role(found)
+    except ValueError:
+        raise StageFailure("IncompleteEnvironment", f"DAGGER_ROLE is {found!r}: it has to be student or teacher") from None
 
 
 async def teacher_version(stage: Stage) -> tuple[str, Source]:
@@ -84,7 +86,7 @@ async def _student(stage: Stage, shared: Shared) -> str:
 
 
 async def _teacher(stage: Stage, shared: Shared) -> str:
-    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
+    prepared = await read_result(stage.store, 0, PrepareResult)
     if prepared is None:
         raise StageFailure("NotPrepared", "the teacher's version is in the result of the prepare stage, which comes first", permanent=False)
     teacher, target = stage.run.spec.teacher, shared.folder(prepared.teacher)

@@ -10,7 +10,7 @@ from http.server import ThreadingHTTPServer
 import structlog
 from prometheus_client import CollectorRegistry, GCCollector, MetricsHandler, PlatformCollector, ProcessCollector, disable_created_metrics
 
-METRICS_PORT = "DAGGER_METRICS_PORT"
+PORT_VARIABLE = "DAGGER_METRICS_PORT"
 """Environment variable; where it is set, a stage with metrics answers Prometheus on that port of `POD_IP`."""
 
 
@@ -30,7 +30,7 @@ def exposed(environ: Mapping[str, str]) -> Iterator[CollectorRegistry]:
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
-    server = _listening(environ.get("POD_IP") or "127.0.0.1", environ.get(METRICS_PORT, ""), registry)
+    server = _listening(environ.get("POD_IP") or "127.0.0.1", environ.get(PORT_VARIABLE, ""), registry)
     if server is None:
         yield registry
         return

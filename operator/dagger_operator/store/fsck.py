@@ -143,7 +143,7 @@ class _Fsck:
             key = layout.result(number, stage)
             if key not in self.sizes:
                 continue
-            result = await self._sound(read_result(self.store, number, stage, model))
+            result = await self._sound(read_result(self.store, number, model))
             if isinstance(result, RolloutResult):
                 if manifest is None:
                     self._note(key, "is there without the round's manifest", "delete it and start the rollout stage again")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dagger_operator.api import Role
 from dagger_operator.store.logprobs import TopLogprobs
 
 Message = dict[str, Any]
@@ -17,11 +18,6 @@ Message = dict[str, Any]
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Actor(StrEnum):
-    STUDENT = "student"
-    TEACHER = "teacher"
 
 
 class Outcome(StrEnum):
@@ -67,7 +63,7 @@ class Turn(Record):
 
     index: int
     """From 0."""
-    actor: Actor
+    actor: Role
     beta: float
     """Nominal probability that the teacher acts; for StudentPrefix 1.0 from turn kappa on, 0.0 before."""
     coin: float

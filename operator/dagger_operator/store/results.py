@@ -3,25 +3,36 @@
 from collections.abc import Mapping
 from statistics import fmean
 from types import MappingProxyType
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import AfterValidator, ValidationError
 
 from dagger_operator.api import EvaluationSummary, RolloutSummary, TrainingSummary
+from dagger_operator.api.course import StageName
 from dagger_operator.store import layout
 from dagger_operator.store.objects import DamagedObject, Reads, Store
 from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
-R = TypeVar("R", bound=Record)
 RESULT_BYTES = 4 << 20
 """No result has more: 100,000 tasks by name are 3 MiB."""
 MOST_LOSSES = 10_000
 """Of a result: 0.2 MiB, however many steps there were."""
 
 
-class PrepareResult(Record):
+class Result(Record):
+    """What a stage leaves when it is done."""
+
+    stage: ClassVar[StageName]
+
+
+R = TypeVar("R", bound=Result)
+
+
+class PrepareResult(Result):
     """The prefix is this run's, the store is honest, and the first student is in it."""
+
+    stage = StageName.PREPARE
 
     policy: str
     """Version of the initial student."""
@@ -34,8 +45,10 @@ class PrepareResult(Record):
     seconds: float = 0.0
 
 
-class PreflightResult(Record):
+class PreflightResult(Result):
     """Both policies answer as they should."""
+
+    stage = StageName.PREFLIGHT
 
     student: str
     """Policy version served at the start."""
@@ -44,7 +57,9 @@ class PreflightResult(Record):
     """Check by name, with what was found."""
 
 
-class RolloutResult(Record):
+class RolloutResult(Result):
+    stage = StageName.ROLLOUT
+
     summary: RolloutSummary
     manifest_digest: str
     excluded: dict[str, int]
@@ -57,7 +72,9 @@ def _few(losses: tuple[float, ...]) -> tuple[float, ...]:
     return losses if steps <= 1 else tuple(fmean(losses[start : start + steps]) for start in range(0, len(losses), steps))
 
 
-class TrainingResult(Record):
+class TrainingResult(Result):
+    stage = StageName.TRAINING
+
     summary: TrainingSummary
     policy: str
     """Policy version that was made."""
@@ -65,13 +82,17 @@ class TrainingResult(Record):
     """Mean loss over the targets of each optimiser step; of more than 10,000 steps, means over equal stretches of them."""
 
 
-class PublishResult(Record):
+class PublishResult(Result):
+    stage = StageName.PUBLISH
+
     policy: str
     replicas: int
     seconds: float
 
 
-class EvaluationResult(Record):
+class EvaluationResult(Result):
+    stage = StageName.EVALUATION
+
     summary: EvaluationSummary
     resolved_tasks: tuple[str, ...]
     unresolved_tasks: tuple[str, ...]
@@ -93,20 +114,13 @@ class StageProgress(Record):
     """Done already when this worker began: how fast it goes shows in the rest."""
 
 
-KINDS: Mapping[str, type[Record]] = MappingProxyType(
-    {
-        "prepare": PrepareResult,
-        "preflight": PreflightResult,
-        "rollout": RolloutResult,
-        "training": TrainingResult,
-        "publish": PublishResult,
-        "evaluation": EvaluationResult,
-    }
+KINDS: Mapping[str, type[Result]] = MappingProxyType(
+    {kind.stage: kind for kind in (PrepareResult, PreflightResult, RolloutResult, TrainingResult, PublishResult, EvaluationResult)}
 )
 """Type of result by stage."""
 
 
-async def save_result(store: Store, round_number: int, stage: str, result: Record) -> bool:
+async def save_result(store: Store, round_number: int, result: Result) -> bool:
     """Put-if-absent: False where the stage was done already; then the first result stands.
 
     Raises `StageFailure` for one that nobody could read again.
@@ -115,15 +129,15 @@ async def save_result(store: Store, round_number: int, stage: str, result: Recor
     if len(data) > RESULT_BYTES:
         raise StageFailure(
             "ResultTooLarge",
-            f"the result of stage {stage} of round {round_number} has {len(data)} bytes, where {RESULT_BYTES} at most are read; that of an "
-            "evaluation names every task: make a new run with a lower tasks.heldOut.count, or with shorter ids of tasks",
+            f"the result of stage {result.stage} of round {round_number} has {len(data)} bytes, where {RESULT_BYTES} at most are read; "
+            "that of an evaluation names every task: make a new run with a lower tasks.heldOut.count, or with shorter ids of tasks",
         )
-    return await store.create(layout.result(round_number, stage), data)
+    return await store.create(layout.result(round_number, result.stage), data)
 
 
-async def read_result(store: Reads, round_number: int, stage: str, kind: type[R]) -> R | None:
+async def read_result(store: Reads, round_number: int, kind: type[R]) -> R | None:
     """The result of a stage, or None where it is not done. `DamagedObject` where it cannot be read."""
-    key = layout.result(round_number, stage)
+    key = layout.result(round_number, kind.stage)
     found = await store.get(key, RESULT_BYTES)
     if found is None:
         return None

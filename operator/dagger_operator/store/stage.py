@@ -22,7 +22,7 @@ from pathlib import Path
 
 import structlog
 
-from dagger_operator.api import DAggerRun, InvalidRun, load
+from dagger_operator.api import DAggerRun, InvalidRun, Role, load
 from dagger_operator.store.credentials import OwnIdentity
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
@@ -85,7 +85,7 @@ class Stage:
             environ=environ,
         )
 
-    def token(self, role: str) -> str | None:
+    def token(self, role: Role) -> str | None:
         """The API key that the Secret of a policy's endpoint holds, `student`'s or `teacher`'s; None where there is none.
 
         Raises `StageFailure` where it cannot be sent. White space around it, such as the newline that most tools write, is no part of it.

@@ -37,7 +37,7 @@ class RankProcess:
 
 
 async def body(stage: Stage) -> None:
-    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+    if await read_result(stage.store, stage.round, TrainingResult) is not None:
         structlog.get_logger().info("already done")
         return
     given = await inputs(stage)
@@ -75,9 +75,9 @@ def _failure(rank: RankProcess) -> Exception:
     if code < 0:
         return StageFailure(
             "RankKilled",
-            f"rank {rank.rank} was ended by {signal.Signals(-code).name}; training goes on from its last checkpoint. If it was short of "
-            "memory, lower training.microBatchTokens, set training.activationCheckpointing or raise training.sequenceParallel: so it does "
-            "then; or raise training.deepspeed.zeroStage, with which it begins the round anew",
+            f"rank {rank.rank} was killed by {signal.Signals(-code).name}; training resumes from its last checkpoint. If it ran out of "
+            "memory: lower training.microBatchTokens, enable training.activationCheckpointing or raise training.sequenceParallel (training "
+            "still resumes), or raise training.deepspeed.zeroStage (the round restarts)",
             permanent=False,
         )
     try:

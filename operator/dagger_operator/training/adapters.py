@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from dagger_operator.api.training import Lora
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.merging import Pair, tensor_names
+
+if TYPE_CHECKING:
+    from dagger_operator.training.engine import Engine
 
 _NAME = "default"
 _A, _B = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
@@ -70,7 +73,7 @@ def attach(policy: Any, adapter: Adapter, base: Path) -> dict[str, Tensor]:
     return given
 
 
-def sharpen(engine: Any, exact: Mapping[str, Tensor]) -> None:
+def sharpen(engine: "Engine", exact: Mapping[str, Tensor]) -> None:
     """Gives the optimiser's FP32 weights what the cast to BF16 took from the policy's, lest every round round them anew."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 

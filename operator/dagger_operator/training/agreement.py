@@ -146,8 +146,8 @@ def _loss(engine: Engine, packs: Sequence[Pack], passes: Sequence[Pass], rank: R
     """Mean loss over all ranks' targets, without a gradient."""
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
     with torch.no_grad():
-        for turn in passes:
-            mine = [packs[index] for index in turn.packs[rank.group]]
-            total += engine(**collate(mine, limits, rank.share, rank.device), pieces=turn.pieces).detach()
+        for each in passes:
+            mine = [packs[index] for index in each.packs[rank.group]]
+            total += engine(**collate(mine, limits, rank.share, rank.device), pieces=each.pieces).detach()
     torch.distributed.all_reduce(total)
     return float(total) / sum(float(one.weights.sum()) for one in packs)

@@ -105,7 +105,7 @@ def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:
 
 def padding(passes: Iterable[Pass], packs: Sequence[Pack], limits: Limits) -> int:
     """Tokens by which the rows of all groups are larger than the packs in them."""
-    return sum(limits.padding(sum(len(packs[index]) for index in indices)) for turn in passes for indices in turn.packs)
+    return sum(limits.padding(sum(len(packs[index]) for index in indices)) for each in passes for indices in each.packs)
 
 
 def _rows(indices: Sequence[int], packs: Sequence[Pack], limits: Limits) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -20,8 +20,37 @@ from dagger_operator.store.stage import StageFailure
 from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
 
-Engine = Any
-"""`deepspeed.DeepSpeedEngine`, which is not typed."""
+
+class Engine(Protocol):
+    """What training uses of `deepspeed.DeepSpeedEngine`, which is not typed."""
+
+    module: Objective
+    policy: Any
+    """The module's, whose attributes are the engine's too."""
+    optimizer: Any
+    """DeepSpeed's own, another class for each ZeRO stage."""
+    mpu: Any
+    _config: Any
+
+    def __call__(self, *, pieces: int, **row: Any) -> torch.Tensor:
+        """The objective of a row, as `rows.collate` gives it."""
+        ...
+
+    def train(self) -> object: ...
+
+    def backward(self, loss: torch.Tensor) -> object: ...
+
+    def step(self) -> object: ...
+
+    def was_step_applied(self) -> bool: ...
+
+    def get_global_grad_norm(self) -> float | None: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def save_checkpoint(self, save_dir: str, *, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> object: ...
+
+    def load_checkpoint(self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool, load_module_strict: bool = True) -> object: ...
 
 
 def join(rank: int, ranks: int, local_rank: int) -> torch.device:
@@ -68,8 +97,8 @@ def within_memory(rank: int) -> Iterator[None]:
         raise StageFailure(
             "GpuOutOfMemory",
             f"rank {rank}: {told}: lower training.microBatchTokens, set training.activationCheckpointing or training.deepspeed.offload, or "
-            "raise training.sequenceParallel, and training goes on from its last checkpoint; or raise training.deepspeed.zeroStage, and it "
-            "begins the round anew. `daggerctl estimate` says what takes the memory",
+            "raise training.sequenceParallel (training resumes from its last checkpoint), or raise training.deepspeed.zeroStage (the round "
+            "restarts). `daggerctl estimate` says what takes the memory",
         ) from error
 
 
@@ -151,6 +180,7 @@ def build(
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     exact = adapters.attach(policy, adapter, weights) if adapter else {}
     objective = Objective(policy)
+    engine: Engine
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=make_optimizer([weight for weight in objective.parameters() if weight.requires_grad]),

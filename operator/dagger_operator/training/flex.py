@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dagger_operator.training.tree import Chains, visits
 
-BUCKET = 1024
+ROW_MULTIPLE = 1024
 """Rows are padded to a multiple of so many tokens at least: each new length compiles a kernel (`Limits.few_lengths`)."""
 _BLOCK = 128
 """Tokens on each side of a block, the size that torch takes where it is not told another."""

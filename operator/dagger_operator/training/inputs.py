@@ -55,8 +55,8 @@ async def inputs(stage: Stage) -> Inputs:
             f"round {stage.round} has no label to train on ({sum(m.turns for m in data.manifests)} turns): look at label_flaw in its "
             "trajectories, and at scaffold.protocol and teacher.sampling.maxTokens",
         )
-    prepared = await read_result(stage.store, 0, "prepare", PrepareResult)
-    previous = await read_result(stage.store, stage.round - 1, "training", TrainingResult) if stage.round > 1 else None
+    prepared = await read_result(stage.store, 0, PrepareResult)
+    previous = await read_result(stage.store, stage.round - 1, TrainingResult) if stage.round > 1 else None
     if prepared is None or (stage.round > 1 and previous is None):
         before = "the run's prepare stage" if prepared is None else f"the training stage of round {stage.round - 1}"
         raise StageFailure("StageMissing", f"{before} has no result in the store: it has to end before this one starts", permanent=False)

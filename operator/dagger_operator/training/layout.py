@@ -7,7 +7,7 @@ import torch
 
 from dagger_operator.api import Training
 from dagger_operator.training.batches import Limits
-from dagger_operator.training.flex import BUCKET
+from dagger_operator.training.flex import ROW_MULTIPLE
 from dagger_operator.training.rows import Share
 
 
@@ -37,7 +37,7 @@ class Rank:
     def limits(self, training: Training, targets_at_once: int) -> Limits:
         """No row has more than `microBatchTokens`, or the least that a row can have: the one bound by which trees are parted too."""
         compiled = self.device.type == "cuda"
-        multiple = math.lcm(BUCKET if compiled else 1, self.rows_shared_by)
+        multiple = math.lcm(ROW_MULTIPLE if compiled else 1, self.rows_shared_by)
         tokens = max(multiple, training.micro_batch_tokens - training.micro_batch_tokens % multiple)
         longest = training.max_sequence_tokens + -training.max_sequence_tokens % multiple
         return Limits(tokens, targets_at_once, multiple, few_lengths=compiled, longest=longest)

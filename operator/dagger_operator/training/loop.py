@@ -10,6 +10,7 @@ import torch.distributed
 
 from dagger_operator.api import Training
 from dagger_operator.api.training import TARGETS_AT_ONCE, Loss
+from dagger_operator.store.draws import draw
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.agreement import check_agreement
 from dagger_operator.training.batches import Curriculum, Limits, Pass, padding, spread
@@ -49,7 +50,7 @@ async def train(
             structlog.get_logger().info("a tree's loss is that of its labels one by one", difference=agreement)
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
-        torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
+        torch.manual_seed(draw("training step", seed, step, rank.index))  # follows from the step: nothing of it to checkpoint
         batch = [samples[index] for index in curriculum.batch(step)]
         packs = pack(batch, limits.tokens, training.packing)
         passes = spread(packs, rank.groups, limits)
@@ -88,9 +89,9 @@ def _gradients(
     """
     weight = sum(float(one.weights.sum()) for one in packs)
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
-    for turn in passes:
-        mine = [packs[index] for index in turn.packs[rank.group]]
-        loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=turn.pieces)
+    for each in passes:
+        mine = [packs[index] for index in each.packs[rank.group]]
+        loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=each.pieces)
         # By the weight of the whole step, and times what DeepSpeed divides by, it is the mean over all targets.
         engine.backward(loss * (gradients_divided_by(engine, rank.of, rank.groups) / weight))
         total += loss.detach()

@@ -55,11 +55,6 @@ def pack(samples: Iterable[Sample], most_tokens: int, packing: Packing = Packing
     return [_pack(part) for group in groups.values() for part in _parts(group, most_tokens)]
 
 
-def token_ratio(samples: Sequence[Sample], packs: Sequence[Pack]) -> float:
-    """Tokens that one sequence per sample would cost, by tokens that the packs cost."""
-    return sum(len(sample.strand) - 1 for sample in samples) / max(1, sum(map(len, packs)))
-
-
 def _parts(samples: Sequence[Sample], most_tokens: int) -> list[list[Sample]]:
     """The longest first, as many to a tree as fit: late turns together, since they share the longest trunk."""
     parts: list[list[Sample]] = []

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import TrainingSummary
 from dagger_operator.api.training import Loss
+from dagger_operator.store.draws import draw
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
@@ -59,7 +60,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     spec = stage.run.spec
     given = await inputs(stage)
     weights = weights_folder(stage.scratch, given.base)
-    if await read_result(stage.store, stage.round, "training", TrainingResult) is not None:
+    if await read_result(stage.store, stage.round, TrainingResult) is not None:
         return  # rank 0 stored it while this pod was made anew, and meets nobody any more
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
@@ -129,7 +130,7 @@ async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
     name, model = (await policy_manifest(stage.store, given.base)).base_model, spec.student.model
     revision = name.removeprefix(f"{model}@") if name.startswith(f"{model}@") else None  # a model on the hub is named with its commit
     parent = adapter_folder(stage.scratch, given.parent) if given.adapted else None
-    return Adapter(lora, hash((spec.seed, stage.round)), model if revision else name, revision, parent)
+    return Adapter(lora, draw("adapter", spec.seed, stage.round), model if revision else name, revision, parent)
 
 
 async def _store(
@@ -159,7 +160,7 @@ async def _store(
         checkpoint=made.version,
         seconds=round(time.monotonic() - started, 3),
     )
-    await save_result(stage.store, stage.round, "training", TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
+    await save_result(stage.store, stage.round, TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
     return summary
 
 

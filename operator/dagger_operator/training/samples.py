@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dagger_operator.api import Role
 from dagger_operator.api.training import LabelWeights, Loss, Training
-from dagger_operator.store.records import Actor, Trajectory, labelled_states
+from dagger_operator.store.records import Trajectory, labelled_states
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.soft import Soft, soft
 from dagger_operator.training.strand import Strand, Tokens, following
@@ -75,8 +76,8 @@ def tokenise(
     too_long = untold = foreign = 0
     for trajectory in trajectories:
         name = f"{trajectory.round:04d}/{trajectory.rollout_id}"
-        counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Actor.STUDENT}
-        students = {turn.index for turn in trajectory.turns if turn.actor is Actor.STUDENT}
+        counted = {turn.index: turn.action.prompt_tokens for turn in trajectory.turns if turn.actor is Role.STUDENT}
+        students = {turn.index for turn in trajectory.turns if turn.actor is Role.STUDENT}
         strand: Strand | None = None
         for state in labelled_states(trajectory):
             if not (weight := weights.student_acted if state.turn in students else weights.teacher_acted):
