@@ -1,4 +1,4 @@
-"""The quickstart by `kubectl apply`: real vLLM, pods as sandboxes, a DeepSpeed Job of two ranks, real S3.
+"""The quickstart by `kubectl apply`: real vLLM, pods as sandboxes, a DeepSpeed Job of two nodes, time-shared with the server, real S3.
 
 The operator is killed in each of its stages, other pods of it are taken away, and a real Prometheus scrapes them all.
 """
@@ -24,6 +24,8 @@ def _smaller(document: dict[str, Any]) -> dict[str, Any]:
     spec["student"]["serving"]["pod"] = {"resources": SMALL}
     spec["rollouts"] = {"workers": 1, "concurrency": 6, "leaseSeconds": 15, "pod": {"resources": SMALL}}
     spec["training"] |= {"steps": {"type": "List", "values": [300, 200]}, "checkpointEverySteps": 50, "pod": {"resources": SMALL}}
+    spec["training"] |= {"nodes": 2, "processesPerNode": 1}  # pods that find each other by name
+    spec["gpuSharing"] = "TimeShared"
     spec["sandbox"]["limits"]["cpus"] = 0.5
     return document
 
@@ -56,9 +58,10 @@ def test_a_student_learns_on_a_cluster_whatever_is_taken_from_it(installation: A
 
         installation.until("its worker counts the sandboxes that are gone", gone_and_counted, 120)
         _delete(installation, "rollout")
-        installation.until("round 2 trains", lambda: at(2, "Training"), 900)
-        _delete(installation, "training")
         _delete(installation, "student")
+        installation.until("both nodes of round 2 train", lambda: at(2, "Training") and len(_running(installation, "training")) == 2, 900)
+        assert installation.listed("pods", "dagger-operator.dev/component=student") == [], "the server left before training came"
+        _delete(installation, "training")
         run = installation.ended("quickstart", 1200)
 
     first, last = run["status"]["rounds"]
