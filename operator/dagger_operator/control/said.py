@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
-from dagger_operator.control.conditions import Reason
+from dagger_operator.control.conditions import IN_A_QUEUE, Reason
 from dagger_operator.control.names import COMPLETION_INDEX, COMPONENT
 from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
@@ -17,8 +17,6 @@ Manifest = Mapping[str, Any]
 SERVER_RESTARTS = 5
 """A server that is in back-off after this many restarts, or whose nodes were begun anew more often, is given up, but for those that
 infrastructure asked for."""
-IN_A_QUEUE = "SchedulingGated"
-"""Reason of a pod that somebody, such as Kueue, has yet to admit."""
 _OVERDUE = timedelta(seconds=60)
 """A pod should be gone at its deletionTimestamp, which has its grace in it; a kubelet that lives says so within this."""
 
