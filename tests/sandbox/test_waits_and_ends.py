@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ async def test_a_worker_that_has_as_many_pods_as_it_may_says_so(server: ApiServe
     await asyncio.gather(begun(server, "one"), begun(server, "two"), *creating)
     with pytest.raises(SandboxError, match=r"^CreateTimeout: .*no room for it among 2 pods of this worker"):
         await provider.create(SandboxRequest("three"), timeout=0.2)
+
+
+async def test_the_nodes_are_named_on_which_its_pods_have_yet_to_end(server: ApiServer, provider: PodSandboxes) -> None:
+    creating = [asyncio.create_task(provider.create(SandboxRequest(name), timeout=20)) for name in ("one", "two")]
+    names = await asyncio.gather(begun(server, "one"), begun(server, "two"))
+    await asyncio.gather(*creating)
+    (first,) = (one for one in server.there("pods") if one["metadata"]["name"] == names[0])
+    going = {**first["metadata"], "deletionTimestamp": datetime.now(UTC).isoformat()}
+    await server.change("pods", names[0], metadata=going, spec={"nodeName": "node-7"})
+    with pytest.raises(SandboxError, match=r"^CreateTimeout: .*no room for it among 2 pods of this worker, .* on node-7;"):
+        await provider.create(SandboxRequest("three"), timeout=1)
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,10 @@ _KNOCK_SECONDS = 0.1
 
 @dataclass
 class _Wait:
-    """Why a pod could not be created yet."""
+    """Why a pod could not be created yet; empty where it was not tried."""
 
-    reason: str
-    message: str
+    reason: str = ""
+    message: str = ""
 
 
 class PodSandboxes:
@@ -80,7 +80,7 @@ class PodSandboxes:
         token = secrets.token_urlsafe(32)
         manifest = pod(self._setting, request, digest=sha256(token.encode()).hexdigest(), owner=self._lease.manifest)
         life: Life | None = None
-        wait = _Wait("CreateTimeout", f"no room for it among {self._most_alive} pods of this worker, or the API server does not answer")
+        wait = _Wait()
         try:
             async with asyncio.timeout(timeout):
                 life = await self._begin(manifest, wait)
@@ -93,7 +93,7 @@ class PodSandboxes:
                 await self._fleet.end(life)
             if isinstance(error, TimeoutError):
                 self._failures += 1
-                raise _too_late(request, life.state if life else wait, timeout) from error
+                raise _too_late(request, life.state if life else wait if wait.reason else self._no_room(), timeout) from error
             if isinstance(error, SandboxError):
                 self._failures += 1
             raise
@@ -126,6 +126,11 @@ class PodSandboxes:
             return self._fleet.born(await self._created(manifest, wait))
         finally:
             await self._fleet.dismiss(name)
+
+    def _no_room(self) -> _Wait:
+        nodes = ", ".join(self._fleet.ending_on())
+        ending = f", of which some have yet to end on {nodes}" if nodes else ""
+        return _Wait("CreateTimeout", f"no room for it among {self._most_alive} pods of this worker{ending}; or the API server does not answer")
 
     async def _created(self, manifest: Manifest, wait: _Wait) -> Manifest:
         """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
