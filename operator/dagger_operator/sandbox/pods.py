@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+import structlog
 
 from dagger_operator.kube.api import Manifest
 from dagger_operator.kube.errors import ApiError, Conflict, Unavailable
@@ -38,7 +39,11 @@ class _Wait:
 
 
 class PodSandboxes:
-    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires."""
+    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires.
+
+    Where their upkeep (the Lease, the watch, the sweep) fails in a way that nobody foresaw, the task that entered it is cancelled, and
+    leaving it raises `SandboxError`.
+    """
 
     def __init__(self, setting: Setting, namespace: str, *, most_alive: int, lease_seconds: int = DURATION_SECONDS) -> None:
         """`most_alive`: pods that may exist at once, those on their way to an end included."""
@@ -57,17 +62,26 @@ class PodSandboxes:
                 await self._lease.take()
                 opening.push_async_callback(self._lease.give_up)
                 self._fleet = PodFleet(self._kube, self._setting.worker_selector, lambda: str(self._lease.manifest["metadata"]["uid"]))
-                for work in (self._lease.keep(), self._fleet.follow(), self._fleet.sweep()):
-                    opening.push_async_callback(_stop, asyncio.create_task(work))
                 await self._lease.sweep()
+                group = await opening.enter_async_context(asyncio.TaskGroup())
+                for work in (self._lease.keep(), self._fleet.follow(), self._fleet.sweep()):
+                    opening.callback(group.create_task(work).cancel)
+                opening.push_async_callback(self._end_all)
                 self._open = opening.pop_all()
         except ApiError as error:
             raise SandboxError(error.reason, f"namespace {self._namespace}: {error.message}") from error
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            await self._open.aclose()
+        except ExceptionGroup as failed:
+            structlog.get_logger().error("the upkeep of sandboxes broke", exc_info=failed)
+            cause = failed.exceptions[0]
+            raise SandboxError("Unexpected", f"the upkeep of sandboxes broke: {type(cause).__name__}: {cause}") from failed
+
+    async def _end_all(self) -> None:
         await asyncio.gather(*(self._fleet.end(life) for life in self._fleet.at_rest()))
-        await self._open.aclose()
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
         """Makes a pod ready for commands; the reasons of its `SandboxError` are the pod's own where it has some."""
@@ -177,11 +191,6 @@ async def _listening(address: "asyncio.Future[str]") -> str:
             writer.close()
             return host
         await asyncio.sleep(_KNOCK_SECONDS)
-
-
-async def _stop(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _passes(error: ApiError) -> bool:
