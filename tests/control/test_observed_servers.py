@@ -43,9 +43,7 @@ def served_until(*, code: int = 1, restarts: int = 4, life: timedelta | None = N
     if life is not None:
         ended |= {"startedAt": (NOW - life).isoformat(), "finishedAt": NOW.isoformat()}
     one = placed(ago(days=3), unready=ago(**passed))
-    one["status"]["containerStatuses"] = [
-        {"name": "vllm", "state": BACK_OFF, "lastState": {"terminated": ended}, "restartCount": restarts}
-    ]
+    one["status"]["containerStatuses"] = [{"name": "vllm", "state": BACK_OFF, "lastState": {"terminated": ended}, "restartCount": restarts}]
     return child(deployment(), [one])
 
 

@@ -115,17 +115,19 @@ async def test_a_binding_goes_with_the_account_that_it_binds_and_its_run_is_aske
     objects.there = {place: one for place, one in objects.there.items() if place[0] == "DAggerRun"}
     objects.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "theirs", "namespace": "lab"}})
     cache, woken = Cache(), []
-    for one in (binding("of workers that ended", "there-worker"), binding("of an account of its user", "theirs"), made("RoleBinding", "odd", run="there")):
+    odd = made("RoleBinding", "odd", run="there")
+    for one in (binding("of workers that ended", "there-worker"), binding("of an account of its user", "theirs"), odd):
         cache.put(objects.put(one))
-    watched = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "known", "namespace": "lab", "uid": "k", "resourceVersion": "1"}}
-    cache.put(watched)
+    watched = {"name": "known", "namespace": "lab", "uid": "k", "resourceVersion": "1"}
+    cache.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": watched})
     objects.put(binding("of workers at work", "known"))
     asked: list[Place] = []
     objects.fault = lambda verb, place: asked.append(place) if verb == "get" else None
-    one = Reaper("sandboxes", cache, objects, woken.append)  # type: ignore[arg-type]  # in a Client's place
-    assert await one.reap() == 1
+    looks: Any = objects
+    reaper = Reaper("sandboxes", cache, looks, woken.append)
+    assert await reaper.reap() == 1
     assert {name for _, name in left(objects)} == {"of an account of its user", "odd", "of workers at work", "theirs"}
     assert ("ServiceAccount", "lab", "known") not in asked, "what is watched is not asked for"
     assert woken == [("lab", "there")]
     assert cache.get(Id("RoleBinding", "sandboxes", "of workers that ended")) is None, "so the next plan that asks for it makes it"
-    assert await one.reap() == 0
+    assert await reaper.reap() == 0

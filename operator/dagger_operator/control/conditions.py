@@ -117,4 +117,3 @@ _PASSES_BY_ITSELF = frozenset(
     }
 )
 """Reasons to wait that belong to every run's way; of any other somebody has to hear."""
-

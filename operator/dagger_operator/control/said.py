@@ -122,9 +122,9 @@ def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Tr
 
 
 def unavailable(pods: Iterable[Manifest], now: datetime, patience: timedelta) -> tuple[PodFailure, ...]:
-    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends in a row of the one that had most."""
+    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends in a row of the one with most."""
     found: list[tuple[PodFailure, ...]] = [()]
-    for pod, container in ((pod, one) for pod in pods for one in _containers(pod) if _backs_off(one)):
+    for pod, container in ((one, container) for one in pods for container in _containers(one) if _backs_off(container)):
         ended = _ended(container)
         if ended is not None and ended.get("exitCode") == ExitCode.UNAVAILABLE:
             said = _explained(container, ended)

@@ -143,8 +143,8 @@ class PodSandboxes:
 
     def _no_room(self) -> _Wait:
         nodes = ", ".join(self._fleet.ending_on())
-        ending = f", of which some have yet to end on {nodes}" if nodes else ""
-        return _Wait("CreateTimeout", f"no room for it among {self._most_alive} pods of this worker{ending}; or the API server does not answer")
+        theirs = f"{self._most_alive} pods of this worker" + (f", of which some have yet to end on {nodes}" if nodes else "")
+        return _Wait("CreateTimeout", f"no room for it among {theirs}; or the API server does not answer")
 
     async def _created(self, manifest: Manifest, wait: _Wait) -> Manifest:
         """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
