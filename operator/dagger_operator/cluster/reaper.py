@@ -93,7 +93,7 @@ class Reaper:
     async def _binds_nobody(self, one: Manifest) -> bool:
         """Whether it is a binding of an account that is gone, as with the last worker of a stage: who makes another of that name would have
         its rights."""
-        account = next(iter(one.get("subjects") or ()), {})
+        account: Manifest = next(iter(one.get("subjects") or ()), {})
         if one["kind"] != "RoleBinding" or account.get("kind") != "ServiceAccount":
             return False
         place = Id(account["kind"], account["namespace"], account["name"])
