@@ -136,8 +136,8 @@ def unavailable(pods: Iterable[Manifest], now: datetime, patience: timedelta) ->
 def _in_a_row(pod: Manifest, container: Manifest, now: datetime, patience: timedelta) -> int:
     """How often a container was started again since its pod was last ready, at most. `restartCount` is that of the pod's whole life.
 
-    A life that was longer than a start may take was a server's. Else the time for which the pod has not been ready tells: a kubelet
-    starts a container again at once, and from then on after its pauses.
+    A container that ran for longer than a start may take had started. Else the time for which the pod has not been ready is the bound: a
+    kubelet restarts a container at once, and from then on after its pauses.
     """
     ended = _ended(container) or {}
     began, at = time(ended.get("startedAt")), time(ended.get("finishedAt"))

@@ -139,7 +139,7 @@ class PodFleet:
                 if self._unwanted(uid, pod["metadata"]):
                     await self._remove(uid, pod)
             async with self._fewer:
-                self._fewer.notify_all()  # some are lost by now, which nobody tells
+                self._fewer.notify_all()  # some are lost by now, of which there is no event
 
     async def _remove(self, uid: str, pod: Manifest) -> None:
         """One that was gone already is forgotten here: its end may have been told before it was known, and is not told again."""
