@@ -1,7 +1,7 @@
 """Writes what this image holds to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
 
     python sbom.py NAME
-    python sbom.py NAME GO_VERSION    of an image that holds a program of Go's standard library alone; such as go1.19.8
+    python sbom.py NAME GO_VERSION    of an image that holds a program of Go's standard library alone; such as go1.26.6
 
 No time and no serial number: the same packages give the same file.
 """

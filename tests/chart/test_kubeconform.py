@@ -25,7 +25,6 @@ EVERYTHING: Json = {
     "sandbox": {
         "resourceQuota": {"pods": "512"},
         "limitRange": [{"type": "Container", "max": {"cpu": "8"}}],
-        "priorityClass": {"create": True},
     },
     "s3": {"enabled": True, "copySecretTo": ["elsewhere"]},
     "metrics": {part: {"enabled": True} for part in ("serviceMonitor", "podMonitor", "rules", "dashboards")},

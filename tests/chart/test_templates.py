@@ -36,7 +36,6 @@ EVERYTHING: Json = {
     "sandbox": {
         "resourceQuota": {"pods": "512"},
         "limitRange": [{"type": "Container", "max": {"cpu": "8"}}],
-        "priorityClass": {"create": True},
     },
     "metrics": {
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
@@ -103,6 +102,7 @@ def test_the_operator_is_told_its_settings(render: Render) -> None:
         "DAGGER_OPERATOR_TRAINER_IMAGE": "dagger-operator/trainer:0.1.0",
         "DAGGER_OPERATOR_SANDBOX_NAMESPACE": "dagger-sandboxes",
         "DAGGER_OPERATOR_HELPER_IMAGE": "dagger-operator/sandbox-helper:0.1.0",
+        "DAGGER_OPERATOR_SANDBOX_PRIORITY_CLASS": "dagger-operator-sandbox",
         "DAGGER_OPERATOR_SCRAPERS": json.dumps(PROMETHEUS, separators=(",", ":")),
         "DAGGER_OPERATOR_METRICS_PORT": "8080",
         "DAGGER_OPERATOR_HEALTH_PORT": "8081",
@@ -173,6 +173,33 @@ def test_without_sandbox_pods_nothing_of_them_is_there(render: Render) -> None:
     assert "DAGGER_OPERATOR_SANDBOX_NAMESPACE" not in operator_env(objects)
 
 
+AUTOSCALER_CUTOFF = -10
+"""Default of cluster-autoscaler's `--expendable-pods-priority-cutoff`: a pod below it gets no new node."""
+
+
+def test_sandboxes_give_way_to_everything_else_and_a_cluster_grows_for_them_all_the_same(render: Render) -> None:
+    (made,) = all_of(render(), "PriorityClass")
+    assert AUTOSCALER_CUTOFF <= made["value"] < 0
+    assert made["preemptionPolicy"] == "Never" and not made.get("globalDefault")
+    assert operator_env(render())["DAGGER_OPERATOR_SANDBOX_PRIORITY_CLASS"] == made["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("values", "made", "told"),
+    [
+        ({"name": "ours"}, ["ours"], "ours"),
+        ({"create": False}, [], None),
+        ({"create": False, "name": "theirs"}, [], "theirs"),
+    ],
+    ids=["another name", "none", "one that is there"],
+)
+def test_who_may_make_no_priority_class_gets_none_or_names_one(render: Render, values: Json, made: list[str], told: str | None) -> None:
+    objects = render({"sandbox": {"priorityClass": values}})
+    assert [one["metadata"]["name"] for one in all_of(objects, "PriorityClass")] == made
+    assert operator_env(objects).get("DAGGER_OPERATOR_SANDBOX_PRIORITY_CLASS") == told
+    Settings.read({name: value for name, value in operator_env(objects).items() if isinstance(value, str)})
+
+
 def test_the_crd_stays_unless_told_otherwise(render: Render) -> None:
     (kept,) = all_of(render(), "CustomResourceDefinition")
     assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -199,10 +226,7 @@ def test_a_further_release_makes_nothing_that_the_first_one_made(helm: Callable[
 def test_optional_objects_are_made_when_asked_for(render: Render) -> None:
     base, full = render(), render(EVERYTHING, apis=MONITORING)
     added = {one["kind"] for one in full} - {one["kind"] for one in base}
-    monitors, bounds = (
-        {"ServiceMonitor", "PodMonitor", "PrometheusRule"},
-        {"PodDisruptionBudget", "ResourceQuota", "LimitRange", "PriorityClass"},
-    )
+    monitors, bounds = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}, {"PodDisruptionBudget", "ResourceQuota", "LimitRange"}
     assert added == monitors | bounds | {"PersistentVolumeClaim", "Secret"}
     pod = named(full, "Deployment", "dagger-operator")["spec"]["template"]
     assert pod["metadata"]["labels"]["tier"] == "control" and pod["metadata"]["annotations"] == {"note": "yes"}

@@ -34,6 +34,37 @@ def test_a_server_is_given_up_when_a_retry_would_not_mend_it_or_many_did_not() -
     assert child(deployment(), [of_another_attempt]).state is ChildState.RUNNING
 
 
+BACK_OFF = {"waiting": {"reason": "CrashLoopBackOff"}}
+
+
+def served_until(*, code: int = 1, restarts: int = 4, life: timedelta | None = None, **passed: float) -> Child:
+    """A server of days whose container ended a while ago, and again just now, after a life of some length (by default unknown)."""
+    ended = {"exitCode": code, "message": "CUDA error"}
+    if life is not None:
+        ended |= {"startedAt": (NOW - life).isoformat(), "finishedAt": NOW.isoformat()}
+    one = placed(ago(days=3), unready=ago(**passed))
+    one["status"]["containerStatuses"] = [{"name": "vllm", "state": BACK_OFF, "lastState": {"terminated": ended}, "restartCount": restarts}]
+    return child(deployment(), [one])
+
+
+def test_restarts_of_days_that_were_followed_by_service_are_not_counted_against_a_server() -> None:
+    assert served_until(restarts=5, seconds=5).state is ChildState.WAITING
+    assert served_until(restarts=50, seconds=100).state is ChildState.WAITING, "a kubelet's pauses leave no time for five restarts"
+    assert served_until(restarts=50, seconds=200).state is ChildState.FAILED, "five since it last was ready"
+    assert served_until(restarts=4, hours=1).state is ChildState.WAITING
+
+
+@pytest.mark.parametrize(("life", "state"), [(timedelta(minutes=11), ChildState.WAITING), (timedelta(minutes=9), ChildState.FAILED)])
+def test_a_life_that_was_longer_than_a_start_may_take_is_no_failed_start(life: timedelta, state: ChildState) -> None:
+    assert served_until(restarts=50, life=life, days=3).state is state
+
+
+def test_the_budget_for_a_service_that_is_away_is_each_outages_own() -> None:
+    assert len(served_until(code=75, restarts=50, seconds=100).failures) == 5
+    assert len(served_until(code=75, restarts=50, hours=1).failures) == 17
+    assert len(served_until(code=75, restarts=3, hours=1).failures) == 4
+
+
 def test_a_server_that_lacks_a_service_is_waited_for_and_its_ends_are_counted() -> None:
     away = {"terminated": {"exitCode": 75, "message": '{"reason": "ModelUnreachable", "message": "the hub is away"}'}}
     weights = {"name": "weights", "state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": away, "restartCount": 9}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagger_operator.api import Phase, Problem
-from dagger_operator.control import PROMETHEUS, RETRY, ChildState, Observed, Plan, Ref, Trouble, child, news, plan, refused
+from dagger_operator.control import PROMETHEUS, RETRY, Child, ChildState, Observed, Plan, Ref, Trouble, child, news, plan, refused
 
 Wanted = Callable[[Plan], dict[tuple[str, str], Any]]
 Story = Any
@@ -287,9 +287,10 @@ def test_a_failed_run_goes_when_its_time_is_over_though_its_storage_is_away(stor
     assert tale.plan(storage_problem="connection refused").expired
 
 
-def test_a_deleted_run_wants_nothing(story: Callable[..., Story]) -> None:
+def test_a_deleted_run_wants_nothing_and_leaves_pods_to_the_cluster(story: Callable[..., Story]) -> None:
     tale = story()
     tale.into_rollouts()
+    tale.children["Pod", "orphan"] = Child("Pod", "orphan", "rollout", pods=1)
     metadata = tale.run.metadata.model_copy(update={"deletion_timestamp": tale.now})
     gone = plan(tale.run.model_copy(update={"metadata": metadata}), Observed(tale.now, tuple(tale.children.values())))
     assert gone.objects == ()
@@ -397,3 +398,33 @@ def test_the_status_stays_small_whatever_the_number_of_rounds(story: Callable[..
     assert len(status.model_dump_json()) < 150_000
     tale.plan(storage_problem="x" * 100_000)
     assert len(tale.condition("Progressing").message) <= 1024
+
+
+WAITS = [
+    ("Unschedulable", "Warning"),
+    ("ErrImagePull", "Warning"),
+    ("QuotaExceeded", "Warning"),
+    ("NodeLost", "Warning"),
+    ("ServersStarting", "Normal"),
+    ("SchedulingGated", "Normal"),
+]
+
+
+@pytest.mark.parametrize(("reason", "kind"), WAITS)
+def test_a_reason_to_wait_that_no_run_has_by_itself_is_told_as_a_warning(story: Callable[..., Story], reason: str, kind: str) -> None:
+    tale = story()
+    tale.done("prepare")
+    tale.carry_out(tale.plan())
+    tale.see("student", state=ChildState.WAITING, trouble=Trouble("StartError", "something else, first"))
+    tale.plan()
+    tale.see("student", state=ChildState.WAITING, trouble=Trouble(reason, "in its own words"))
+    (told,) = tale.plan().events
+    assert (told.type, told.reason) == (kind, reason)
+    tale.serve()
+    assert [event.type for event in tale.plan().events] == ["Normal"]
+
+
+def test_storage_that_is_away_is_told_as_a_warning(story: Callable[..., Story]) -> None:
+    tale = story()
+    tale.plan()
+    assert [(event.type, event.reason) for event in tale.plan(storage_problem="away").events] == [("Warning", "StorageUnavailable")]

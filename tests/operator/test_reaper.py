@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from dagger_operator.cluster.cache import Cache
+from dagger_operator.cluster.cache import Cache, Id
 from dagger_operator.cluster.reaper import GRACE, Reaper
 from dagger_operator.kube.errors import ApiError, error_of
 from fixtures.objects import Objects, Place
@@ -104,3 +104,30 @@ async def test_an_api_server_that_is_away_ends_the_look(objects: Objects) -> Non
     with pytest.raises(ApiError):
         await reaper(objects).reap()
     assert left(objects) == {("RoleBinding", "a"), ("RoleBinding", "b"), ("Lease", "a"), ("Lease", "b")}
+
+
+def binding(name: str, account: str) -> Json:
+    return made("RoleBinding", name, run="there") | {"subjects": [{"kind": "ServiceAccount", "name": account, "namespace": "lab"}]}
+
+
+async def test_a_binding_goes_with_the_account_that_it_binds_and_its_run_is_asked_whether_it_wants_it_again(objects: Objects) -> None:
+    """Who makes an account of that name later has no right to run commands in sandboxes by it."""
+    objects.there = {place: one for place, one in objects.there.items() if place[0] == "DAggerRun"}
+    objects.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "theirs", "namespace": "lab"}})
+    cache, woken = Cache(), []
+    odd = made("RoleBinding", "odd", run="there")
+    for one in (binding("of workers that ended", "there-worker"), binding("of an account of its user", "theirs"), odd):
+        cache.put(objects.put(one))
+    watched = {"name": "known", "namespace": "lab", "uid": "k", "resourceVersion": "1"}
+    cache.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": watched})
+    objects.put(binding("of workers at work", "known"))
+    asked: list[Place] = []
+    objects.fault = lambda verb, place: asked.append(place) if verb == "get" else None
+    looks: Any = objects
+    reaper = Reaper("sandboxes", cache, looks, woken.append)
+    assert await reaper.reap() == 1
+    assert {name for _, name in left(objects)} == {"of an account of its user", "odd", "of workers at work", "theirs"}
+    assert ("ServiceAccount", "lab", "known") not in asked, "what is watched is not asked for"
+    assert woken == [("lab", "there")]
+    assert cache.get(Id("RoleBinding", "sandboxes", "of workers that ended")) is None, "so the next plan that asks for it makes it"
+    assert await reaper.reap() == 0

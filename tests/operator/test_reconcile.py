@@ -317,6 +317,43 @@ async def test_a_run_that_is_edited_during_the_look_at_which_its_time_is_over_st
     assert ("DAggerRun", *DEMO) not in looks.objects.there
 
 
+def jobs(looks: Looks) -> list[str]:
+    return [name for kind, _, name in looks.objects.there if kind == "Job"]
+
+
+@pytest.mark.parametrize("edit", ["spec", "retry", "another of its name", "gone"])
+async def test_who_hears_late_of_an_edit_makes_no_job_for_what_the_run_was(looks: Looks, edit: str) -> None:
+    """Of two that work at once the other one has removed it, and made the next."""
+    before = looks.stored
+    metadata = before["metadata"]
+    changed = {
+        "spec": {**before, "metadata": {**metadata, "generation": 2}, "spec": {**before["spec"], "image": "worker:2"}},
+        "retry": {**before, "metadata": {**metadata, "annotations": {"dagger-operator.dev/retry": "1"}}},
+        "another of its name": {**before, "metadata": {**metadata, "uid": "another"}},
+        "gone": None,
+    }[edit]
+    if changed is None:
+        del looks.objects.there["DAggerRun", *DEMO]
+    else:
+        looks.objects.put(changed)
+    with pytest.raises(Conflict):
+        await looks.look()
+    assert jobs(looks) == []
+    if changed is not None:
+        await looks.look()
+        assert len(jobs(looks)) == 1, "it knows the run by now"
+
+
+async def test_a_run_is_read_once_for_each_job_that_is_made_and_not_at_every_look(looks: Looks) -> None:
+    asked: list[Place] = []
+    looks.objects.fault = lambda verb, place: asked.append(place) if verb == "get" else None
+    await looks.look()
+    assert [place[0] for place in asked] == ["Job", "DAggerRun"]
+    asked.clear()
+    await looks.look()
+    assert asked == []
+
+
 async def test_what_was_refused_is_not_held_against_another_run_of_the_same_name(looks: Looks, clock: Clock) -> None:
     looks.edit(preRunningDeadlineSeconds=600)
     looks.objects.fault = answers(403, ("apply", "Job"), **QUOTA)

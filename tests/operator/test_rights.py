@@ -38,6 +38,8 @@ async def test_a_run_with_sandbox_pods_succeeds_with_the_charts_rights(lab: Any,
     await lab.until_job("rollout")
     account = await lab.client.get("v1", "ServiceAccount", lab.namespace, "demo-worker")
     assert account["metadata"]["ownerReferences"][0]["kind"] == "DAggerRun"
+    binding = await lab.client.get("rbac.authorization.k8s.io/v1", "RoleBinding", "dagger-sandboxes", f"{lab.namespace}.demo.worker")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "demo-worker", "namespace": lab.namespace}]
     lab.paused = set()
     await lab.until_phase("Succeeded")
     # It sees all namespaces, also those of other tests that are on their way out.
@@ -45,5 +47,3 @@ async def test_a_run_with_sandbox_pods_succeeds_with_the_charts_rights(lab: Any,
     forbidden = [line for line in log if "orbidden" in line and '"event": "run"' not in line]
     assert not forbidden, forbidden
     assert not [line for line in log if "event not told" in line]
-    binding = await lab.client.get("rbac.authorization.k8s.io/v1", "RoleBinding", "dagger-sandboxes", f"{lab.namespace}.demo.worker")
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "demo-worker", "namespace": lab.namespace}]

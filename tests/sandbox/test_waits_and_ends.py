@@ -2,23 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from aiohttp import web
+from structlog.testing import capture_logs
 
-from dagger_operator.api import SandboxLimits
+from dagger_operator.api import SandboxLimits, load
+from dagger_operator.rollout.sandboxes import sandboxes
 from dagger_operator.sandbox import pods
 from dagger_operator.sandbox.helper_line import Network
 from dagger_operator.sandbox.interface import LimitExceeded, SandboxError, SandboxRequest
+from dagger_operator.sandbox.pod_fleet import PodFleet
 from dagger_operator.sandbox.pod_manifest import Setting
 from dagger_operator.sandbox.pods import PodSandboxes
+from dagger_operator.sandbox.worker_lease import WorkerLease
+from dagger_operator.store.stage import StageFailure
 from fixtures.api_server import ApiServer, refusal
 
 QUOTA = 'pods "one" is forbidden: exceeded quota: sandboxes, requested: pods=1, used: pods=4, limited: pods=4'
+SETTING = Setting("r", "team", "rollout-0", "0a1b2c3d", "helper:1", SandboxLimits(), 900, "task:1")
 CONTENTION = 'Operation cannot be fulfilled on resourcequotas "sandboxes": the object has been modified'
 
 
@@ -48,8 +56,7 @@ async def provider(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     port = runner.addresses[0][1]
     monkeypatch.setattr(pods, "HELPER_PORT", port)
     monkeypatch.setattr(pods, "Network", partial(Network, port=port))
-    setting = Setting("r", "team", "rollout-0", "0a1b2c3d", "helper:1", SandboxLimits(), 900, "task:1")
-    async with PodSandboxes(setting, "sandboxes", most_alive=2) as provider:
+    async with PodSandboxes(SETTING, "sandboxes", most_alive=2) as provider:
         yield provider
     await runner.cleanup()
 
@@ -117,6 +124,17 @@ async def test_a_worker_that_has_as_many_pods_as_it_may_says_so(server: ApiServe
         await provider.create(SandboxRequest("three"), timeout=0.2)
 
 
+async def test_the_nodes_are_named_on_which_its_pods_have_yet_to_end(server: ApiServer, provider: PodSandboxes) -> None:
+    creating = [asyncio.create_task(provider.create(SandboxRequest(name), timeout=20)) for name in ("one", "two")]
+    names = await asyncio.gather(begun(server, "one"), begun(server, "two"))
+    await asyncio.gather(*creating)
+    (first,) = (one for one in server.there("pods") if one["metadata"]["name"] == names[0])
+    going = {**first["metadata"], "deletionTimestamp": datetime.now(UTC).isoformat()}
+    await server.change("pods", names[0], metadata=going, spec={"nodeName": "node-7"})
+    with pytest.raises(SandboxError, match=r"^CreateTimeout: .*no room for it among 2 pods of this worker, .* on node-7;"):
+        await provider.create(SandboxRequest("three"), timeout=1)
+
+
 @pytest.mark.parametrize(
     ("code", "reason", "message"),
     [
@@ -150,3 +168,32 @@ async def test_who_filled_a_pods_disk_is_told_from_the_message_that_evicts_it(
         with pytest.raises(SandboxError, match=message) as caught:
             await asyncio.wait_for(lost, 10)
         assert type(caught.value) is kind
+
+
+UPKEEP = [(WorkerLease, "keep"), (PodFleet, "follow"), (PodFleet, "sweep")]
+
+
+@pytest.mark.parametrize(("whose", "work"), UPKEEP, ids=lambda one: one if isinstance(one, str) else one.__name__)
+async def test_an_upkeep_of_sandboxes_that_fails_unforeseen_ends_the_stage_as_infrastructure_and_says_why(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch, whose: type, work: str
+) -> None:
+    async def breaks(_: Any) -> None:
+        await asyncio.sleep(0.1)
+        raise ValueError("not JSON")
+
+    monkeypatch.setattr(whose, work, breaks)
+    source = {"source": {"type": "JSONL", "uri": "t"}}
+    teacher = {"model": "t", "endpoint": {"url": "https://t/v1"}}
+    spec = {"student": {"model": "m"}, "teacher": teacher, "tasks": {**source, "heldOut": source}, "storage": {"url": "s3://bucket/run"}}
+    run = load({"metadata": {"name": "demo"}, "spec": spec})
+    environ = {"DAGGER_SANDBOX_NAMESPACE": "sandboxes", "DAGGER_HELPER_IMAGE": "helper:1"}
+    stage: Any = SimpleNamespace(run=run, environ=environ, worker="rollout-0")
+    with capture_logs() as logs, pytest.raises(StageFailure, match="ValueError: not JSON") as failed:
+        async with sandboxes(stage) as provider:
+            creating = asyncio.create_task(provider.create(SandboxRequest("one", image="task:1"), timeout=60))
+            await asyncio.wait_for(asyncio.shield(creating), 30)
+    assert not failed.value.permanent, "exit code 75: the next life may fare better"
+    assert any("broke" in one["event"] and one["exc_info"] for one in logs)
+    assert not server.there("leases")
+    creating.cancel()
+    await asyncio.gather(creating, return_exceptions=True)

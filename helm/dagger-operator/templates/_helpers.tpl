@@ -40,6 +40,12 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- .Values.sandbox.helperImage | default (printf "dagger-operator/sandbox-helper:%s" .Chart.AppVersion) }}
 {{- end }}
 
+{{- define "dagger-operator.sandboxPriorityClass" -}}
+{{- with .Values.sandbox.priorityClass }}
+{{- .name | default (ternary (printf "%s-sandbox" (include "dagger-operator.fullname" $)) "" .create) }}
+{{- end }}
+{{- end }}
+
 {{- define "dagger-operator.workerImage" -}}
 {{- .Values.runs.workerImage | default (printf "dagger-operator/worker:%s" .Chart.AppVersion) }}
 {{- end }}

@@ -172,7 +172,8 @@ class SandboxPod(ApiModel):
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
     """Taints that do not keep the pods away."""
     priority_class_name: ObjectName | None = None
-    """PriorityClass of the pods; below that of everything else, so that a full cluster gives up sandboxes first."""
+    """PriorityClass of the pods, below that of everything else, so that a full cluster gives up sandboxes first; default the operator's
+    setting."""
     runtime_class_name: ObjectName | None = None
     """RuntimeClass with stronger isolation, such as gVisor's or Kata's."""
     host_users: bool | None = None

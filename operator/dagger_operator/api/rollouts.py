@@ -90,7 +90,8 @@ class Sandbox(ApiModel):
     """Process: where bubblewrap is missing or not permitted, run commands all the same, as plain processes that reach the network and this
     user's files and processes, credentials among them. Only for tasks and models that you trust; otherwise the stage fails."""
     namespace: ObjectName | None = None
-    """Namespace of sandbox pods, apart from GPUs and Secrets; default the operator's setting."""
+    """Namespace of sandbox pods, apart from GPUs and Secrets; default the operator's setting, and with the chart no other: there alone it
+    has the rights that this takes, and clears what workers left."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     """Image of sandboxes for tasks that name none."""
     helper_image: Annotated[str, Field(min_length=1, max_length=512)] | None = None

@@ -12,10 +12,10 @@ from dagger_operator.api import DAggerRun
 from dagger_operator.cluster.cache import Cache, identity, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.cluster.ownership import controller, is_own
-from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE, Ref, Trouble
+from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE, RETRY, Ref, Trouble
 from dagger_operator.control.remedies import shortened
 from dagger_operator.control.scheduling import QUEUE
-from dagger_operator.kube.errors import ApiError, Missing, Refused, Unavailable
+from dagger_operator.kube.errors import ApiError, Conflict, Missing, Refused, Unavailable
 
 Manifest = Mapping[str, Any]
 
@@ -40,6 +40,8 @@ class Applier:
         try:
             if live is None:
                 live = await self._found(manifest)
+            if live is None and one.kind == "Job" and not dry_run:
+                await self._require_unchanged(run)
             if live is not None:
                 if not _may_touch(run, manifest, live):
                     return _taken(live)
@@ -92,6 +94,22 @@ class Applier:
         if run_key(live) is not None:
             self._cache.put(live)
         return live
+
+    async def _require_unchanged(self, run: DAggerRun) -> None:
+        """That a run is as it was planned for; else `Conflict`. Of two that work at once the one who hears late of an edit would make a Job
+        again that the other has removed for it, beside the one that took its place."""
+        metadata = run.metadata
+        try:
+            fresh = await self._client.get(run.api_version, run.kind, metadata.namespace, metadata.name)
+        except Missing as error:
+            raise Conflict("making a Job", 404, "Gone", error.message) from error
+        self._cache.put(fresh)
+        now = fresh["metadata"]
+        annotations = now.get("annotations") or {}
+        # A new attempt is asked for by an annotation, which counts in no generation.
+        planned_for = metadata.uid, metadata.generation, metadata.annotations.get(RETRY)
+        if (now["uid"], now.get("generation"), annotations.get(RETRY)) != planned_for:
+            raise Conflict("making a Job", 409, "Edited", f"{run.kind} {metadata.name} was changed since it was looked at")
 
     def _is_settled(self, manifest: Manifest, live: Manifest) -> bool:
         """Whether it is as we applied it: our digest, our labels, and not changed by others since.

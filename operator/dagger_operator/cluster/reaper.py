@@ -1,4 +1,5 @@
-"""What no owner reference can clear: in the sandbox namespace, Leases and bindings of runs that are gone, and Leases of workers that are.
+"""What no owner reference can clear: in the sandbox namespace, Leases and bindings of runs that are gone, Leases of workers that are, and
+bindings of accounts that are.
 
 Sandbox pods belong to their worker's Lease, so the garbage collector takes them with it.
 """
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import structlog
 
 from dagger_operator.api import API_VERSION, KIND
-from dagger_operator.cluster.cache import Cache, RunKey, run_key
+from dagger_operator.cluster.cache import Cache, Id, RunKey, identity, run_key
 from dagger_operator.cluster.client import Client
 from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE
 from dagger_operator.kube.api import Manifest
@@ -53,9 +54,10 @@ class Reaper:
         return sum(removed)
 
     async def _cleared(self, one: Manifest, run: RunKey | None = None) -> bool:
-        """Whether it was removed; where it is a run's, not before that is gone. What the API server refuses is kept and named."""
+        """Whether it was removed; where it is a run's, not before that is gone, or whom it binds. What the API server refuses is kept and
+        named."""
         try:
-            return (run is None or await self._is_gone(run)) and await self._removed(one)
+            return (run is None or await self._is_gone(run) or await self._binds_nobody(one)) and await self._removed(one)
         except ApiError as error:
             if not error.about_one:
                 raise
@@ -86,6 +88,21 @@ class Reaper:
             return True
         return False
 
+    async def _binds_nobody(self, one: Manifest) -> bool:
+        """Whether it is a binding of an account that is gone, as with the last worker of a stage: who makes another of that name would have
+        its rights."""
+        account: Manifest = next(iter(one.get("subjects") or ()), {})
+        if one["kind"] != "RoleBinding" or account.get("kind") != "ServiceAccount":
+            return False
+        place = Id(account["kind"], account["namespace"], account["name"])
+        if self._cache.get(place) is not None:
+            return False
+        try:
+            await self._client.get("v1", *place)
+        except Missing:
+            return True
+        return False
+
     async def _removed(self, one: Manifest) -> bool:
         """Not where it changed since it was looked at: a worker that was slow has renewed its Lease."""
         metadata = one["metadata"]
@@ -97,4 +114,6 @@ class Reaper:
         except Conflict:
             return False
         log.info("cleared", kind=one["kind"], namespace=self._namespace, name=metadata["name"])
+        if self._cache.get(identity(one)) is not None and (key := self._cache.remove(one)) is not None:
+            self._wake(key)  # its run may have come to want it again
         return True

@@ -152,6 +152,7 @@ def paced(after: float | None, runs: int, dice: float) -> float | None:
 def completed(run: DAggerRun, settings: Settings) -> DAggerRun:
     """With our own settings where the spec leaves them open; they are never written back."""
     sandbox = _filled(run.spec.sandbox, namespace=settings.sandbox_namespace, helper_image=settings.helper_image)
+    sandbox = sandbox.model_copy(update={"pod": _filled(sandbox.pod, priority_class_name=settings.sandbox_priority_class)})
     training = _filled(run.spec.training, image=settings.trainer_image)
     spec = _filled(run.spec, image=settings.worker_image).model_copy(update={"sandbox": sandbox, "training": training})
     return run.model_copy(update={"spec": spec})

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError
 
+from dagger_operator.api.pods import ObjectName
 from dagger_operator.control import PROMETHEUS
 
 PREFIX = "DAGGER_OPERATOR_"
@@ -40,6 +41,8 @@ class Settings(BaseModel):
     """Namespace for sandbox pods of runs that name none."""
     helper_image: Image | None = None
     """Image with the sandboxes' helper for runs that name none."""
+    sandbox_priority_class: ObjectName | None = None
+    """PriorityClass of sandbox pods for runs that name none."""
     worker_image: Image | None = None
     """Image of every stage but training for runs that name none."""
     trainer_image: Image | None = None

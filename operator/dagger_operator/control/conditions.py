@@ -51,6 +51,10 @@ class Reason(StrEnum):
     NOT_FAILED = "NotFailed"
 
 
+IN_A_QUEUE = "SchedulingGated"
+"""Reason of a pod that somebody, such as Kueue, has yet to admit."""
+
+
 def running(stage: str) -> str:
     """The reason for which a run with a stage at work progresses, such as `RolloutRunning`."""
     return f"{stage.capitalize()}Running"
@@ -95,9 +99,21 @@ def events(previous: Sequence[Condition], settled: Sequence[Condition]) -> tuple
                 told.append(Event("Warning", one.reason, one.message))
             case (ConditionType.SUCCEEDED | ConditionType.SUSPENDED, "True"):
                 told.append(Event("Normal", one.reason, one.message))
-            case (ConditionType.PROGRESSING, _) if not ended and one.reason not in _TOLD_BY_OTHERS:
-                told.append(Event("Normal", one.reason, one.message))
+            case (ConditionType.PROGRESSING, progresses) if not ended and one.reason not in _TOLD_BY_OTHERS:
+                usual = progresses == "True" or one.reason in _PASSES_BY_ITSELF
+                told.append(Event("Normal" if usual else "Warning", one.reason, one.message))
     return tuple(told)
 
 
 _TOLD_BY_OTHERS = frozenset({Reason.SUSPENDED, Reason.ROUNDS_DONE, Reason.INVALID_SPEC})
+_PASSES_BY_ITSELF = frozenset(
+    {
+        Reason.SERVERS_STARTING,
+        Reason.LEFTOVERS_STOPPING,
+        Reason.WAITING_FOR_GPUS,
+        Reason.WAITING_FOR_EVALUATION,
+        Reason.WAITING_IN_QUEUE,
+        IN_A_QUEUE,
+    }
+)
+"""Reasons to wait that belong to every run's way; of any other somebody has to hear."""

@@ -174,13 +174,14 @@ def _server(
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
+    # How long it may take to be ready.
+    patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
     again = restarting(begun_anew, pods)
     held = away or waiting(pods) or warning or again
-    if (broken := broken_server(pods)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
+    if (broken := broken_server(pods, now, patience)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
         return replace(one, state=ChildState.FAILED, trouble=broken or again)
     progress: Manifest = next((c for c in found.get("conditions") or () if c["type"] == "Progressing"), {})
     # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
-    patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
     late = next((pod for pod in pods if unready_for(pod, now) >= patience), None)
     if late is not None and progress.get("reason") in _PROGRESSES_NO_MORE:
         return replace(one, state=ChildState.FAILED, trouble=last_words(pods) or held or overdue(late, patience))
@@ -190,7 +191,7 @@ def _server(
         return replace(one, state=ChildState.READY)
     since = _earliest(waiting_since(pods), away, warning)
     state = ChildState.WAITING if held else ChildState.RUNNING
-    return replace(one, state=state, trouble=held or last_words(pods), waiting_since=since, failures=unavailable(pods))
+    return replace(one, state=state, trouble=held or last_words(pods), waiting_since=since, failures=unavailable(pods, now, patience))
 
 
 _PROGRESSES_NO_MORE = frozenset({"ProgressDeadlineExceeded", "NewReplicaSetAvailable"})

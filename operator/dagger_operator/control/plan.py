@@ -54,7 +54,9 @@ class Plan:
 def plan(run: DAggerRun, observed: Observed) -> Plan:
     """Decides from nothing but its arguments."""
     if run.metadata.deletion_timestamp is not None:
-        return Plan((), tuple(child.ref for child in observed.children if not child.deleting), run.status or RunStatus(), None)
+        # Pods on their own are the cluster's to collect.
+        made = tuple(child.ref for child in observed.children if not child.deleting and child.kind != "Pod")
+        return Plan((), made, run.status or RunStatus(), None)
     if run.status is not None and run.status.phase is Phase.SUCCEEDED and run.status.round >= run.spec.rounds:
         # Final: whoever clears storage after the end, or loses it, does not want the run to begin anew.
         status = succeeded(run, _done(run.status.round), observed.now)

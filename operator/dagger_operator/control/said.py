@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dagger_operator.control.child import PodFailure, Trouble
-from dagger_operator.control.conditions import Reason
+from dagger_operator.control.conditions import IN_A_QUEUE, Reason
 from dagger_operator.control.names import COMPLETION_INDEX, COMPONENT
 from dagger_operator.control.remedies import explained
 from dagger_operator.store.stage import ExitCode
@@ -15,10 +15,10 @@ from dagger_operator.store.stage import ExitCode
 Manifest = Mapping[str, Any]
 
 SERVER_RESTARTS = 5
-"""A server that is in back-off after this many restarts, or whose nodes were begun anew more often, is given up, but for those that
-infrastructure asked for."""
-IN_A_QUEUE = "SchedulingGated"
-"""Reason of a pod that somebody, such as Kueue, has yet to admit."""
+"""A server that is in back-off after this many restarts since it last was ready, or whose nodes were begun anew more often, is given up,
+but for those that infrastructure asked for."""
+_FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=5)
+"""A kubelet's, before it starts a container again that ended again."""
 _OVERDUE = timedelta(seconds=60)
 """A pod should be gone at its deletionTimestamp, which has its grace in it; a kubelet that lives says so within this."""
 
@@ -98,14 +98,14 @@ def overdue(pod: Manifest, patience: timedelta) -> Trouble:
     return Trouble("ProgressDeadlineExceeded", f"{said}; where loading only takes longer, raise spec.{role}.serving.startupDeadlineSeconds")
 
 
-def broken_server(pods: Iterable[Manifest]) -> Trouble | None:
-    """A server that another start would not mend, or that many did not."""
+def broken_server(pods: Iterable[Manifest], now: datetime, patience: timedelta) -> Trouble | None:
+    """A server that another start would not mend, or that many in a row did not; `patience`: how long it may take to be ready."""
     for pod in pods:
         for container in _containers(pod):
             ended = _ended(container)
             if ended is None:
                 continue
-            given_time = ended.get("exitCode") == ExitCode.UNAVAILABLE or container.get("restartCount", 0) < SERVER_RESTARTS
+            given_time = ended.get("exitCode") == ExitCode.UNAVAILABLE or _in_a_row(pod, container, now, patience) < SERVER_RESTARTS
             if ended.get("exitCode") == ExitCode.PERMANENT or (_backs_off(container) and not given_time):
                 return _explained(container, ended)
     return None
@@ -121,16 +121,33 @@ def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Tr
     return Trouble(begun_anew[-1].reason, often + hint)
 
 
-def unavailable(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
-    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends of the one that had most."""
+def unavailable(pods: Iterable[Manifest], now: datetime, patience: timedelta) -> tuple[PodFailure, ...]:
+    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends in a row of the one with most."""
     found: list[tuple[PodFailure, ...]] = [()]
-    for container in (one for pod in pods for one in _containers(pod) if _backs_off(one)):
+    for pod, container in ((one, container) for one in pods for container in _containers(one) if _backs_off(container)):
         ended = _ended(container)
         if ended is not None and ended.get("exitCode") == ExitCode.UNAVAILABLE:
             said = _explained(container, ended)
             # Each restart followed an end, and the last end has yet to be followed by one.
-            found.append((PodFailure(said.reason, said.message, ExitCode.UNAVAILABLE),) * (container.get("restartCount", 0) + 1))
+            found.append((PodFailure(said.reason, said.message, ExitCode.UNAVAILABLE),) * (_in_a_row(pod, container, now, patience) + 1))
     return max(found, key=len)
+
+
+def _in_a_row(pod: Manifest, container: Manifest, now: datetime, patience: timedelta) -> int:
+    """How often a container was started again since its pod was last ready, at most. `restartCount` is that of the pod's whole life.
+
+    A container that ran for longer than a start may take had started. Else the time for which the pod has not been ready is the bound: a
+    kubelet restarts a container at once, and from then on after its pauses.
+    """
+    ended = _ended(container) or {}
+    began, at = time(ended.get("startedAt")), time(ended.get("finishedAt"))
+    if began is not None and at is not None and at - began > patience:
+        return 0
+    counted = int(container.get("restartCount", 0))
+    restarts, left, pause = min(1, counted), unready_for(pod, now), _FIRST_PAUSE
+    while restarts < counted and left >= pause:
+        restarts, left, pause = restarts + 1, left - pause, min(2 * pause, _LONGEST_PAUSE)
+    return restarts
 
 
 def _backs_off(container: Manifest) -> bool:

@@ -31,7 +31,7 @@ def in_pods(stage: Stage) -> bool:
 
 @asynccontextmanager
 async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
-    """Raises `StageFailure` where there can be none."""
+    """Raises `StageFailure` where there can be none, or no more."""
     spec = stage.run.spec.sandbox
     provider: SandboxProvider = (
         _pods(stage)
@@ -45,7 +45,10 @@ async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
     try:
         yield provider
     finally:
-        await provider.__aexit__(None, None, None)
+        try:
+            await provider.__aexit__(None, None, None)
+        except SandboxError as error:
+            raise StageFailure(error.reason, error.message, permanent=False) from error
 
 
 def _pods(stage: Stage) -> SandboxProvider:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -14,6 +15,8 @@ from dagger_operator.sandbox.pod_manifest import of_a_worker
 from dagger_operator.sandbox.pod_state import PodState, Stand, state_of
 
 _SWEEP_SECONDS = 5.0
+_LOST_AFTER = timedelta(seconds=60)
+"""A pod should be gone at its deletionTimestamp, which has its grace in it; where its node is away nobody says so."""
 PULL_PATIENCE_SECONDS = 60.0
 """How long an image may not be pulled: some tries of the kubelet's, and then a rollout's slot is worth more."""
 
@@ -71,10 +74,22 @@ class PodFleet:
         self._fewer = asyncio.Condition()
 
     async def admit(self, name: str, most: int) -> None:
-        """Waits until fewer than `most` pods exist or are coming, and counts a new one among them until `born` or `dismiss`."""
+        """Waits until fewer than `most` pods exist or are coming, and counts a new one among them until `born` or `dismiss`.
+
+        As in a quota, those that should have gone do not count: their node is away, and may stay so.
+        """
         async with self._fewer:
-            await self._fewer.wait_for(lambda: len(self._known.keys() | self._lives.keys()) + len(self._coming) < most)
+            await self._fewer.wait_for(lambda: self._count() + len(self._coming) < most)
             self._coming.add(name)
+
+    def _count(self) -> int:
+        now = datetime.now(UTC)
+        return len({uid for uid, pod in self._known.items() if not _lost(pod, now)} | self._lives.keys())
+
+    def ending_on(self) -> list[str]:
+        """Nodes on which pods are ending, or that do not say that they did."""
+        ending = (pod for pod in self._known.values() if pod["metadata"].get("deletionTimestamp"))
+        return sorted({str(pod["spec"]["nodeName"]) for pod in ending if "nodeName" in pod["spec"]})
 
     async def dismiss(self, name: str) -> None:
         self._coming.discard(name)
@@ -123,6 +138,8 @@ class PodFleet:
             for uid, pod in list(self._known.items()):
                 if self._unwanted(uid, pod["metadata"]):
                     await self._remove(uid, pod)
+            async with self._fewer:
+                self._fewer.notify_all()  # some are lost by now, of which there is no event
 
     async def _remove(self, uid: str, pod: Manifest) -> None:
         """One that was gone already is forgotten here: its end may have been told before it was known, and is not told again."""
@@ -163,3 +180,8 @@ class PodFleet:
             life.see(state)
         async with self._fewer:
             self._fewer.notify_all()
+
+
+def _lost(pod: Manifest, now: datetime) -> bool:
+    due = pod["metadata"].get("deletionTimestamp")
+    return due is not None and now - datetime.fromisoformat(due.replace("Z", "+00:00")) > _LOST_AFTER

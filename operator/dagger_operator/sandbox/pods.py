@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
+import structlog
 
 from dagger_operator.kube.api import Manifest
 from dagger_operator.kube.errors import ApiError, Conflict, Unavailable
@@ -31,14 +32,18 @@ _KNOCK_SECONDS = 0.1
 
 @dataclass
 class _Wait:
-    """Why a pod could not be created yet."""
+    """Why a pod could not be created yet; empty where it was not tried."""
 
-    reason: str
-    message: str
+    reason: str = ""
+    message: str = ""
 
 
 class PodSandboxes:
-    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires."""
+    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires.
+
+    Where their upkeep (the Lease, the watch, the sweep) fails in a way that nobody foresaw, the task that entered it is cancelled, and
+    leaving it raises `SandboxError`.
+    """
 
     def __init__(self, setting: Setting, namespace: str, *, most_alive: int, lease_seconds: int = DURATION_SECONDS) -> None:
         """`most_alive`: pods that may exist at once, those on their way to an end included."""
@@ -57,17 +62,26 @@ class PodSandboxes:
                 await self._lease.take()
                 opening.push_async_callback(self._lease.give_up)
                 self._fleet = PodFleet(self._kube, self._setting.worker_selector, lambda: str(self._lease.manifest["metadata"]["uid"]))
-                for work in (self._lease.keep(), self._fleet.follow(), self._fleet.sweep()):
-                    opening.push_async_callback(_stop, asyncio.create_task(work))
                 await self._lease.sweep()
+                group = await opening.enter_async_context(asyncio.TaskGroup())
+                for work in (self._lease.keep(), self._fleet.follow(), self._fleet.sweep()):
+                    opening.callback(group.create_task(work).cancel)
+                opening.push_async_callback(self._end_all)
                 self._open = opening.pop_all()
         except ApiError as error:
             raise SandboxError(error.reason, f"namespace {self._namespace}: {error.message}") from error
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            await self._open.aclose()
+        except ExceptionGroup as failed:
+            structlog.get_logger().error("the upkeep of sandboxes broke", exc_info=failed)
+            cause = failed.exceptions[0]
+            raise SandboxError("Unexpected", f"the upkeep of sandboxes broke: {type(cause).__name__}: {cause}") from failed
+
+    async def _end_all(self) -> None:
         await asyncio.gather(*(self._fleet.end(life) for life in self._fleet.at_rest()))
-        await self._open.aclose()
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
         """Makes a pod ready for commands; the reasons of its `SandboxError` are the pod's own where it has some."""
@@ -80,7 +94,7 @@ class PodSandboxes:
         token = secrets.token_urlsafe(32)
         manifest = pod(self._setting, request, digest=sha256(token.encode()).hexdigest(), owner=self._lease.manifest)
         life: Life | None = None
-        wait = _Wait("CreateTimeout", f"no room for it among {self._most_alive} pods of this worker, or the API server does not answer")
+        wait = _Wait()
         try:
             async with asyncio.timeout(timeout):
                 life = await self._begin(manifest, wait)
@@ -93,7 +107,7 @@ class PodSandboxes:
                 await self._fleet.end(life)
             if isinstance(error, TimeoutError):
                 self._failures += 1
-                raise _too_late(request, life.state if life else wait, timeout) from error
+                raise _too_late(request, life.state if life else wait if wait.reason else self._no_room(), timeout) from error
             if isinstance(error, SandboxError):
                 self._failures += 1
             raise
@@ -126,6 +140,11 @@ class PodSandboxes:
             return self._fleet.born(await self._created(manifest, wait))
         finally:
             await self._fleet.dismiss(name)
+
+    def _no_room(self) -> _Wait:
+        nodes = ", ".join(self._fleet.ending_on())
+        theirs = f"{self._most_alive} pods of this worker" + (f", of which some have yet to end on {nodes}" if nodes else "")
+        return _Wait("CreateTimeout", f"no room for it among {theirs}; or the API server does not answer")
 
     async def _created(self, manifest: Manifest, wait: _Wait) -> Manifest:
         """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
@@ -172,11 +191,6 @@ async def _listening(address: "asyncio.Future[str]") -> str:
             writer.close()
             return host
         await asyncio.sleep(_KNOCK_SECONDS)
-
-
-async def _stop(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _passes(error: ApiError) -> bool:
