@@ -184,4 +184,4 @@ class PodFleet:
 
 def _lost(pod: Manifest, now: datetime) -> bool:
     due = pod["metadata"].get("deletionTimestamp")
-    return due is not None and now - datetime.fromisoformat(due.replace("Z", "+00:00")) > _LOST_AFTER
+    return due is not None and now - datetime.fromisoformat(due) > _LOST_AFTER
