@@ -55,10 +55,9 @@ async def train(
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
         if loss is None:  # the step is not taken, so what is stored is the state before it
-            if tally.steps:  # before the first, Adam has no state yet, which a checkpoint needs to be cut anew
-                await checkpoints.save(engine, tally)
-            goes_on = "training goes on from its checkpoint" if tally.steps else "training begins anew"
-            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {goes_on}", permanent=False)
+            await checkpoints.save(engine, tally)
+            then = "training resumes from its checkpoint" if tally.steps else "training restarts"
+            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {then}", permanent=False)
         refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
         refuse_skipped(take_step(engine, rate), tally.losses, batch)
