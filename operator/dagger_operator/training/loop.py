@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import structlog
 import torch
@@ -45,8 +45,8 @@ async def train(
     limits = rank.limits(training, targets_at_once // 2 if training.loss is Loss.FORWARD_KL else targets_at_once)
     if tally.steps < curriculum.steps:
         agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
-        if rank.index == 0 and agreement is not None:
-            structlog.get_logger().info("a tree's loss is that of its labels one by one", difference=agreement)
+        if rank.index == 0:
+            structlog.get_logger().info("attention over trees checked", **asdict(agreement))
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
         torch.manual_seed(hash((seed, step, rank.index)))  # a step's randomness follows from the step: nothing of it to checkpoint
