@@ -1,5 +1,5 @@
-"""Trainer state in the store, from which a killed training goes on: with the same losses, bit for bit, on the same layout, and to
-rounding on another number of ranks.
+"""Trainer state in the store, from which a killed training resumes: on the CPU and the same layout with the same losses, bit for bit,
+and to rounding on GPUs or another number of ranks.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
 restart fetches that again, or all there is where ranks are dealt to other pods. The last two are kept: if one is damaged, the one
