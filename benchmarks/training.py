@@ -5,7 +5,8 @@
 Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which the student
 alone acts (`--acted 0`: every label branches off, the case that saves least), and in which the teacher acts on a share of turns, whose
 labels lie on the trunk. *Per label* is `training.packing: Labels`: the same code, a causal sequence for each label. Blocks of both
-alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own.
+alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own. The exit code is 1 where a goal
+is missed (`training_goals.py`).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training_goals import missed
 from training_load import (
     FOR_MEMORY,
     FOR_MEMORY_SHAPE,
@@ -118,6 +120,9 @@ def main() -> None:
     print(f"load average {os.getloadavg()[0]:.2f}")
     if asked.json:
         asked.json.write_text(json.dumps(figures, indent=1))
+    if lines := missed(figures):
+        sys.exit("\n".join(lines))
+    print("all goals are met")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def test_json_holds_the_same_for_programs(ctl: Any, paper: list[Any]) -> None:
     told = json.loads(answer.stdout)
     assert told["assumed"]["turns"] == 80 and told["fits"] and len(told["rounds"]) == 5
     assert told["rounds"][0]["labels"] == 512 * 80 and told["initialEvaluationSeconds"] > 0
+    assert 0 < told["rounds"][0]["trainingGpuHours"] < told["gpuHours"]
     assert told["trainingMemory"]["total"] < told["gpu"]["memory"]
     assert told["trainingNode"]["memory"] > told["trainingNode"]["loading"] and told["teacherPod"]["disk"] > told["studentPod"]["disk"]
     assert told["studentServing"]["weights"] == 2 * KNOWN["Qwen/Qwen3-4B-Instruct-2507"].parameters

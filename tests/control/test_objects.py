@@ -250,6 +250,15 @@ def test_several_training_nodes_find_the_first_by_name(make_run: Make) -> None:
     assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
 
 
+def test_a_training_pod_has_as_long_to_store_a_checkpoint_as_the_run_says(make_run: Make) -> None:
+    def notice(**training: Any) -> int:
+        job = build_job(make_run(training=training), Step(1, StageName.TRAINING), RESULTS)
+        seconds: int = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        return seconds
+
+    assert (notice(), notice(terminationGracePeriodSeconds=900)) == (120, 900)
+
+
 def test_the_same_inputs_make_the_same_attempt_and_a_retry_another(make_run: Make) -> None:
     step = Step(1, StageName.TRAINING)
     first, again = build_job(make_run(), step, RESULTS), build_job(make_run(), step, RESULTS)

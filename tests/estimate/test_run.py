@@ -129,6 +129,24 @@ def test_gpu_hours_are_counted_as_the_status_counts_them(sharing: str, overlap: 
     assert found.gpu_hours == pytest.approx(gpu_hours(load({**PAPER, "spec": spec.wire()}), worked, Results()))
 
 
+@pytest.mark.parametrize("overlap", ["NextRound", "None"])
+@pytest.mark.parametrize("sharing", ["TimeShared", "Dedicated"])
+def test_gpu_hours_of_stages_add_up_to_those_of_the_run(sharing: str, overlap: str) -> None:
+    found = _estimate(_spec({"gpuSharing": sharing, "evaluation.overlap": overlap}), change_seconds=0)
+    stages = [(one.rollout_gpu_hours, one.training_gpu_hours, one.evaluation_gpu_hours) for one in found.rounds]
+    assert sum(hours or 0 for of_a_round in stages for hours in of_a_round) == pytest.approx(found.gpu_hours)
+    first = found.rounds[0]
+    assert first.rollout_seconds and first.rollout_gpu_hours == pytest.approx(8 * first.rollout_seconds / 3600)
+    assert first.training_seconds and first.training_gpu_hours == pytest.approx(
+        (8 if sharing == "TimeShared" else 16) * first.training_seconds / 3600
+    )
+
+
+def test_gpu_hours_are_of_no_stage_where_one_works_on_the_cpu() -> None:
+    on_the_cpu = {"training.gpusPerNode": 0, "gpuSharing": "Dedicated"}
+    assert {one.rollout_gpu_hours for one in _estimate(_spec(on_the_cpu)).rounds} == {None}
+
+
 def test_an_evaluation_beside_rollouts_slows_both_and_is_not_free() -> None:
     apart, beside = (_estimate(_spec({"evaluation.overlap": overlap})) for overlap in ("None", "NextRound"))
     for number in range(4):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.tree import Chain, Chains, Span, TreeBuilder, paths
 from training.test_trees_gradients import policies, sample
+
+if TYPE_CHECKING:
+    from dagger_operator.training.agreement import Agreement
 
 __all__ = ["policies"]
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
@@ -30,7 +34,7 @@ def alone() -> Iterator[None]:
     ranks.destroy_process_group()
 
 
-def check(policy: Any, batch: Sequence[Sample] = BATCH, device: Any = "cpu", **settings: Any) -> float | None:
+def check(policy: Any, batch: Sequence[Sample] = BATCH, device: Any = "cpu", **settings: Any) -> Agreement:
     import torch
 
     from dagger_operator.training.agreement import check_agreement
@@ -40,32 +44,36 @@ def check(policy: Any, batch: Sequence[Sample] = BATCH, device: Any = "cpu", **s
     return check_agreement(policy, batch, training, rank, rank.limits(training, 4096))
 
 
-def test_right_attention_agrees(policies: tuple[Any, Any], alone: None) -> None:
-    difference = check(policies[1])
-    assert difference is not None and difference < 1e-5
+@pytest.mark.parametrize("recompute", [False, True])
+def test_right_attention_agrees_and_what_is_measured_is_told(policies: tuple[Any, Any], alone: None, recompute: bool) -> None:
+    measured = check(policies[1], activationCheckpointing=recompute)
+    assert 0 < measured.attention < 1e-5 < measured.attention_allowed
+    assert measured.loss is not None and measured.loss < 1e-5 < measured.loss_allowed
 
 
 @pytest.mark.parametrize("packing", ["Trees", "Labels"])
 @pytest.mark.parametrize("precision", ["FP32", "BF16"])
 def test_right_attention_agrees_where_nothing_branches_too(policies: tuple[Any, Any], alone: None, packing: str, precision: str) -> None:
-    assert check(policies[1], BATCH[:1], packing=packing, precision=precision) is None
+    assert check(policies[1], BATCH[:1], packing=packing, precision=precision).loss is None
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["FP32", "BF16"])
 def test_so_it_does_on_cuda_and_a_wrong_mask_does_not(
-    policies: tuple[Any, Any], alone: None, monkeypatch: pytest.MonkeyPatch, precision: str
+    policies: tuple[Any, Any], alone: None, monkeypatch: pytest.MonkeyPatch, precision: str, recompute: bool
 ) -> None:
     import torch
 
     from dagger_operator.training import flex
 
     policy, cuda = copy.deepcopy(policies[1]).to("cuda"), torch.device("cuda", 0)
-    assert check(policy, precision=precision, device=cuda) is not None
+    settings = {"precision": precision, "activationCheckpointing": recompute}
+    assert check(policy, device=cuda, **settings).loss is not None
     right = flex.block_mask
     monkeypatch.setattr(flex, "block_mask", lambda chains, device: right((Chain(0, chains[-1].end),), device))
     with pytest.raises(StageFailure, match="TreesDisagree: attention over trees"):
-        check(policy, precision=precision, device=cuda)
+        check(policy, device=cuda, **settings)
 
 
 def whole_trunk(chains: Chains) -> list[list[Span]]:
@@ -119,6 +127,22 @@ def test_a_wrong_gradient_ends_the_training(
         check(policies[1], packing=packing)
 
 
+def test_attention_that_is_wrong_when_it_is_computed_again_ends_the_training(
+    policies: tuple[Any, Any], alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As activation checkpointing has it done, in a thread of autograd's: its outputs are right."""
+    from dagger_operator.training import joined
+
+    right, calls = joined.attend, itertools.count()
+
+    def attend(query: Any, key: Any, value: Any, tree: Any, scaling: float) -> Any:
+        return right(query, key.roll(next(calls) % 2, dims=2), value, tree, scaling)
+
+    monkeypatch.setattr(joined, "attend", attend)
+    with pytest.raises(StageFailure, match=r"TreesDisagree: .*outputs by 0.0%"):
+        check(policies[1], activationCheckpointing=True)
+
+
 def test_without_branches_only_rows_of_several_labels_are_in_question(
     policies: tuple[Any, Any], alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +175,7 @@ def test_a_tree_is_compared_with_few_labels_each_in_a_row_of_its_own(policies: t
             return policies[1](tree=tree, **given)
 
     turns = [sample([*range(1, 2 * turn), 38, 39], 2 * turn - 1) for turn in range(2, 12)]
-    assert check(Watched(), [sample([*range(1, 30)], 20), *turns]) is not None
+    assert check(Watched(), [sample([*range(1, 30)], 20), *turns]).loss is not None
     together, *apart = rows
     assert len(together) == 4 and [len(row) for row in apart] == [1] * 4
 
@@ -172,4 +196,4 @@ def test_a_student_that_knows_its_labels_by_heart_is_not_refused_for_rounding(po
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.1
-    assert check(learned) is not None
+    assert check(learned).loss is not None

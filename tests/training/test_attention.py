@@ -109,6 +109,27 @@ def test_flex_attention_gives_the_outputs_of_the_whole_mask(chains: Chains) -> N
     assert (found - expected).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("way", ["flex", "joined"])
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_query_and_key_that_a_norm_left_in_fp32_are_taken_in_the_type_of_value(way: str) -> None:
+    """As without ZeRO in BF16, where autocast leaves the weights of norms in FP32."""
+    import torch
+
+    from dagger_operator.training import flex, joined
+
+    chains = long_forest(1024)
+    query, key, value = (tensor.detach() for tensor in inputs(1024, 4, 2))
+    given = (query, key, value.bfloat16())
+    with torch.no_grad():
+        expected = dense(query, key, value, chains, 0.2)
+        if way == "flex":
+            found = flex.attend(*given, flex.block_mask(chains, torch.device("cpu")), 0.2)
+        else:
+            found = joined.attend(*given, joined.parts(chains), 0.2)
+    assert found.dtype is torch.bfloat16
+    assert (found - expected).norm() <= 2e-2 * expected.norm()
+
+
 def long_forest(tokens: int) -> Chains:
     """A conversation of half that many tokens with labels of 60 tokens, and padding."""
     branches = tokens // 120 - 1

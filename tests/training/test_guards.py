@@ -10,18 +10,20 @@ from dagger_operator.training.guards import refuse_broken, refuse_skipped
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.strand import Strand
 
-BATCH = [Sample(f"0002/{number:05d}", turn, Strand(np.array([1, 2], dtype=np.int32)), 1) for number in range(3) for turn in range(2)]
+TOKENS = Strand(np.array([1, 2], dtype=np.int32))
+BATCH = [Sample(f"0002/{number:05d}", turn, TOKENS, 1, shard=f"shard-{number // 2}") for number in range(3) for turn in range(2)]
+SOURCE = "rollouts 0002/00000, 0002/00001, 0002/00002 .*, in shards shard-0, shard-1"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_refused_at_any_step(loss: float) -> None:
-    with pytest.raises(StageFailure, match=r"LossNotFinite: the loss of step 3 .*rollouts 0002/00000, 0002/00001, 0002/00002"):
+    with pytest.raises(StageFailure, match=f"LossNotFinite: the loss of step 3 .*{SOURCE}"):
         refuse_broken(loss, [1.0, 0.9], BATCH)
 
 
 def test_a_gradient_that_is_no_number_is_refused_at_any_step() -> None:
     refuse_skipped(True, [1.0, 0.9], BATCH)
-    with pytest.raises(StageFailure, match=r"GradientNotFinite: the gradient of step 3 .*rollouts 0002/00000, 0002/00001, 0002/00002"):
+    with pytest.raises(StageFailure, match=f"GradientNotFinite: the gradient of step 3 .*{SOURCE}"):
         refuse_skipped(False, [1.0, 0.9], BATCH)
 
 

@@ -28,6 +28,8 @@ async def test_a_loss_that_is_no_number_ends_the_stage_before_it_reaches_the_wei
     assert await setting.ended() == ExitCode.PERMANENT
     assert setting.failure()["reason"] == "LossNotFinite"
     assert "training.learningRate" in setting.failure()["message"]
+    (shard,) = [info.key for info in await setting.store.list(f"{layout.round_prefix(1)}/data/")]
+    assert setting.failure()["message"].endswith(f"in shards {shard}")
 
 
 @pytest.mark.heavy

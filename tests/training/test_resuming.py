@@ -129,7 +129,7 @@ def test_a_notice_in_the_first_step_leaves_nothing_that_another_number_of_ranks_
 ) -> None:
     layouts = {name: {**SETTINGS[name], **HALF_WAY} for name in ("zero0", "zero1", "zero3", "bf16-zero1", "bf16-zero2")}
     for ended in ended_under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, stopped=True):
-        words = "Terminated: asked to end after step 0 of 4; training begins anew"
+        words = "Terminated: asked to end after step 0 of 4; training restarts"
         assert ended == dict.fromkeys(layouts, words)
     # It begins anew, and does not fail for ever.
     assert under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True).keys() == layouts.keys()

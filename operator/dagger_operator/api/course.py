@@ -111,13 +111,19 @@ class Cost:
 
 
 def cost(spec: RunSpec, seconds: Callable[[Step], float]) -> Cost:
-    """Of steps that take so many seconds each. An evaluation beside others has no GPUs of its own; where it outlasts them, the run waits,
-    and holds the servers that the next step finds."""
-    clock = paid = 0.0
+    """Of steps that take so many seconds each."""
+    costs = cost_by_step(spec, seconds).values()
+    return Cost(sum(one.seconds for one in costs), sum(one.gpu_seconds for one in costs))
+
+
+def cost_by_step(spec: RunSpec, seconds: Callable[[Step], float]) -> dict[Step, Cost]:
+    """What each step adds. An evaluation beside others has no GPUs of its own; where it outlasts them, the run waits for it, and holds
+    the servers that the next step finds."""
+    costs: dict[Step, Cost] = {}
     for span in spans(spec):
         took = {step: seconds(step) for step in span.steps}
-        waits = max(0.0, (seconds(span.beside) if span.beside is not None else 0.0) - sum(took.values()))
-        clock += sum(took.values()) + waits
-        paid += sum(took[step] * gpus_held(spec, step) for step in took)
-        paid += waits * _serving(spec, teacher=span.steps[-1].round < spec.rounds)
-    return Cost(clock, paid)
+        costs |= {step: Cost(took[step], took[step] * gpus_held(spec, step)) for step in took}
+        if span.beside is not None:
+            waits = max(0.0, seconds(span.beside) - sum(took.values()))
+            costs[span.beside] = Cost(waits, waits * _serving(spec, teacher=span.steps[-1].round < spec.rounds))
+    return costs

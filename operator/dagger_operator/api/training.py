@@ -175,6 +175,8 @@ class Training(ApiModel):
     """GPUs of each pod; 0 trains on the CPU."""
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1000000)] = 50
     """Steps between checkpoints from which a killed Job goes on."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=30, le=3600)] = 120
+    """Seconds that a training pod has between SIGTERM and SIGKILL to store a checkpoint. A spot node's cloud may give it fewer."""
     retries: Annotated[int, Field(ge=0, le=100)] = 6
     """Further tries of a training that failed by itself. Its nodes end together, and count as one."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None

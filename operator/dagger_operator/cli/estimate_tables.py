@@ -144,6 +144,10 @@ def _hours(seconds: float | None) -> str:
     return NOTHING if seconds is None else f"{seconds / 3600:.2f} h"
 
 
+def _gpu_hours(hours: float | None) -> str:
+    return NOTHING if hours is None else f"{hours:,.1f}"
+
+
 _ROWS: tuple[tuple[str, Callable[[RoundEstimate], str]], ...] = (
     ("teacher's turns", lambda one: f"{100 * one.teacher_share:.1f} %"),
     ("rollouts", lambda one: f"{one.rollouts:,}"),
@@ -156,7 +160,10 @@ _ROWS: tuple[tuple[str, Callable[[RoundEstimate], str]], ...] = (
     ("  per label", lambda one: _millions(one.per_label.tokens)),
     ("  fewer by", lambda one: f"{one.saved:.1f} x"),
     ("rollout", lambda one: _hours(one.rollout_seconds)),
+    ("  GPU-hours", lambda one: _gpu_hours(one.rollout_gpu_hours)),
     ("training", lambda one: _hours(one.training_seconds)),
+    ("  GPU-hours", lambda one: _gpu_hours(one.training_gpu_hours)),
     ("  per label", lambda one: _hours(one.training_seconds_per_label)),
     ("evaluation", lambda one: _hours(one.evaluation_seconds)),
+    ("  GPU-hours", lambda one: _gpu_hours(one.evaluation_gpu_hours)),
 )

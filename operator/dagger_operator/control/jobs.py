@@ -172,6 +172,6 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         volumes=["scratch"],
         memory_volumes=["shm"] if training else [],
         restartPolicy="Never",
-        # A trainer saves a checkpoint (a notice of a spot node is two minutes at most) and a worker gives its claims back before they go.
-        terminationGracePeriodSeconds=120 if training else 60,
+        # A trainer stores a checkpoint and a worker gives its claims back before they go.
+        terminationGracePeriodSeconds=run.spec.training.termination_grace_period_seconds if training else 60,
     )

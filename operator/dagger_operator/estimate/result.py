@@ -37,6 +37,11 @@ class RoundEstimate:
     training_seconds_per_label: float | None
     evaluation_seconds: float | None
     """With the rollouts of the next round, where it goes beside them."""
+    rollout_gpu_hours: float | None
+    """GPUs that are held meanwhile times the hours, as `Estimate.gpu_hours` sums them up; None where a stage's time is not known."""
+    training_gpu_hours: float | None
+    evaluation_gpu_hours: float | None
+    """Beside rollouts only those for which the run waits for it."""
 
     @property
     def saved(self) -> float:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from dagger_operator.api import Aggregation, BatchUnit, PodSettings, RunSpec, Serving, TrainingMode
-from dagger_operator.api.course import StageName, Step, cost, gpus_held, spans
+from dagger_operator.api.course import Cost, StageName, Step, cost_by_step, gpus_held, spans
 from dagger_operator.api.training import Packing
 from dagger_operator.estimate.assumptions import Assumptions
 from dagger_operator.estimate.fit import findings
@@ -38,8 +38,8 @@ class _Planner:
 
     def estimate(self) -> Estimate:
         took = self._seconds()
-        rounds = tuple(self._round(number, took) for number in range(1, self.spec.rounds + 1))
-        costs = None if None in took.values() else cost(self.spec, lambda step: took[step] or 0.0)
+        costs = None if None in took.values() else cost_by_step(self.spec, lambda step: took[step] or 0.0)
+        rounds = tuple(self._round(number, took, costs) for number in range(1, self.spec.rounds + 1))
         on_gpus = self.trains and self.spec.training.gpus_per_node > 0
         memory = training_memory(self.shape, Setup.of(self.spec.training)) if on_gpus else None
         node = training_node(self.shape, self.spec.training, memory, self._label_tokens()) if memory is not None else None
@@ -60,8 +60,8 @@ class _Planner:
             teacher=self.teacher,
             gpus=max(gpus_held(self.spec, step) for step in took),
             initial_evaluation_seconds=took.get(Step(0, StageName.EVALUATION), 0.0),
-            hours=costs.seconds / 3600 if costs else None,
-            gpu_hours=costs.gpu_seconds / 3600 if costs else None,
+            hours=sum(one.seconds for one in costs.values()) / 3600 if costs else None,
+            gpu_hours=sum(one.gpu_seconds for one in costs.values()) / 3600 if costs else None,
             findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk, self._in_flight()),
         )
 
@@ -71,7 +71,11 @@ class _Planner:
     def _pod(self, pool: Pool | None, versions: int) -> ServingPod | None:
         return serving_pod(pool.shape, pool.serving, versions) if pool is not None else None
 
-    def _round(self, number: int, took: Mapping[Step, float | None]) -> RoundEstimate:
+    def _round(self, number: int, took: Mapping[Step, float | None], costs: Mapping[Step, Cost] | None) -> RoundEstimate:
+        def gpu_hours(stage: StageName) -> float | None:
+            cost = costs.get(Step(number, stage)) if costs else None
+            return cost.gpu_seconds / 3600 if cost else None
+
         share = self.shares[number - 1]
         rollouts = self._rollouts(number)
         turns = rollouts * self.talk.turns
@@ -91,6 +95,9 @@ class _Planner:
             training_seconds=took.get(Step(number, StageName.TRAINING), 0.0),
             training_seconds_per_label=self._training_seconds(per_label, steps),
             evaluation_seconds=took.get(Step(number, StageName.EVALUATION), 0.0),
+            rollout_gpu_hours=gpu_hours(StageName.ROLLOUT),
+            training_gpu_hours=gpu_hours(StageName.TRAINING),
+            evaluation_gpu_hours=gpu_hours(StageName.EVALUATION),
         )
 
     def _rollouts(self, number: int) -> int:

@@ -143,11 +143,16 @@ class TrainingSet:
         return hashlib.sha256("".join(manifest.data_digest for manifest in self.manifests).encode()).hexdigest()
 
     async def trajectories(self) -> AsyncIterator[Trajectory]:
-        """Every trajectory, in order of rounds and rollout ids, read shard by shard; each shard is verified before use."""
+        """Every trajectory, in order of rounds and rollout ids, read shard by shard."""
+        async for _, trajectories in self.shards():
+            for trajectory in trajectories:
+                yield trajectory
+
+    async def shards(self) -> AsyncIterator[tuple[str, list[Trajectory]]]:
+        """Every shard's key and trajectories, in the same order; each is verified before use."""
         for manifest in self.manifests:
             for shard in manifest.shards:
-                for trajectory in await read_shard(self.store, manifest.round, shard):
-                    yield trajectory
+                yield layout.shard(manifest.round, shard.digest), await read_shard(self.store, manifest.round, shard)
 
 
 async def training_set(store: Store, round_number: int, aggregation: Aggregation) -> TrainingSet:

@@ -6,14 +6,16 @@ something else. So it is held to torch's public attention on a small tree, and a
 a few forward passes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dagger_operator.api.training import Packing, Precision, Training
 from dagger_operator.store.stage import StageFailure
@@ -39,12 +41,27 @@ _TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 3e-2}
 Not relative to a small loss: a student that knows its labels by heart loses little but rounding."""
 
 
-def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> float | None:
-    """Difference of the two losses, as `_TOLERANCE` has it; None where no tree of the batch has a branch to compare. Collective.
+@dataclass(frozen=True)
+class Agreement:
+    """What was measured, each beside the most that rounding may make of it."""
 
-    Raises `StageFailure("TreesDisagree")` where it is more than rounding, or attention is wrong whatever the batch.
-    """
-    _check_attention(engine.policy.config.get_text_config(), training, rank, limits)
+    attention: float
+    """Relative difference at the worst token, of outputs and gradients."""
+    attention_allowed: float
+    loss: float | None
+    """Difference of the two losses; None where no tree of the batch has a branch to compare, or the labels have no finite loss."""
+    loss_allowed: float
+
+
+def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> Agreement:
+    """Collective. Raises `StageFailure("TreesDisagree")` where more than rounding differs."""
+    attention = _check_attention(engine.policy.config.get_text_config(), training, rank, limits)
+    loss = _check_loss(engine, batch, training, rank, limits)
+    return Agreement(attention, _OFF_BY[training.precision], loss, _TOLERANCE[training.precision])
+
+
+def _check_loss(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> float | None:
+    """Difference of the two losses, as `_TOLERANCE` has it."""
     if training.packing is not Packing.TREES or (chosen := _smallest_tree(batch, limits)) is None:
         return None
     # By cross-entropy, whatever is learned: a divergence may be so small that it is all rounding.
@@ -65,8 +82,9 @@ def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training,
     return difference
 
 
-def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits) -> None:
-    """Outputs and gradients on one tree, or sequence where labels have one each, and on two in a row, with heads as the model has them.
+def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits) -> float:
+    """By how much outputs and gradients are off on one tree, or sequence where labels have one each, and on two in a row, with heads as
+    the model has them, and computed again for the gradients where training does that: autograd's own thread compiles kernels anew.
 
     Collective, so that all ranks end where one is wrong.
     """
@@ -76,10 +94,13 @@ def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits
     dtype = torch.bfloat16 if training.precision is Precision.BF16 else torch.float32
     trees = training.packing is Packing.TREES
     one = _TREE if trees else _TREE[:1]
+    worst = 0.0
     for row in (one, forest([one, one])):
         filler = limits.padding(row[-1].end)
-        off = _off(forest([row, (Chain(0, filler),)]) if filler else row, *shape, dtype, rank.device)
+        whole = forest([row, (Chain(0, filler),)]) if filler else row
+        off = _off(whole, *shape, dtype, rank.device, again=training.activation_checkpointing)
         torch.distributed.all_reduce(off, torch.distributed.ReduceOp.MAX)
+        worst = max(worst, float(off.max()))
         if not float(off.max()) <= _OFF_BY[training.precision]:
             by = ", ".join(f"{name} by {number:.1%}" for name, number in zip(("outputs", *"qkv"), off.tolist(), strict=True))
             remedy = "write training.packing: Labels, which has no branches" if trees else "take the trainer's image, or another device"
@@ -88,10 +109,12 @@ def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits
                 f"attention over {'trees' if row is one else 'a row of several'} is wrong on this device with this software, {by} "
                 f"(letters: gradients); {remedy}, and report it",
             )
+    return worst
 
 
-def _off(chains: Chains, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """By how much this device's attention is off at some token: its output, and the gradients of query, key and value; shape (4,)."""
+def _off(chains: Chains, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device, *, again: bool) -> Tensor:
+    """By how much this device's attention is off at some token: its output, and the gradients of query, key and value; shape (4,).
+    With `again` it is computed again for the gradients, as with activation checkpointing."""
     dice, tokens = torch.Generator().manual_seed(heads), chains[-1].end
     shapes = [(1, count, tokens, size) for count in (heads, kv_heads, kv_heads)] + [(1, tokens, heads, size)]
     *given, gradient = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
@@ -103,7 +126,7 @@ def _off(chains: Chains, heads: int, kv_heads: int, size: int, dtype: torch.dtyp
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return segments.attend(query, key, value, tree.segments, scaling)
 
-    mine = _results(here, given, gradient)
+    mine = _results(functools.partial(checkpoint, here, use_reentrant=False) if again else here, given, gradient)
     right = _results(plain, [tensor.float() for tensor in given], gradient.float())
     return torch.stack([_difference(*pair) for pair in zip(mine, right, strict=True)])
 

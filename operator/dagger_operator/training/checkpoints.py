@@ -1,5 +1,5 @@
-"""Trainer state in the store, from which a killed training goes on: with the same losses, bit for bit, on the same layout, and to
-rounding on another number of ranks.
+"""Trainer state in the store, from which a killed training resumes: on the CPU and the same layout with the same losses, bit for bit,
+and to rounding on GPUs or another number of ranks.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
 restart fetches that again, or all there is where ranks are dealt to other pods. The last two are kept: if one is damaged, the one
@@ -105,6 +105,8 @@ class Checkpoints:
         self._nodes = tuple(_gathered(node))
         self._carries = self._nodes.index(node) == self._rank
         self._last, self._cost = time.monotonic(), 0.0
+        self._stored = 0
+        """Steps of the state that was stored or resumed last. Before the first step Adam has no state, which a checkpoint needs."""
         self._log = structlog.get_logger()
 
     def due(self, step: int) -> bool:
@@ -112,7 +114,12 @@ class Checkpoints:
         return self._rank == 0 and step % self._every == 0 and time.monotonic() - self._last >= _WORTH * self._cost
 
     async def save(self, engine: Engine, tally: Tally) -> float:
-        """Stores the state after `tally.steps` steps, and returns the seconds that it took."""
+        """Stores the state after `tally.steps` steps, unless it is stored already, and returns the seconds that it took.
+
+        A checkpoint is never written over: cut short, it would leave files that its manifest does not describe.
+        """
+        if tally.steps == self._stored:
+            return 0.0
         started = time.monotonic()
         tag = f"{self._own}{tally.steps:08d}"
         engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
@@ -122,10 +129,9 @@ class Checkpoints:
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
             for old in (await self._tags())[:-_KEPT]:
                 await self._forget(old)
-        if self._carries:
-            shutil.rmtree(self._folder / tag)
+        self._clear()
         torch.distributed.barrier()
-        self._last = time.monotonic()
+        self._stored, self._last = tally.steps, time.monotonic()
         self._cost = self._last - started
         if self._rank == 0:
             self._log.info("checkpoint stored", step=tally.steps, seconds=round(self._cost, 3))
@@ -150,13 +156,19 @@ class Checkpoints:
         for tag, checkpoint in _gathered(candidates)[0]:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
                 await self._give_up(tag, "damaged")
+                self._clear()
                 continue
             self._load(engine, tag, checkpoint.cut)
             torch.distributed.barrier()
-            if self._carries:
-                shutil.rmtree(self._folder)
+            self._clear()
+            self._stored = checkpoint.tally.steps
             return checkpoint.tally
         return Tally()
+
+    def _clear(self) -> None:
+        """Removes this pod's files: the next checkpoint has only its own."""
+        if self._carries and self._folder.exists():
+            shutil.rmtree(self._folder)
 
     def _load(self, engine: Engine, tag: str, cut: Cut) -> None:
         if cut == self._cut or cut.whole:

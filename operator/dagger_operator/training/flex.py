@@ -62,6 +62,8 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float) -> Tensor:
     """Query (1, heads, tokens, size), key and value of as many heads or a divisor of it; gives (1, tokens, heads, size)."""
+    # Under autocast a norm may have left query and key wider than value, which the kernel refuses.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     grouped = query.shape[1] != key.shape[1]
     out: Tensor = _kernel(query.device.type)(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous()

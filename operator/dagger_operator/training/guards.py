@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import Sample
@@ -51,6 +51,11 @@ def refuse_skipped(stepped: bool, before: Sequence[float], batch: Sequence[Sampl
 
 
 def _learned(batch: Sequence[Sample]) -> str:
-    names = sorted({sample.trajectory for sample in batch})
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"Its labels are of rollouts {', '.join(names[:8])}{more} (round/rollout)"
+    rollouts, shards = _listed(sample.trajectory for sample in batch), _listed(sample.shard for sample in batch)
+    return f"Its labels are of rollouts {rollouts} (round/rollout), in shards {shards}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    each = sorted(set(names))
+    more = f" and {len(each) - 8} more" if len(each) > 8 else ""
+    return ", ".join(each[:8]) + more

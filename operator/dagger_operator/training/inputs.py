@@ -11,7 +11,7 @@ from dagger_operator.store.manifest import TrainingSet, training_set
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
-_NO_MATTER = frozenset({"checkpointEverySteps", "retries", "image", "mode", "pod"})
+_NO_MATTER = frozenset({"checkpointEverySteps", "terminationGracePeriodSeconds", "retries", "image", "mode", "pod"})
 """Settings that cannot change the result."""
 _ROUNDING = frozenset(
     {"nodes", "processesPerNode", "gpusPerNode", "sequenceParallel", "microBatchTokens", "packing", "activationCheckpointing", "deepspeed"}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import structlog
 import torch
@@ -46,8 +46,8 @@ async def train(
     limits = rank.limits(training, targets_at_once // 2 if training.loss is Loss.FORWARD_KL else targets_at_once)
     if tally.steps < curriculum.steps:
         agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
-        if rank.index == 0 and agreement is not None:
-            structlog.get_logger().info("a tree's loss is that of its labels one by one", difference=agreement)
+        if rank.index == 0:
+            structlog.get_logger().info("attention over trees checked", **asdict(agreement))
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
         torch.manual_seed(draw("training step", seed, step, rank.index))  # follows from the step: nothing of it to checkpoint
@@ -56,10 +56,9 @@ async def train(
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
         if loss is None:  # the step is not taken, so what is stored is the state before it
-            if tally.steps:  # before the first, Adam has no state yet, which a checkpoint needs to be cut anew
-                await checkpoints.save(engine, tally)
-            goes_on = "training goes on from its checkpoint" if tally.steps else "training begins anew"
-            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {goes_on}", permanent=False)
+            await checkpoints.save(engine, tally)
+            then = "training resumes from its checkpoint" if tally.steps else "training restarts"
+            raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {then}", permanent=False)
         refuse_broken(loss, tally.losses, batch)
         rate = learning_rate(training, step, curriculum.steps)
         refuse_skipped(take_step(engine, rate), tally.losses, batch)

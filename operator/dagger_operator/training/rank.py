@@ -24,7 +24,6 @@ from dagger_operator.store.draws import draw
 from dagger_operator.store.exposition import exposed
 from dagger_operator.store.policies import policy_manifest, save_policy
 from dagger_operator.store.progress import Reporter
-from dagger_operator.store.records import Trajectory
 from dagger_operator.store.results import TrainingResult, read_result, save_result
 from dagger_operator.store.stage import Stage, main
 from dagger_operator.training.batches import Curriculum
@@ -172,18 +171,17 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
     served = stage.run.spec.student.served
     tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
     template = StudentTemplate(tokenizer, template_options(served.extra_args if served else []))
-    trajectories: list[Trajectory] = []
-    position = 0
-    async for trajectory in given.data.trajectories():
-        if position % ranks == rank:
-            trajectories.append(trajectory)
-        position += 1
     training = stage.run.spec.training
     soft_below = len(tokenizer) if training.loss is Loss.FORWARD_KL else None
-    mine = tokenise(trajectories, template, training.max_sequence_tokens, training.label_weights, soft_below)
-    parts: list[Tokenised | None] = [None] * ranks
+    mine: list[Tokenised] = []
+    position = 0
+    async for shard, trajectories in given.data.shards():
+        dealt = trajectories[(rank - position) % ranks :: ranks]
+        mine.append(tokenise(dealt, template, training.max_sequence_tokens, training.label_weights, soft_below, shard))
+        position += len(trajectories)
+    parts: list[list[Tokenised] | None] = [None] * ranks
     torch.distributed.all_gather_object(parts, mine)
-    return joined([part for part in parts if part is not None], training)
+    return joined([one for part in parts if part is not None for one in part], training)
 
 
 class _Observer:

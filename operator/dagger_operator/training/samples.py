@@ -31,6 +31,8 @@ class Sample:
     """What each target counts in the loss."""
     soft: Soft | None = None
     """What the teacher told of each target, as the loss asks for it; None learns the tokens alone."""
+    shard: str = ""
+    """Key of the file that it is from."""
 
     @property
     def tokens(self) -> Tokens:
@@ -65,9 +67,10 @@ def tokenise(
     max_tokens: int,
     weights: LabelWeights = _ALIKE,
     soft_below: int | None = None,
+    shard: str = "",
 ) -> Tokenised:
-    """Every labelled state of these trajectories that has a weight as a sample. With `soft_below` what the teacher told is kept, of
-    token ids below it.
+    """Every labelled state of these trajectories, which are from one shard, that has a weight as a sample. With `soft_below` what the
+    teacher told is kept, of token ids below it.
 
     Raises `StageFailure("TemplateMismatch")` where the student acted and the server counted another number of prompt tokens: then
     training would see other states than the student does.
@@ -101,7 +104,7 @@ def tokenise(
                 untold += state.logprobs is None
                 foreign += state.logprobs is not None and told is None
             strand = following(np.array(prompt + label, dtype=np.int32), strand)
-            samples.append(Sample(name, state.turn, strand, len(prompt), weight, told))
+            samples.append(Sample(name, state.turn, strand, len(prompt), weight, told, shard))
     return Tokenised(tuple(samples), too_long, untold, foreign)
 
 
