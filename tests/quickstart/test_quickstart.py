@@ -74,6 +74,7 @@ class Quickstart:
     def clean_up(self) -> None:
         if self._process is not None:
             self._process.kill()
+            self._process.wait()
         if (run := self.run()) is not None:
             reap(Reach(f"{run.metadata.uid}/", self._records.logs))
 

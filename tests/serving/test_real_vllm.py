@@ -335,7 +335,7 @@ async def test_weights_that_cannot_be_loaded_in_place_come_by_a_restart(served: 
 async def test_a_server_that_is_ended_makes_turns_under_way_whole_or_gives_no_answer(served: ServingPod) -> None:
     version, starts, long = await _version(served), served.vllm_starts, 1500
     async with aiohttp.ClientSession() as http:
-        asked = [asyncio.create_task(_chat(http, served, version, max_tokens=tokens, ignore_eos=True)) for tokens in [200] + [long] * 63]
+        asked = [asyncio.create_task(_chat(http, served, version, max_tokens=tokens, ignore_eos=True)) for tokens in [200] + [long] * 31]
         while _running(await (await http.get(f"{served.url}/metrics")).text()) < len(asked):
             await asyncio.sleep(0.02)
         served.processes["vllm"].terminate()  # as a kubelet does: the container's first process
