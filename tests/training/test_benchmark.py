@@ -21,7 +21,8 @@ def missed() -> Callable[[Figures], list[str]]:
 def measured() -> Figures:
     """All goals are met, barely."""
     times = [
-        {"turns": turns, "time ratio": ratio, "share of the token ratio": 0.7} for turns, ratio in zip((4, 8, 16, 32), (2, 4, 7, 10), strict=True)
+        {"turns": turns, "time ratio": ratio, "share of the token ratio": 0.7}
+        for turns, ratio in zip((4, 8, 16, 32), (2, 4, 7, 10), strict=True)
     ]
     memory = [
         {"variant": "trees", "by all logits": 0.8, "by no checkpointing": ""},
