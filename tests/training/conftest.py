@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dagger_operator.store.records import Completion, LabelFlaw, Message, Outcom
 from dagger_operator.store.stage import ExitCode
 from dagger_operator.training.samples import Sample, tokenise
 from dagger_operator.training.template import StudentTemplate
+from training.drawn import fixed
 from training.stage import Setting
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -147,6 +149,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, policy_folder: Path, t
 @pytest.fixture(scope="session")
 def samples(tokenizer_with: Callable[[str], Any], trajectories: list[Trajectory]) -> list[Sample]:
     return list(tokenise(trajectories, StudentTemplate(tokenizer_with("qwen3_instruct")), 4096).samples)
+
+
+@pytest.fixture(scope="session")
+def varied(samples: list[Sample]) -> list[Sample]:
+    """Labels of dialogues, of which none weighs as the one before, and a draw of labels of any shape."""
+    weighed = [replace(one, weight=(1.0, 0.25, 3.0)[number % 3]) for number, one in enumerate(samples)]
+    return [*weighed, *(replace(one, trajectory=f"drawn/{one.trajectory}") for one in fixed())]
 
 
 @pytest.fixture(scope="session")

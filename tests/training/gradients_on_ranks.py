@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import pickle
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,8 @@ class Job:
     """Whether from the checkpoint that an earlier job left in the same folder."""
     zero: Mapping[str, Any] = field(default_factory=dict)
     """More of DeepSpeed's settings for ZeRO."""
-    stopped: bool = False
-    """Whether it is asked to end in its first step."""
+    notice_after: int | None = None
+    """After how many steps SIGTERM reaches the last rank, and no other."""
     poisoned: bool = False
     """Whether gradients of the last rank are no numbers."""
 
@@ -44,8 +45,8 @@ Ended = tuple[float, ...] | str
 """Losses, or why there are none."""
 
 
-async def nothing(*_: object) -> None:
-    pass
+_SHARDED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+"""ZeRO-3 would keep all of a tiny student's weights on every rank, as it does norms of a large one, and those that come again soon."""
 
 
 def poison(_module: Any, _given: Any, out: Any) -> None:
@@ -58,12 +59,15 @@ def run(job: Job, place: dict[str, str]) -> None:
     os.environ.update(place)
     import torch
 
-    from dagger_operator.training import adapters, checkpoints, engine, export, layout, loop
+    from dagger_operator.training import adapters, checkpoints, engine, export, layout
 
     rank, ranks = int(place["RANK"]), int(place["WORLD_SIZE"])
     device = engine.join(rank, ranks, rank)
     usual = engine.settings
-    engine.settings = lambda *given: {**(config := usual(*given)), "zero_optimization": {**config["zero_optimization"], **job.zero}}
+    engine.settings = lambda *given: {
+        **(config := usual(*given)),
+        "zero_optimization": {**config["zero_optimization"], **_SHARDED, **job.zero},
+    }
     out: dict[str, Ended] = {}
     for name, training in job.layouts.items():
         optimizer = engine.adamw(training) if job.adam else functools.partial(torch.optim.SGD, lr=1.0)
@@ -81,8 +85,7 @@ def run(job: Job, place: dict[str, str]) -> None:
         where = layout.Rank(rank, ranks, device, training.sequence_parallel)
         arguments = (trainer, job.samples, curriculum, training, where, kept, begun)
         try:
-            tally = asyncio.run(loop.train(*arguments, seed=1, stopping=lambda: job.stopped, observe=nothing, targets_at_once=16))
-            out[name] = tally.losses
+            out[name] = asyncio.run(_losses(job.notice_after if rank == ranks - 1 else None, *arguments))
             export.export(trainer, job.weights, scratch / "policy")
         except StageFailure as failure:
             out[name] = str(failure)
@@ -90,3 +93,18 @@ def run(job: Job, place: dict[str, str]) -> None:
     (job.folder / f"{rank}.pickle").write_bytes(pickle.dumps(out))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+async def _losses(notice_after: int | None, *arguments: Any) -> tuple[float, ...]:
+    """Of a training, in which SIGTERM comes after so many steps."""
+    from dagger_operator.training import loop, rank
+
+    async def observe(tally: Any, _: object) -> None:
+        if tally.steps == notice_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = rank.asked_to_end()
+    if notice_after == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    losses: tuple[float, ...] = (await loop.train(*arguments, seed=1, stopping=stopping, observe=observe, targets_at_once=16)).losses
+    return losses

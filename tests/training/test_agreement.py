@@ -14,7 +14,8 @@ from dagger_operator.api import Training
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.tree import Chain, Chains, Span, TreeBuilder, paths
-from training.test_trees_gradients import policies, sample
+from training.drawn import sample
+from training.test_trees_gradients import policies
 
 if TYPE_CHECKING:
     from dagger_operator.training.agreement import Agreement

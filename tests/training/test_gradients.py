@@ -14,27 +14,44 @@ from training.steps import BASE, SETTINGS, SHARED, Plain, ended_under_deepspeed,
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
 
+TWO_GROUPS = {name: SHARED[name] for name in ("shared-zero0", "shared-zero2", "shared-zero3", "shared-bf16-zero1")}
+
+
 @pytest.fixture(scope="module")
-def expected(policy_folder: Path, samples: list[Sample]) -> Callable[[float], Plain]:
+def expected(policy_folder: Path, varied: list[Sample]) -> Callable[[float], Plain]:
     """What a plain loop makes, by the norm at which it clips: all else that layouts differ in is none of its business."""
-    return cache(lambda clip: plain(policy_folder, samples, Training.model_validate({**BASE, "gradientClip": clip})))
+    return cache(lambda clip: plain(policy_folder, varied, Training.model_validate({**BASE, "gradientClip": clip})))
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), [(1, SETTINGS), (2, SETTINGS), (2, SHARED)], ids=["one rank", "two ranks", "shared rows"])
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [(1, SETTINGS), (2, SETTINGS), (2, SHARED), (4, TWO_GROUPS)],
+    ids=["one rank", "two ranks", "shared rows", "two groups that share rows"],
+)
 def test_every_layout_takes_the_steps_of_a_plain_loop(
     ranks: int,
     layouts: dict[str, dict[str, Any]],
     expected: Callable[[float], Plain],
     policy_folder: Path,
-    samples: list[Sample],
+    varied: list[Sample],
     tmp_path: Path,
 ) -> None:
-    found = under_deepspeed(ranks, layouts, policy_folder, samples, tmp_path)
+    found = under_deepspeed(ranks, layouts, policy_folder, varied, tmp_path)
     for name, settings in layouts.items():
         right = expected(settings.get("gradientClip", BASE["gradientClip"]))
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
-        assert right.missed_by(made(tmp_path / name / "policy")) < (5e-2 if low_precision else 1e-5), name
+        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-5), name
+
+
+@pytest.mark.cuda
+def test_so_it_does_on_cuda(expected: Callable[[float], Plain], policy_folder: Path, varied: list[Sample], tmp_path: Path) -> None:
+    found = under_deepspeed(1, SETTINGS, policy_folder, varied, tmp_path, accelerator="cuda")
+    for name, settings in SETTINGS.items():
+        right = expected(settings.get("gradientClip", BASE["gradientClip"]))
+        low_precision = "bf16" in name
+        assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-3), f"{name}: TF32 rounds to three digits"
+        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-2), name
 
 
 def test_in_bf16_too_gradients_are_summed_between_ranks_as_one_rank_sums_them(
@@ -58,18 +75,16 @@ def test_in_bf16_too_gradients_are_summed_between_ranks_as_one_rank_sums_them(
 
 
 def test_a_gradient_that_is_larger_than_the_bucket_is_reduced_like_any_other(
-    expected: Callable[[float], Plain], policy_folder: Path, samples: list[Sample], tmp_path: Path
+    expected: Callable[[float], Plain], policy_folder: Path, varied: list[Sample], tmp_path: Path
 ) -> None:
     """As a large student's matrices are: DeepSpeed reduces each by itself, where it lies."""
     names = ("zero1", "zero2", "zero3", "offload", "bf16-zero2", "bf16-zero3", "bf16-offload-zero1")
-    found = under_deepspeed(
-        2, {name: SETTINGS[name] for name in names}, policy_folder, samples, tmp_path, zero={"reduce_bucket_size": 5000}
-    )
+    found = under_deepspeed(2, {name: SETTINGS[name] for name in names}, policy_folder, varied, tmp_path, zero={"reduce_bucket_size": 5000})
     right = expected(BASE["gradientClip"])
     for name in names:
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
-        assert right.missed_by(made(tmp_path / name / "policy")) < (5e-2 if low_precision else 1e-5), name
+        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-5), name
 
 
 def test_gradients_of_one_rank_that_are_no_numbers_end_the_training_on_all(

@@ -25,7 +25,7 @@ from training.steps import LORA, SETTINGS, SHARED, ended_under_deepspeed, made, 
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
-HALF_WAY = {"steps": {"type": "Constant", "value": 4}, "checkpointEverySteps": 2, "learningRate": 3e-3}
+HALF_WAY = {"batchSize": 9, "steps": {"type": "Constant", "value": 4}, "checkpointEverySteps": 2, "learningRate": 3e-3}
 """The one checkpoint of such a training is what a kill anywhere after it leaves."""
 
 
@@ -124,15 +124,18 @@ def test_so_it_does_where_a_rank_holds_its_part_in_several_groups(policy_folder:
     assert found["zero3"] == pytest.approx(undisturbed["zero3"], rel=1e-5)
 
 
-def test_a_notice_in_the_first_step_leaves_nothing_that_another_number_of_ranks_could_not_go_on_from(
+def test_a_notice_to_one_rank_alone_ends_all_with_a_checkpoint_that_another_number_of_ranks_resumes(
     policy_folder: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
+    """In the first step, where there is no state that could be cut for other ranks, without one."""
     layouts = {name: {**SETTINGS[name], **HALF_WAY} for name in ("zero0", "zero1", "zero3", "bf16-zero1", "bf16-zero2")}
-    for ended in ended_under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, stopped=True):
-        words = "Terminated: asked to end after step 0 of 4; training restarts"
-        assert ended == dict.fromkeys(layouts, words)
-    # It begins anew, and does not fail for ever.
-    assert under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True).keys() == layouts.keys()
+    for step, then in ((0, "training restarts"), (3, "training resumes from its checkpoint")):
+        for ended in ended_under_deepspeed(2, layouts, policy_folder, samples, tmp_path, adam=True, notice_after=step):
+            assert ended == dict.fromkeys(layouts, f"Terminated: asked to end after step {step} of 4; {then}")
+    for name in layouts:
+        stored = {path.parent.name for path in (tmp_path / name / "store").rglob("manifest.json")}
+        assert {tag.rpartition("-")[2] for tag in stored} == {"00000002", "00000003"}
+    assert under_deepspeed(1, layouts, policy_folder, samples, tmp_path, adam=True, goes_on=True).keys() == layouts.keys()
 
 
 def test_adams_count_of_steps_goes_where_its_weights_are(tmp_path: Path) -> None:

@@ -18,34 +18,9 @@ from dagger_operator.training.batches import Limits
 from dagger_operator.training.packing import pack
 from dagger_operator.training.samples import Sample
 from dagger_operator.training.soft import Soft
-from dagger_operator.training.strand import Strand
+from training.drawn import VOCABULARY, batches, sample
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
-
-VOCABULARY = 40
-
-
-def sample(tokens: Sequence[int], prompt: int, weight: float = 1.0, trajectory: int = 0) -> Sample:
-    return Sample(f"0001/{trajectory:05d}", 0, Strand(np.array(tokens, dtype=np.int32)), prompt, weight)
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> list[Sample]:
-    """Labels that branch off a conversation, off each other, or not at all; some equal, some empty, some with states of one token."""
-    token = st.integers(0, 3) if draw(st.booleans()) else st.integers(0, VOCABULARY - 1)
-    made = []
-    for trajectory in range(draw(st.integers(1, 3))):
-        trunk = draw(st.lists(token, min_size=2, max_size=60))
-        for _ in range(draw(st.integers(1, 7))):
-            cut = draw(st.integers(1, len(trunk) - 1))
-            label = draw(st.one_of(st.just(trunk[cut : cut + 9]), st.lists(token, max_size=9)))
-            if made and draw(st.booleans()):
-                stem = made[-1].tokens.tolist()  # off the label before: another level
-                cut, label = len(stem), draw(st.lists(token, max_size=5))
-                made.append(sample([*stem, *label], cut, trajectory=trajectory))
-            else:
-                made.append(sample([*trunk[:cut], *label], cut, draw(st.sampled_from([1.0, 0.25, 3.0])), trajectory))
-    return made if any(len(one.targets) for one in made) else [*made, sample([1, 2], 1)]
 
 
 def told(batch: Sequence[Sample], seed: int) -> list[Sample]:
@@ -78,6 +53,14 @@ def policies() -> tuple[Any, Any]:
     ours = Qwen3ForCausalLM._from_config(config, attn_implementation=attention.NAME)
     ours.load_state_dict(plain.state_dict())
     return plain.train(), Objective(ours).train()
+
+
+def recomputes(policy: Any, recompute: bool) -> None:
+    """Whether it does is said before every use: tests share policies."""
+    if recompute:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        policy.gradient_checkpointing_disable()
 
 
 def gradients(policy: Any) -> list[Any]:
@@ -142,10 +125,7 @@ def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
 ) -> None:
     """With a seed, most of the labels are soft targets."""
     plain, objective = policies
-    if recompute:
-        objective.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        objective.policy.gradient_checkpointing_disable()
+    recomputes(objective.policy, recompute)
     if seed is not None:
         batch = told(batch, seed)
     right, expected = one_by_one(plain, batch)
@@ -159,12 +139,15 @@ def test_loss_and_every_gradient_are_those_of_one_sequence_for_each_label(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("pieces", [1, 3])
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(batches())
-def test_one_kernel_on_cuda_gives_them_too(policies: tuple[Any, Any], batch: list[Sample]) -> None:
+def test_one_kernel_on_cuda_gives_them_too(policies: tuple[Any, Any], pieces: int, recompute: bool, batch: list[Sample]) -> None:
     plain, objective = (copy.deepcopy(policy).to("cuda") for policy in policies)
+    recomputes(objective.policy, recompute)
     right, expected = one_by_one(plain, batch)
-    loss, found = in_trees(objective, batch, 4096, 1)
+    loss, found = in_trees(objective, batch, 4096, pieces)
     assert loss == pytest.approx(right, rel=1e-3), "TF32 rounds to three digits"
     scale = sum(float(gradient.norm()) ** 2 for gradient in expected) ** 0.5
     for mine, wanted in zip(found, expected, strict=True):
