@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make quickstart` runs the example, `make test` runs all tests.
+# Two commands suffice on a fresh machine: `make quickstart` runs the example, `make test` runs all tests.
 SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -9,7 +9,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check fast heavy tools experiment generate lock clean images cluster-up cluster-down
 
-help: ## What there is to make
+help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: ## Install everything into .venv, from the locks
@@ -18,7 +18,7 @@ setup: ## Install everything into .venv, from the locks
 quickstart: setup ## The whole loop on this machine: from a DAggerRun in YAML to a better student
 	@$(BIN)/python examples/quickstart/run.py
 
-test: setup check fast heavy ## All tests, the quickstart's end-to-end test included
+test: setup check fast heavy ## All tests, including the quickstart's end-to-end test
 
 check: setup ## Lint, types, layers
 	$(BIN)/ruff check
@@ -32,13 +32,13 @@ fast: setup ## Tests that need no torch, no vLLM and no built tool
 heavy: setup tools $(if $(DAGGER_TEST_KUBECONFIG),,images) ## Tests with real vLLM, DeepSpeed, S3 and Kubernetes
 	$(PYTEST) $(STREAMS) -m "heavy and not cuda"
 
-tools: setup ## Go programs that tests need, built once for this machine
+tools: setup ## Go programs that tests need, built once per machine
 	@for module in tests/tools/*/; do scripts/build-tool $$(basename $$module) >/dev/null || exit; done
 
-experiment: setup ## DAgger against behaviour cloning, five seeds; an hour or more
+experiment: setup ## DAgger against behaviour cloning, five seeds; takes an hour or more
 	$(BIN)/python examples/quickstart/experiment.py
 
-images: setup ## All container images, from images/Dockerfile: an OCI layout, or with DOCKER=docker in Docker (images/README.md)
+images: setup ## All container images from images/Dockerfile: an OCI layout, or, with DOCKER=docker, in Docker (images/README.md)
 ifdef DOCKER
 	for target in operator worker sandbox-helper trainer quickstart vllm-cpu; do \
 	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) --build-arg VERSION=$(VERSION) . || exit; done
@@ -46,18 +46,18 @@ else
 	@scripts/images build
 endif
 
-cluster-up: ## A real single-node Kubernetes on this machine, for tests (tests/cluster/README.md)
+cluster-up: ## Start a real single-node Kubernetes on this machine, for tests (tests/cluster/README.md)
 	@tests/cluster/up
 
-cluster-down: ## End it, and leave nothing of it but its images
+cluster-down: ## Stop it, and remove everything except its images
 	@tests/cluster/down
 
-generate: setup ## The CRD and its reference, from the models; the plain manifests, from the chart
+generate: setup ## The CRD and its reference from the models; the plain manifests from the chart
 	$(BIN)/python -m dagger_operator.api.crd
 	@scripts/manifests
 
-lock: ## Resolve the dependencies anew, on purpose
+lock: ## Resolve the dependencies again, deliberately
 	@scripts/lock
 
-clean: ## Remove what was installed and made here
+clean: ## Remove what was installed and built here
 	rm -rf .venv .dagger .pytest_cache .mypy_cache .ruff_cache .hypothesis

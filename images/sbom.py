@@ -1,7 +1,7 @@
-"""Writes what this image holds to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
+"""Writes the contents of this image to `sbom.cdx.json` beside itself: CycloneDX 1.6, from dpkg's and Python's own records.
 
     python sbom.py NAME
-    python sbom.py NAME GO_VERSION    of an image that holds a program of Go's standard library alone; such as go1.26.6
+    python sbom.py NAME GO_VERSION    for an image with a program that uses only Go's standard library; such as go1.26.6
 
 No time and no serial number: the same packages give the same file.
 """
@@ -44,7 +44,7 @@ def go_library(version: str) -> dict[str, str]:
 
 
 def component(name: str, version: str, purl: str) -> dict[str, str]:
-    # A plus sign in a version means a space where it is not escaped.
+    # Unescaped, a plus sign in a version means a space.
     return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl.replace("+", "%2B")}
 
 

@@ -1,4 +1,4 @@
-"""What all rooms' tests share: fixtures by what they are of, and streams of tests side by side (`pytest -n 2 --dist loadscope`)."""
+"""Shared by the tests of all rooms: fixtures by subject, and streams of tests run in parallel (`pytest -n 2 --dist loadscope`)."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from xdist.scheduler import LoadScopeScheduling
 
 pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3", "fixtures.sandboxes"]
 
-# How long an example takes says nothing on a busy machine.
+# On a busy machine the duration of an example means nothing.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 ON_THE_CLUSTER = ("cluster/", "control/test_real_jobs.py", "e2e/on_cluster/", "images/", "rollout/test_in_pods.py", "sandbox/")
-"""Where tests share the one cluster: they go one after the other, in one stream."""
+"""Where tests share the one cluster: they run one after the other, in one stream."""
 
 
 def stream(nodeid: str) -> str:
-    """Tests with the same answer are run one after the other, by one process."""
+    """Return the stream of a test: tests of one stream run one after the other, in one process."""
     file = nodeid.partition("::")[0].removeprefix("tests/")
     return "cluster" if file.startswith(ON_THE_CLUSTER) else file
 
 
 class Streams(LoadScopeScheduling):
-    """What shares the cluster in one stream; whoever is free takes the next file."""
+    """Puts the tests that share the cluster into one stream; any free process takes the next file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return stream(nodeid)
@@ -37,12 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()) and stream(item.nodeid) != "cluster":
             raise pytest.UsageError(f"{item.nodeid} uses the cluster: its file has to be among ON_THE_CLUSTER in tests/conftest.py")
-    if hasattr(config, "workerinput"):  # side by side
+    if hasattr(config, "workerinput"):  # in parallel
         items.sort(key=lambda item: _place(stream(item.nodeid)))
 
 
 AT_LAST = ("quickstart/", "training/", "serving/", "e2e/")
-"""What keeps both cores busy, in this order: while the cluster's stream has its own whole run, the other one mostly waits."""
+"""Tests that keep both cores busy, in this order: during the cluster stream's whole run, the other process mostly waits."""
 
 
 def _place(stream: str) -> int:

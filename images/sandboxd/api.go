@@ -17,11 +17,11 @@ const (
 	maxWait    = 60.0
 )
 
-// api answers, to whoever holds the token:
+// api serves clients that hold the token:
 //
-//	PUT    /commands/N?wait=SECONDS   starts command N unless N was seen; 200 result, or 202 while it runs, 409 while another one does
+//	PUT    /commands/N?wait=SECONDS   starts command N unless N was seen; 200 result, 202 while it runs, 409 while another one runs
 //	GET    /commands/N?wait=SECONDS   200 result, 202 while it runs, 404 unknown or forgotten
-//	DELETE /commands/N                ends it, and returns when nothing of it is left
+//	DELETE /commands/N                stops it, and returns when nothing of it is left
 //	PUT    /files                     unpacks a tar archive at /
 //	GET    /files?path=P&limit=BYTES  a regular file's first bytes, or 404
 type api struct {
@@ -95,7 +95,7 @@ func (a *api) command(w http.ResponseWriter, r *http.Request, number uint64) {
 	answer(w, r, known)
 }
 
-// answer waits as long as the client asks for, and sends the result where there is one by then.
+// answer waits as long as the client asks, and sends the result if there is one by then.
 func answer(w http.ResponseWriter, r *http.Request, known *execution) {
 	seconds, _ := strconv.ParseFloat(r.URL.Query().Get("wait"), 64)
 	if !(seconds >= 0 && seconds <= maxWait) {

@@ -19,13 +19,13 @@ type passed struct {
 	Body   []byte `json:"body"`
 }
 
-// passedBack is its answer, one line on standard output.
+// passedBack is the server's answer, one line on standard output.
 type passedBack struct {
 	Status int    `json:"status"`
 	Body   []byte `json:"body"`
 }
 
-// call passes requests on, one after the other, until its input ends: one `exec` serves many of them.
+// call forwards requests, one after the other, until its input ends: one `exec` serves many of them.
 func call(arguments []string, input io.Reader, output io.Writer) error {
 	flags := flag.NewFlagSet("call", flag.ExitOnError)
 	socket := flags.String("socket", defaultSocket, "Unix socket of serve")

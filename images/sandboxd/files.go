@@ -14,7 +14,7 @@ import (
 
 const maxUpload = 256 << 20
 
-// files go in and out with the rights of the commands, and no others.
+// files transfers files in and out with the rights of commands, and no others.
 type files struct{}
 
 // unpack writes the regular files and folders of a tar archive; names are relative to /.
@@ -46,7 +46,7 @@ func write(path string, header *tar.Header, content io.Reader) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	// What is in the place goes away: a link is replaced, not followed; a pipe is not waited for.
+	// Remove what is there first, so that a link is replaced, not followed, and a pipe cannot block us.
 	if err := syscall.Unlink(path); err != nil && err != syscall.ENOENT && err != syscall.EISDIR {
 		return &os.PathError{Op: "replace", Path: path, Err: err}
 	}
@@ -69,7 +69,7 @@ func (files) send(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "limit has to be a number of bytes", http.StatusBadRequest)
 		return
 	}
-	// Without O_NONBLOCK a pipe that nobody writes to would hold us up before it can be looked at.
+	// Without O_NONBLOCK, opening a pipe without a writer would block before its type can be checked.
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusNotFound)

@@ -6,10 +6,10 @@ import (
 	"sync"
 )
 
-// Connections that are carried at once, of six descriptors each; more wait.
+// Connections carried at once, using six descriptors each; more of them wait.
 const mostCarried = 128
 
-// forwardTo carries connections to 127.0.0.1, on the target's port, to the target: the one way out of the sandbox.
+// forwardTo forwards connections to 127.0.0.1, on the target's port, to the target: the only way out of the sandbox.
 func forwardTo(target string) error {
 	_, port, err := net.SplitHostPort(target)
 	if err != nil {
@@ -49,7 +49,7 @@ func carry(inside *net.TCPConn, target string) {
 	way := func(to, from *net.TCPConn) {
 		defer both.Done()
 		if _, err := io.Copy(to, from); err != nil {
-			// One side broke off: the other is told so, not left waiting.
+			// One side broke off: tell the other rather than leave it waiting.
 			inside.Close()
 			outside.Close()
 		}

@@ -11,12 +11,12 @@ import (
 	"syscall"
 )
 
-// limits of one command with everything that it starts. What no limit of the kernel's holds is looked at ten times a second.
+// limits of one command including everything that it starts. What no kernel limit enforces is checked ten times a second.
 type limits struct{ processes, memoryMiB, fileMiB int }
 
 const openFiles = 4096
 
-// inherit sets what commands inherit from this process.
+// inherit sets the limits that commands inherit from this process.
 func (l limits) inherit() error {
 	set := map[int]uint64{syscall.RLIMIT_CORE: 0, syscall.RLIMIT_NOFILE: openFiles}
 	if l.fileMiB > 0 {
@@ -37,11 +37,11 @@ func (l limits) inherit() error {
 	return nil
 }
 
-// becomeHeld sets what holds for a command and not for the process that serves, and becomes the command. Where memory runs out the kernel
-// shall take a command. Its priority: both share the container's processor time, and without an advantage the one that serves would not
-// get to look while a thousand others fork. The memory of one process: a fast one would outrun the sampling, and with cgroup v2 the
-// kubelet lets the kernel kill a whole container that is out of memory. The filter: see confine. All that a command starts inherits it.
-// Why it cannot is written to descriptor 3: the call and the error's number.
+// becomeHeld sets what applies to a command but not to the serving process, then becomes the command, whose children inherit it.
+// OOM score: if memory runs out, the kernel shall kill a command. Priority: both share the container's CPU time, and without an advantage
+// the serving process would not get to check while a thousand others fork. Memory of one process: a fast one would outrun the sampling,
+// and with cgroup v2 the kubelet lets the kernel kill a whole container that is out of memory. Filter: see confine.
+// On failure the system call and the error number are written to descriptor 3.
 func becomeHeld(memoryMiB, path string, argv []string) error {
 	err := hold(memoryMiB, path, argv)
 	why := err.(*os.SyscallError)
@@ -56,7 +56,7 @@ func hold(memoryMiB, path string, argv []string) error {
 	if err != nil {
 		return os.NewSyscallError("setrlimit", syscall.EINVAL)
 	}
-	runtime.LockOSThread() // which alone gets the priority and the filter
+	runtime.LockOSThread() // only this thread gets the priority and the filter
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, 19)
 	if size > 0 {
@@ -68,7 +68,7 @@ func hold(memoryMiB, path string, argv []string) error {
 	return os.NewSyscallError("execve", syscall.Exec(path, argv, os.Environ()))
 }
 
-// exceeded says which limit the running command exceeds; empty is none. What cannot be looked at exceeds them.
+// exceeded returns which limit the running command exceeds, or an empty string. What cannot be checked counts as exceeded.
 func (l limits) exceeded() string {
 	if l.processes > 0 {
 		if many, err := l.tooMany(); err != nil {
@@ -89,7 +89,7 @@ func (l limits) exceeded() string {
 
 func blinded(err error) string { return fmt.Sprintf("what is needed to look after it (%v)", err) }
 
-// tooMany stops everything at once where there are too many processes, before threads are counted: looking through them takes a while.
+// tooMany stops everything at once if there are too many processes, before threads are counted: inspecting them takes a while.
 func (l limits) tooMany() (bool, error) {
 	pids, err := numbers()
 	if err != nil {
@@ -111,7 +111,7 @@ func (l limits) tooMany() (bool, error) {
 
 func (l limits) outOfMemory() string { return fmt.Sprintf("more than %d MiB of memory", l.memoryMiB) }
 
-// memoryUsed is the container's memory that is not file cache, in bytes, shared memory included, mapped or not; 0 without a control group.
+// memoryUsed returns the container's memory other than file cache, in bytes, including shared memory, mapped or not; 0 without a cgroup.
 func memoryUsed() (int64, error) {
 	v2, err := counters("/sys/fs/cgroup/memory.stat")
 	if v2 != nil || err != nil {
@@ -121,7 +121,7 @@ func memoryUsed() (int64, error) {
 	return v1["rss"] + v1["shmem"], err
 }
 
-// oomKills is how many processes of the container the kernel killed for memory so far.
+// oomKills returns how many processes of the container the kernel has killed for memory so far.
 func oomKills() int64 {
 	if v2, _ := counters("/sys/fs/cgroup/memory.events"); v2 != nil {
 		return v2["oom_kill"]
@@ -130,7 +130,7 @@ func oomKills() int64 {
 	return v1["oom_kill"]
 }
 
-// counters reads a file of lines with a name and a number; nil where there is none.
+// counters reads a file of lines with a name and a number; nil if it does not exist.
 func counters(path string) (map[string]int64, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -147,14 +147,14 @@ func counters(path string) (map[string]int64, error) {
 	return found, nil
 }
 
-// process is one that is not ours.
+// process is a process other than ours.
 type process struct {
 	pid, threads int
-	// guest: entered from outside the container (`exec`): its parent cannot be seen from here. No command can make itself one.
+	// guest: entered from outside the container (`exec`), so that its parent is not visible here. No command can make itself a guest.
 	guest bool
 }
 
-// numbers are those of all processes but this one.
+// numbers returns the pids of all processes except this one.
 func numbers() ([]int, error) {
 	folder, err := os.Open("/proc")
 	if err != nil {
@@ -171,7 +171,7 @@ func numbers() ([]int, error) {
 	return found, err
 }
 
-// others are all processes of the container but this one, zombies included.
+// others returns all processes of the container except this one, zombies included.
 func others() ([]process, error) {
 	pids, err := numbers()
 	if err != nil {
@@ -185,7 +185,7 @@ func others() ([]process, error) {
 		} else if err != nil {
 			return nil, err
 		}
-		// After the name, which may hold anything: the state, the parent; threads is the 18th.
+		// The fields after the name, which may contain anything: first the state, then the parent; threads is the 18th.
 		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 		if len(fields) > 17 {
 			threads, _ := strconv.Atoi(string(fields[17]))

@@ -10,13 +10,13 @@ import (
 )
 
 const (
-	// Connections at once of whoever did not show the token, by each of the two ways in.
+	// Most connections without the token at once, for each of the two listeners.
 	mostStrangers = 64
-	// What the kernel had no room for is tried again after this.
+	// Pause before accepting again after the kernel was short of a resource.
 	acceptPause = 50 * time.Millisecond
 )
 
-// accept waits for the next connection, whatever the kernel is short of meanwhile: who serves must neither end for that nor spin.
+// accept waits for the next connection even if the kernel runs short of resources meanwhile: the server must neither end nor spin then.
 func accept(listener net.Listener) (net.Conn, error) {
 	for {
 		connection, err := listener.Accept()
@@ -27,14 +27,14 @@ func accept(listener net.Listener) (net.Conn, error) {
 	}
 }
 
-// door is a listener that commands, which reach it too, cannot keep from others: of too many strangers the first one goes.
+// door is a listener that commands, which can reach it too, cannot block for others: if there are too many strangers, the first is closed.
 type door struct {
 	net.Listener
 	mu        sync.Mutex
-	strangers []*visitor // in the order in which they came
+	strangers []*visitor // in order of arrival
 }
 
-// visitor is a connection: a stranger until it shows the token, or is closed.
+// visitor is a connection: a stranger until it shows the token or is closed.
 type visitor struct {
 	net.Conn
 	door *door
@@ -56,7 +56,7 @@ func (d *door) Accept() (net.Conn, error) {
 	return found, nil
 }
 
-// known takes a connection off the strangers.
+// known removes a connection from the strangers.
 func (v *visitor) known() {
 	v.door.mu.Lock()
 	defer v.door.mu.Unlock()
@@ -75,7 +75,7 @@ func (v *visitor) Close() error {
 
 type visitorKey struct{}
 
-// withVisitor keeps a connection where those who answer its requests find it.
+// withVisitor stores a connection in the context of its requests.
 func withVisitor(ctx context.Context, connection net.Conn) context.Context {
 	return context.WithValue(ctx, visitorKey{}, connection)
 }

@@ -1,10 +1,10 @@
 // Command sandboxd is the first process of a sandbox pod's container. It runs the commands of one rollout, each exactly once, and
-// sees to it that nothing of a command outlives it. Static, of the standard library alone, so that it works in every image.
+// ensures that nothing of a command outlives it. It is static and uses only the standard library, so that it works in every image.
 //
 //	sandboxd install DIR   copies itself to DIR (in an init container)
-//	sandboxd serve         answers on port 7070 and on a Unix socket, as process 1
-//	sandboxd call          passes requests from standard input to that socket (through `exec`, where the network is closed)
-//	sandboxd held ...      sets a command's limits on itself and becomes the command (`serve` starts it)
+//	sandboxd serve         serves on port 7070 and on a Unix socket, as process 1
+//	sandboxd call          forwards requests from standard input to that socket (through `exec`, if the network is closed)
+//	sandboxd held ...      applies a command's limits to itself and becomes the command (started by `serve`)
 package main
 
 import (
@@ -24,7 +24,7 @@ import (
 	"unsafe"
 )
 
-// An abstract socket: no folder has to be writable, and no command can remove it.
+// An abstract socket: needs no writable folder, and no command can remove it.
 const defaultSocket = "@dagger-sandboxd"
 
 func main() {
@@ -47,7 +47,7 @@ func main() {
 	}
 }
 
-// install copies this program to a folder, whole or not at all: an init container may be started twice.
+// install copies this program to a folder atomically, since an init container may run twice.
 func install(folder string) error {
 	own, err := os.Executable()
 	if err != nil {
@@ -109,7 +109,7 @@ func serve(arguments []string) error {
 		}
 	}
 	handler := &api{digest: digest, runner: newRunner(limits), files: files{}}
-	// Who has no token has neither long nor much room to say so.
+	// Clients without the token get neither much time nor much memory.
 	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ConnContext: withVisitor}
 	ended := make(chan error)
 	for network, address := range map[string]string{"tcp": *listen, "unix": *socket} {
@@ -128,8 +128,8 @@ func hide() {
 	syscall.RawSyscall(syscall.SYS_PRCTL, prSetDumpable, 0, 0)
 }
 
-// outlive catches every signal that would end this process and drops it: a command may send them. SIGKILL from inside does not
-// reach process 1; the container's end comes from outside.
+// outlive catches and drops every signal that would end this process: a command may send them. SIGKILL from inside does not
+// reach process 1; the container is ended from outside.
 func outlive() {
 	dropped := make(chan os.Signal, 64)
 	for number := syscall.Signal(1); number < 65; number++ {
@@ -147,25 +147,25 @@ func outlive() {
 	}()
 }
 
-// ignore has the kernel drop a signal that the runtime would take for a fault of its own, and end for, where it was sent by another way
-// than kill (sigqueue, F_SETSIG). A true fault ends this process all the same.
+// ignore makes the kernel drop a signal that the runtime would otherwise take for its own fault, and exit, if it was sent by other means
+// than kill (sigqueue, F_SETSIG). A true fault still ends this process.
 func ignore(number syscall.Signal) {
 	const sigIgn = 1
-	action := [4]uint64{sigIgn} // its flags, restorer and mask are nothing
+	action := [4]uint64{sigIgn} // flags, restorer and mask stay zero
 	syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(number), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 }
 
-// threads that are made at the start; the runtime has a few more.
+// threads created at the start; the runtime has a few more.
 const threads = 32
 
-// recruit makes all threads now that this process may need at once. A command's filter goes by numbers: it protects the threads that were
-// there before the command, and none that are made while it runs.
+// recruit creates in advance all threads that this process may need at once. A command's filter works by thread numbers: it protects
+// the threads that exist before the command, and none that are created while it runs.
 func recruit() {
 	var ready sync.WaitGroup
 	ready.Add(threads)
 	for i := 0; i < threads; i++ {
 		go func() {
-			runtime.LockOSThread() // which nobody else then uses, until all are there
+			runtime.LockOSThread() // nobody else uses this thread until all of them exist
 			defer runtime.UnlockOSThread()
 			ready.Done()
 			ready.Wait()

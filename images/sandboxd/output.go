@@ -1,6 +1,6 @@
 package main
 
-// bounded keeps head and tail of a stream in constant memory; the middle is counted and dropped as it comes.
+// bounded keeps head and tail of a stream in constant memory; the middle is counted and dropped on arrival.
 type bounded struct {
 	headSize, tailSize int
 	head, tail         []byte
@@ -28,7 +28,7 @@ func (b *bounded) Write(data []byte) (int, error) {
 	return length, nil
 }
 
-// parts are what was kept of the beginning and of the end, and how many bytes between them were dropped.
+// parts returns what was kept of the beginning and of the end, and how many bytes between them were dropped.
 func (b *bounded) parts() (head, tail []byte, dropped int64) {
 	tail = b.tail
 	if len(tail) > b.tailSize {

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// children starts processes and reaps all that end here: as process 1 those, too, whose parents ended before them.
+// children starts processes and reaps all that end here: as process 1, also those whose parents ended before them.
 type children struct {
 	limits  limits
 	mu      sync.Mutex
@@ -47,8 +47,8 @@ func (c *children) reap() {
 	}
 }
 
-// start starts a program in a session of its own; how it ended comes through the channel. What cannot be started is an error, and never
-// looks like a program that ended.
+// start starts a program in its own session; its exit status is sent on the channel. A program that cannot be started is an error,
+// and never looks like one that ended.
 func (c *children) start(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
 	reader, writer, err := os.Pipe()
 	if err != nil {
@@ -61,7 +61,7 @@ func (c *children) start(path string, argv []string, attributes *syscall.ProcAtt
 	if err != nil {
 		return nil, err
 	}
-	// It is closed when the program is there.
+	// The pipe is closed once the program has been executed.
 	var call string
 	var number syscall.Errno
 	if said, _ := fmt.Fscan(reader, &call, &number); said == 2 {
@@ -71,11 +71,11 @@ func (c *children) start(path string, argv []string, attributes *syscall.ProcAtt
 	return waiter, nil
 }
 
-// held starts a program that holds itself before it is the program, since a program could be quicker than a parent.
+// held starts a process that limits itself before it executes the program: limits set by the parent could come too late.
 func (c *children) held(path string, argv []string, attributes *syscall.ProcAttr) (<-chan syscall.WaitStatus, error) {
-	c.mu.Lock() // so that it cannot be reaped before it is waited for
+	c.mu.Lock() // so that it cannot be reaped before its waiter is registered
 	defer c.mu.Unlock()
-	// This program's file, which no command can replace.
+	// This program's own file, which no command can replace.
 	held := append([]string{"sandboxd", "held", strconv.Itoa(c.limits.memoryMiB), path}, argv...)
 	pid, err := syscall.ForkExec("/proc/self/exe", held, attributes)
 	if err != nil {
@@ -86,18 +86,18 @@ func (c *children) held(path string, argv []string, attributes *syscall.ProcAttr
 	return waiter, nil
 }
 
-// endAll kills every process but this one and guests, and returns when all of them are reaped.
+// endAll kills every process except this one and guests, and returns when all of them are reaped.
 func endAll(patience time.Duration) error {
 	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
 		if syscall.Kill(-1, 0) == syscall.ESRCH {
 			return nil
 		}
 		left := 0
-		// Stopped first, all at one instant, so that none can start another while they are looked through.
+		// Stop them first, all at one instant, so that none can start another while they are listed.
 		_ = syscall.Kill(-1, syscall.SIGSTOP)
 		found, err := others()
 		if err != nil {
-			// Guests cannot be told apart, and go too: better than that anything of the command stays.
+			// Guests cannot be distinguished and are killed too: better than leaving anything of the command.
 			_ = syscall.Kill(-1, syscall.SIGKILL)
 			left++
 		}

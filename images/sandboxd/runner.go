@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// command is what a worker asks for; docs/architecture.md, "Sandboxes as pods".
+// command is a worker's request; see docs/architecture.md, "Sandboxes as pods".
 type command struct {
 	Command string            `json:"command"`
 	Workdir string            `json:"workdir"`
@@ -22,7 +22,7 @@ type command struct {
 	Limit   int               `json:"output_limit_bytes"`
 }
 
-// result is what it left. Head and Tail are the whole output where Dropped is 0.
+// result is a command's result. Head and Tail are the whole output if Dropped is 0.
 type result struct {
 	Head     []byte  `json:"head"`
 	Tail     []byte  `json:"tail"`
@@ -39,15 +39,15 @@ const (
 	patience = 5 * time.Second
 	kept     = 4 // results that can still be fetched
 
-	cannotExecute = 126 // a shell's exit code where a program is there and does not start
+	cannotExecute = 126 // a shell's exit code for a program that exists but does not start
 )
 
-// execution is a command that was started, or cancelled before.
+// execution is a command that was started, or cancelled before that.
 type execution struct {
 	cancelled chan struct{}
 	once      sync.Once
 	done      chan struct{}
-	result    result // to be read after done
+	result    result // to be read after done is closed
 }
 
 func (e *execution) cancel() { e.once.Do(func() { close(e.cancelled) }) }
@@ -60,14 +60,14 @@ type runner struct {
 	seen     map[uint64]*execution
 	latest   uint64
 	running  *execution
-	begun    bool // whether a command could be started
+	begun    bool // whether any command has been started so far
 }
 
 func newRunner(limits limits) *runner {
 	return &runner{limits: limits, children: newChildren(limits), seen: map[uint64]*execution{}}
 }
 
-// The ways in which a number cannot be served.
+// The reasons why a number cannot be served.
 type (
 	busy    struct{}
 	outdone struct{}
@@ -76,7 +76,7 @@ type (
 func (busy) Error() string    { return "another command runs: wait for its end, or cancel it" }
 func (outdone) Error() string { return "a later number was started: this one's result is gone" }
 
-// start starts a command unless its number was seen; nil instead of a command is a cancellation, also of one that did not come yet.
+// start starts a command unless its number was seen; nil instead of a command cancels it, even if it has not arrived yet.
 func (r *runner) start(number uint64, command *command) (*execution, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -177,8 +177,8 @@ func (r *runner) watch(ended <-chan syscall.WaitStatus, timeout float64, cancell
 	}
 }
 
-// spoilt says whether a command cannot be started because of files. Where one could be started before, commands did that to them since:
-// then it is a result, and no fault of the sandbox.
+// spoilt reports whether a command cannot be started because of files. If one could be started before, commands have changed those files
+// since: then it is a result, and not the sandbox's fault.
 func spoilt(err error) bool {
 	causes := []error{
 		exec.ErrNotFound, fs.ErrNotExist, fs.ErrPermission, fs.ErrExist,
@@ -198,7 +198,7 @@ func (r *runner) launch(command *command, output io.Writer) (<-chan syscall.Wait
 	if err != nil {
 		return nil, nil, fmt.Errorf("the image has no bash in PATH: %w", err)
 	}
-	// A command may have removed it; the next one finds an empty folder, as in every kind of sandbox.
+	// A command may have removed the folder; the next one finds an empty folder, as in every kind of sandbox.
 	if err := os.MkdirAll(command.Workdir, 0o755); err != nil {
 		return nil, nil, fmt.Errorf("the working directory: %w", err)
 	}
@@ -231,7 +231,7 @@ func (r *runner) launch(command *command, output io.Writer) (<-chan syscall.Wait
 	return ended, drained, nil
 }
 
-// environment is the whole of it: what the image says of PATH and HOME, and what was given. Nothing else of the pod's.
+// environment returns a command's whole environment: PATH and HOME from the image, and what was given, but nothing else of the pod's.
 func environment(given map[string]string) []string {
 	all := map[string]string{"PATH": os.Getenv("PATH"), "HOME": home(), "LANG": "C.UTF-8"}
 	for name, value := range given {
@@ -244,7 +244,7 @@ func environment(given map[string]string) []string {
 	return lines
 }
 
-// home is the user's own where it can be written, for git and its like.
+// home returns the user's own home if it is writable, for git and similar programs.
 func home() string {
 	const writable = 2
 	if path := os.Getenv("HOME"); filepath.IsAbs(path) && path != "/" && syscall.Access(path, writable) == nil {

@@ -7,12 +7,12 @@ import (
 	"unsafe"
 )
 
-// A command runs as the user of the process that serves, and the kernel lets a user change what is the user's own. So a filter refuses
-// (EPERM) to set the limits of other processes, and to change how those are scheduled that were there before the command: by either a
-// command could get rid of what holds it. It refuses signals to process 1 too, which Linux drops and gVisor delivers. What else would reach
-// into process 1 is refused because that is not dumpable.
+// A command runs as the user of the serving process, and the kernel lets a user change what is the user's own. So a filter refuses
+// (EPERM) to set the limits of other processes, and to change the scheduling of those that existed before the command: by either a
+// command could escape its limits. It also refuses signals to process 1, which Linux drops and gVisor delivers. Other ways to interfere
+// with process 1 are refused because it is not dumpable.
 
-// abi is a way into the kernel: its mark, and its numbers of the calls that matter.
+// abi is a system call interface: its architecture mark, and its numbers of the relevant calls.
 type abi struct {
 	mark, prlimit, setpriority, ioprioSet uint32
 	sched                                 []uint32 // setparam, setscheduler, setaffinity, setattr
@@ -20,7 +20,7 @@ type abi struct {
 	fcntl                                 []uint32
 }
 
-// abis are those of a processor: its own, and the one of its 32-bit programs. x32 has its own's mark and numbers, but for a bit.
+// abis lists a processor's native interface, and that of its 32-bit programs. x32 has the native mark and numbers except for one bit.
 var abis = map[string][]abi{
 	"amd64": {
 		{0xc000003e, 302, 141, 251, []uint32{142, 144, 203, 314}, []uint32{62, 200, 234, 129, 297}, []uint32{72}},
@@ -36,11 +36,11 @@ var sysSeccomp = map[string]uintptr{"amd64": 317, "arm64": 277}
 
 const (
 	x32Bit = 0x40000000
-	// The same for every processor.
+	// The same on every processor.
 	pidfdSendSignal = 424
-	// F_SETSIG, a command of fcntl: which signal the owner of a file gets, who may be process 1.
+	// F_SETSIG, a command of fcntl: sets the signal that a file's owner gets, which may be process 1.
 	setSignal = 10
-	// Of seccomp_data: the number, the mark, the six arguments of eight bytes. The kernel takes a process's number from the lower four.
+	// Offsets in seccomp_data: number, mark, and six arguments of eight bytes. The kernel takes a process number from the lower four.
 	atNumber, atMark, atArguments = 0, 4, 16
 
 	allow  = 0x7fff0000
@@ -59,12 +59,12 @@ func answerWith(what uint32) syscall.SockFilter {
 	return syscall.SockFilter{Code: syscall.BPF_RET | syscall.BPF_K, K: what}
 }
 
-// jump goes on with the next instruction, or with one of those after it.
+// jump continues with the next instruction plus ifSo or ifNot.
 func jump(test uint16, value uint32, ifSo, ifNot int) syscall.SockFilter {
 	return syscall.SockFilter{Code: syscall.BPF_JMP | test | syscall.BPF_K, Jt: uint8(ifSo), Jf: uint8(ifNot), K: value}
 }
 
-// when is a check for some calls' numbers, which are at hand; with any other what follows has its turn.
+// when applies a check to the given call numbers, with the call's number loaded; other calls continue after it.
 func when(numbers []uint32, check program) program {
 	var found program
 	for i, number := range numbers {
@@ -78,8 +78,8 @@ func when(numbers []uint32, check program) program {
 	return append(found, check...)
 }
 
-// standing lets a call through where the argument `who` is its own process or one of the command's, which are numbered from the first
-// one's.
+// standing allows a call if the argument `who` is its own process or one of the command's, whose numbers start with that of its first
+// process.
 func standing(who, own uint32) program {
 	return program{
 		load(atArguments + 8*who),
@@ -90,9 +90,9 @@ func standing(who, own uint32) program {
 	}
 }
 
-// sparing lets a call through unless its first argument is one of the numbers below `first`, which are process 1's and its threads'. Groups
-// are negative ones, and not that. As if nobody had that number: for who looks whether the process of an old file lives, EPERM means that
-// it does.
+// sparing allows a call unless its first argument is one of the numbers below `first`, which are those of process 1 and its threads.
+// Process groups are negative and unaffected. The answer is that no such process exists: to a program that checks whether the process
+// named in an old file is alive, EPERM would mean that it is.
 func sparing(first uint32) program {
 	return program{
 		load(atArguments),
@@ -103,15 +103,15 @@ func sparing(first uint32) program {
 	}
 }
 
-// unlessUser is a check where the first argument says what the second one is: one that is a user means process 1 as well.
+// unlessUser is for calls whose first argument determines what the second one is: a user, which would include process 1, is refused.
 func unlessUser(user uint32, check program) program {
 	return append(program{load(atArguments), jump(syscall.BPF_JEQ, user, 0, 1), answerWith(refuse)}, check...)
 }
 
-// filter is the program for a command whose first process is `own`.
+// filter returns the program for a command whose first process is `own`.
 func filter(own uint32, known []abi) program {
 	const prioUser, ioprioUser = 2, 3
-	// A fixed one: where numbers begin anew, a command has to end its own processes that are numbered below its first one.
+	// A fixed number: when process numbers wrap around, a command must be able to end its own processes numbered below its first one.
 	first := uint32(threads + 32)
 	if own < first {
 		first = own
@@ -119,7 +119,7 @@ func filter(own uint32, known []abi) program {
 	found := program{load(atMark)}
 	for _, one := range known {
 		calls := program{load(atNumber), {Code: syscall.BPF_ALU | syscall.BPF_AND | syscall.BPF_K, K: ^uint32(x32Bit)}}
-		// The same call reads limits, given no new ones. Any thread's number sets those of its process: only the command's own one passes.
+		// The same call reads limits if given no new ones. Any thread's number sets those of its process: allow only the command's own.
 		calls = append(calls, when([]uint32{one.prlimit}, program{
 			load(atArguments),
 			jump(syscall.BPF_JEQ, 0, 5, 0),
@@ -139,7 +139,7 @@ func filter(own uint32, known []abi) program {
 			answerWith(refuse),
 			answerWith(allow),
 		})...)
-		// It takes a file for a process, and no filter sees which: as if the kernel were older.
+		// It identifies a process by a file, and no filter sees which: pretend that the kernel is older.
 		calls = append(calls, when([]uint32{pidfdSendSignal}, program{answerWith(absent)})...)
 		calls = append(calls, when([]uint32{one.setpriority}, unlessUser(prioUser, standing(1, own)))...)
 		calls = append(calls, when([]uint32{one.ioprioSet}, unlessUser(ioprioUser, standing(1, own)))...)
@@ -149,17 +149,17 @@ func filter(own uint32, known []abi) program {
 	return append(found, answerWith(absent))
 }
 
-// confine sets the filter for this thread, and for all that it becomes and starts.
+// confine sets the filter for this thread, and for everything that it becomes and starts.
 func confine() error {
 	const (
 		prSetNoNewPrivs = 38
 		setModeFilter   = 1
-		// Without it older kernels make every program of a command slower, for the sake of programs that filter themselves. Kernels
-		// older yet, and gVisor, do not know it, and refuse what they do not know.
+		// Without it older kernels slow down every program of a command, for the sake of programs that filter themselves. Even older
+		// kernels, and gVisor, do not know this flag and refuse it.
 		flagSpecAllow = 4
 	)
 	if abis[runtime.GOARCH] == nil {
-		return os.NewSyscallError("seccomp", syscall.ENOSYS) // which calls to refuse is not known for this processor
+		return os.NewSyscallError("seccomp", syscall.ENOSYS) // the calls to refuse are unknown for this processor
 	}
 	instructions := filter(uint32(os.Getpid()), abis[runtime.GOARCH])
 	if _, _, errno := syscall.RawSyscall6(syscall.SYS_PRCTL, prSetNoNewPrivs, 1, 0, 0, 0, 0); errno != 0 {

@@ -1,7 +1,7 @@
 """DAgger for LLM agents: from a `DAggerRun` in YAML to a better student.
 
-Rooms, each leaning only on those before it: `api`, `store`, `policy`, `sandbox`, `tasks`, `rollout`, `training`,
-`evaluation`, `serving`, `control`, `local`, `cluster`, `cli`. The `__init__` docstring of each says what it is for.
+Rooms, each depending only on those before it: `api`, `store`, `kube`, `estimate`, `sandbox`, `training`, `serving`, `control`, `tasks`,
+`policy`, `rollout`, `evaluation`, `local`, `cluster`, `cli`. The `__init__` docstring of each describes its purpose.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-# etcd, kube-apiserver and kube-controller-manager, for `node` and `control-plane`.
+# Functions that run etcd, kube-apiserver and kube-controller-manager, for `node` and `control-plane`.
 # shellcheck shell=bash
 
-# certificates FOLDER ADDRESS SERVICE_ADDRESS: a CA of this cluster's own, and what it signs.
+# certificates FOLDER ADDRESS SERVICE_ADDRESS: creates a CA for this cluster, and the certificates that it signs.
 certificates() (
   umask 077
   mkdir -p "$1" && cd "$1"
@@ -26,7 +26,7 @@ certificates() (
   for user in admin controllers scheduler node proxy; do kubeconfig "$user" "$2" >"$user.conf"; done
 )
 
-kubeconfig() { # user address, in the folder of the certificates
+kubeconfig() { # user address; run in the folder of the certificates
   cat <<Y
 apiVersion: v1
 kind: Config
@@ -37,7 +37,7 @@ current-context: test
 Y
 }
 
-# control_plane PKI DATA ADDRESS SERVICES [FLAG OF THE CONTROLLER MANAGER...]; needs $ETCD, $LOG, and Kubernetes' programs on the PATH.
+# control_plane PKI DATA ADDRESS SERVICES [FLAG OF THE CONTROLLER MANAGER...]; needs $ETCD, $LOG, and the Kubernetes programs on the PATH.
 control_plane() {
   local pki=$1 data=$2 address=$3 services=$4 && shift 4
   # A cluster that lives for minutes needs no fsync.

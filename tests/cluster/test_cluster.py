@@ -1,4 +1,4 @@
-"""The test cluster is a real one: pods run, are reached and reach us, and nothing is left when it is gone."""
+"""The test cluster is a real one: pods run, can be reached and can reach us, and nothing is left when it is gone."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def room(cluster: Any, namespace: str) -> Room:
 
 @pytest.fixture
 def server(cluster: Any) -> Iterator[int]:
-    """The port of a server on this machine, at the address under which pods know it."""
+    """Port of a server on this machine, at the address that pods use for this machine."""
 
     class Hello(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -92,7 +92,7 @@ def test_pods_and_services_are_reached_from_a_test_and_reach_it(room: Room, clus
     assert address in room("exec", "web", "--", "nslookup", f"web.{room.namespace}.svc.cluster.local")
     request = "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 20"
     assert "from the test" in room("exec", "web", "--", "sh", "-c", f"{request} {cluster.host} {server}")
-    # Nothing beyond this machine is reached: there is no way there.
+    # Nothing beyond this machine is reachable: there is no route.
     with pytest.raises(RuntimeError):
         room("exec", "web", "--", "nc", "-w", "2", "192.0.2.1", "80")
 
@@ -113,12 +113,12 @@ def test_a_job_completes_on_a_claimed_volume_as_an_ordinary_user(room: Room) -> 
 
 
 BESIDE = str(128 + int(os.environ.get("DAGGER_CLUSTER", "0")))
-"""A cluster of its own beside the session's."""
+"""Number of a separate cluster beside the session's."""
 
 
 @pytest.fixture(scope="module")
 def beside(cluster: Any) -> Iterator[dict[str, str]]:
-    """The environment of the scripts for a second cluster, in which a pod runs."""
+    """The scripts' environment for a second cluster, in which a pod runs."""
     environ = {**os.environ, "DAGGER_CLUSTER": BESIDE}
     said = subprocess.run([HERE / "up"], env=environ, check=True, stdout=subprocess.PIPE, text=True).stdout
     second = replace(cluster, kubeconfig=Path(re.findall(r"KUBECONFIG=(\S+)", said)[0]))
@@ -133,7 +133,7 @@ def running(environ: dict[str, str], name: str) -> list[str]:
 
 
 def inside_of(network: str) -> list[str]:
-    """Processes that live in this network namespace, pods' own apart."""
+    """Return the processes in this network namespace, except those of pods with their own."""
     return [path.name for path in Path("/proc").glob("[0-9]*") if link(path / "ns" / "net") == network]
 
 
@@ -149,7 +149,7 @@ def cgroups() -> list[Path]:
 
 
 def place_of(environ: dict[str, str]) -> tuple[str, str, str, int]:
-    """Network and process namespaces of a cluster that runs, its folder, and its first process."""
+    """Return network and process namespaces of a running cluster, its folder, and its first process."""
     inside = [HERE / "in", "readlink", "/proc/1/ns/net", "/proc/1/ns/pid"]
     network, pids = subprocess.run(inside, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     show = f'source "{HERE}/lib.sh"; echo "$STATE" "$(first_process)"'
@@ -166,7 +166,7 @@ def ctr(environ: dict[str, str], *arguments: str) -> list[str]:
 def test_an_api_server_that_was_killed_comes_back(beside: dict[str, str]) -> None:
     before = running(beside, "kube-apiserver")
     subprocess.run([HERE / "in", "kill", "-KILL", *before], env=beside, check=True)
-    subprocess.run([HERE / "up"], env=beside, check=True, stdout=subprocess.DEVNULL)  # waits for it
+    subprocess.run([HERE / "up"], env=beside, check=True, stdout=subprocess.DEVNULL)  # waits until it answers
     assert running(beside, "kube-apiserver") != before
 
 

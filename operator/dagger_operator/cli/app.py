@@ -1,4 +1,4 @@
-"""`daggerctl`: what there is to call, and how errors reach people. Heavy modules are imported by the command that needs them."""
+"""`daggerctl`: its commands, and how errors are reported. Heavy modules are imported by the command that needs them."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ app.add_typer(store_app, name="store")
 
 @app.command()
 def validate(file: File) -> None:
-    """Check a file: every problem with its field, value and remedy."""
+    """Check a file: report every problem with its field, value and remedy."""
     from dagger_operator.cli.documents import read
 
     run = read(file).run
@@ -55,7 +55,7 @@ def estimate(
     change_seconds: Annotated[float | None, typer.Option(help="Start of training or servers [default: 180].")] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="table or json.")] = "table",
 ) -> None:
-    """Plan before paying: tokens, calls, memory, hours and GPU-hours of a run on stated GPUs, and what does not fit."""
+    """Plan before paying: tokens, calls, memory, hours and GPU-hours of a run on given GPUs, and what does not fit."""
     from dagger_operator.cli.estimating import gpu as stated
     from dagger_operator.cli.estimating import show_estimate
 
@@ -80,7 +80,7 @@ def estimate(
 
 @app.command()
 def run(file: File) -> None:
-    """Run a DAggerRun to its end. A run of that name that exists already goes on, with the file's changes."""
+    """Run a DAggerRun to its end. If a run of that name exists, it continues with the file's changes."""
     from dagger_operator.cli.running import start
 
     raise typer.Exit(start(file))
@@ -88,7 +88,7 @@ def run(file: File) -> None:
 
 @app.command()
 def resume(name: Name) -> None:
-    """Go on with a run that was interrupted, suspended or failed; finished work is not done again."""
+    """Continue a run that was interrupted, suspended or failed; finished work is not repeated."""
     from dagger_operator.cli.running import resume as go_on
 
     raise typer.Exit(go_on(name))
@@ -99,7 +99,7 @@ def status(
     run: Annotated[str | None, typer.Argument(help="Name of a run, or a file with it; without it, all runs of this machine.")] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="table, json or yaml.")] = "table",
 ) -> None:
-    """Show a run: conditions, and a row for each round."""
+    """Show a run: its conditions, and the results of each round."""
     from dagger_operator.cli.showing import show, show_all
 
     raise typer.Exit(show(run, output) if run else show_all())
@@ -139,7 +139,7 @@ def export(
 
 @store_app.command("check")
 def store_check(file: File) -> None:
-    """Race conditional writes against the storage that a file names, and refuse one that loses them."""
+    """Test with concurrent conditional writes whether the storage that a file names honours them."""
     from dagger_operator.cli.storing import check_store
 
     raise typer.Exit(check_store(file))
@@ -154,7 +154,7 @@ def store_fsck(run: Known, deep: Annotated[bool, typer.Option(help="Read every o
 
 
 def main() -> None:
-    """Entry point: bad input and missing services end with one clear message, never a traceback."""
+    """Entry point: bad input and unavailable services produce one clear message, never a traceback."""
     from dagger_operator.local.folder import InUse, UnknownRun
     from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 
@@ -180,7 +180,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        # What storage refuses is `StoreUnavailable`: this is a file of this machine.
+        # Storage errors are `StoreUnavailable`: this is a file on this machine.
         print(
             f"error: {error.filename}: {error.strerror}: see that you may use it and that there is room, or name another place",
             file=sys.stderr,

@@ -10,7 +10,7 @@ from dagger_operator.store.results import EvaluationResult, read_result
 
 
 def compare_rounds(run: str, first: int, other: str | None, second: int) -> int:
-    """Prints the difference of the resolved rates, first minus second, and how sure it is. `other` is the second one's run, if another."""
+    """Print the difference of the resolved rates, first minus second, and its uncertainty. `other`: run of the second, if another."""
     from dagger_operator.evaluation.statistics import compare
 
     ours, store = stored_run(run)

@@ -1,4 +1,4 @@
-"""Where the commands take a run from: a file of YAML documents, or what this machine keeps."""
+"""Where the commands read a run from: a file of YAML documents, or this machine's runs."""
 
 import base64
 import binascii
@@ -17,14 +17,14 @@ from dagger_operator.local.folder import RunFolder, home
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes for numbers and booleans what kubectl takes for them, and writes: PyYAML alone reads `3e-06`, `0o17` and `y` as text. All
-    else stays as it is."""
+    """Reads numbers and booleans as kubectl reads and writes them: PyYAML alone reads `3e-06`, `0o17` and `y` as text. Everything else
+    is unchanged."""
 
     bool_values = {**yaml.SafeLoader.bool_values, "y": True, "n": False}
 
 
 def _integer(loader: _Loader, node: Any) -> int:
-    """PyYAML reads bases by small letters only, `0o` among them."""
+    """Construct an integer; PyYAML recognizes base prefixes in lower case only, including `0o`."""
     return int(loader.construct_yaml_int(yaml.ScalarNode(node.tag, str(loader.construct_scalar(node)).lower())))
 
 
@@ -42,7 +42,7 @@ _ALSO = (
         "-+.0123456789",
     ),
 )
-"""What go-yaml resolves so, underscores wherever it overlooks them, by first characters; what PyYAML resolves itself goes before."""
+"""What go-yaml resolves in these ways (it ignores underscores in places), by first characters; PyYAML's own resolvers come first."""
 for _tag, _pattern, _first in _ALSO:
     for _one in (_Loader, _Dumper):
         _one.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})$"), list(_first))
@@ -58,7 +58,7 @@ class Documents:
 
 
 def read(path: Path) -> Documents:
-    """Reads and validates a file; `-` is standard input.
+    """Read and validate a file; `-` is standard input.
 
     Raises `InvalidRun`, whose problems name document, field, value and remedy.
     """
@@ -79,12 +79,12 @@ def read(path: Path) -> Documents:
 
 
 def written(run: DAggerRun) -> str:
-    """A run as YAML that `read` and kubectl read back."""
+    """Return a run as YAML that `read` and kubectl can read back."""
     return yaml.dump(run.wire(), Dumper=_Dumper, sort_keys=False)
 
 
 def known(run: str) -> Documents:
-    """A run of this machine by its name, or one of any other place from a file: what cannot be a name is a file's.
+    """Return a run of this machine by name, or a run of any origin from a file: what cannot be a name is taken for a file.
 
     Raises `UnknownRun`, and what `read` raises.
     """
@@ -92,7 +92,7 @@ def known(run: str) -> Documents:
         folder = RunFolder(home(), run)
         return Documents(folder.require(), folder.secrets())
     documents = read(Path(run))
-    spec = accept(documents.run, None, Path.cwd()).spec  # with its paths taken from here
+    spec = accept(documents.run, None, Path.cwd()).spec  # its relative paths resolved against the current folder
     return replace(documents, run=documents.run.model_copy(update={"spec": spec}))
 
 
@@ -106,7 +106,7 @@ def _secret(document: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     if not isinstance(name, str):
         raise InvalidRun([Problem("Secret.metadata.name", "missing", "a Secret needs a name")])
     values: dict[str, str] = {}
-    for part, text in (("data", _decoded), ("stringData", _plain)):  # the latter wins, as on an API server
+    for part, text in (("data", _decoded), ("stringData", _plain)):  # stringData wins, as on an API server
         entries = document.get(part) or {}
         if not isinstance(entries, dict):
             raise InvalidRun([Problem(f"Secret {name}.{part}", "is no mapping", "write a line `key: value` for each of its values")])
@@ -122,6 +122,6 @@ def _decoded(field: str, value: Any) -> str:
 
 
 def _plain(field: str, value: Any) -> str:
-    if not isinstance(value, str):  # YAML has made something else of it, and its text is lost
+    if not isinstance(value, str):  # YAML has converted it, and its text is lost
         raise InvalidRun([Problem(field, "is no text", "write it in quotes")])
     return value

@@ -1,4 +1,4 @@
-"""An estimate as tables. Pure, from spec and estimate."""
+"""Renders an estimate as tables. Pure, from spec and estimate."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,7 +15,7 @@ from dagger_operator.estimate.serving import WORKSPACE
 
 
 def tables(spec: RunSpec, estimate: Estimate) -> RenderableType:
-    """All that there is to say: sums first, then rounds, memory, findings, and what was assumed."""
+    """Return the whole estimate: totals first, then rounds, memory, findings, and the assumptions."""
     parts = (_headline(spec, estimate), _rounds(estimate), _memory(estimate), _beside(estimate), _findings(estimate), _assumed(estimate))
     return Group(*parts)
 
@@ -48,7 +48,7 @@ def _rounds(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate) -> Table:
-    """A column for each use of a GPU, a row for each part of its memory."""
+    """A column for each use of a GPU, a row for each component of its memory."""
     columns: dict[str, dict[str, str]] = {}
     if (memory := estimate.training) is not None:
         columns["training"] = {field.name: _gib(getattr(memory, field.name)) for field in fields(memory) if field.name != "host"}
@@ -68,7 +68,7 @@ def _memory(estimate: Estimate) -> Table:
 
 
 def _beside(estimate: Estimate) -> Table:
-    """What pods take beside GPUs: a column for each kind of them, a row for each part, sums below their parts."""
+    """What pods need besides GPUs: a column for each kind of pod, a row for each component, totals below their components."""
     pods: dict[str, Need | None] = {
         "training": estimate.training_node,
         "student, serving": estimate.student_pod,
@@ -102,7 +102,7 @@ _PARTS = (
 
 
 def _served(pool: Pool, estimate: Estimate) -> dict[str, str]:
-    """Of one replica, but for the GPUs and the rollouts; whole contexts are sequences of `maxModelLen`."""
+    """Values for one replica, except the GPUs and the rollouts; whole contexts are sequences of `maxModelLen`."""
     cache = max(0.0, pool.kv_memory)
     return {
         "weights": _gib(pool.weights),

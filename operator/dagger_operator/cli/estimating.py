@@ -1,4 +1,4 @@
-"""`daggerctl estimate`: what a run takes, before anything of it runs."""
+"""`daggerctl estimate`: what a run will take, before any of it runs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from dagger_operator.estimate import GIB, GPUS, KNOWN, Assumptions, Gpu, Shape, 
 
 
 def show_estimate(file: Path, hardware: Gpu, configs: dict[str, Path | None], given: dict[str, Any], output: str) -> int:
-    """Prints the estimate of a file's run. `configs`: a `config.json` of the student or teacher that was named; `given`: assumptions."""
+    """Print the estimate of a file's run. `configs`: `config.json` of student and teacher, if given; `given`: assumptions."""
     if output not in ("table", "json"):
         print(f"error: --output: {output!r}: write table or json", file=sys.stderr)
         return Exit.BAD_INPUT
@@ -32,7 +32,7 @@ def show_estimate(file: Path, hardware: Gpu, configs: dict[str, Path | None], gi
 
 
 def gpu(name: str, memory: float | None, tflops: float | None, bandwidth: float | None) -> Gpu:
-    """A GPU by name, with what was stated of it instead: GiB, TFLOP/s, TB/s. All three describe one that is not known here."""
+    """Return a GPU by name, with stated values (GiB, TFLOP/s, TB/s) taking precedence. An unknown GPU needs all three."""
     stated = {"--gpu-memory": memory, "--gpu-tflops": tflops, "--gpu-bandwidth": bandwidth}
     wrong = [
         Problem(option, f"got {value}", "write a number above 0")
@@ -55,7 +55,7 @@ def gpu(name: str, memory: float | None, tflops: float | None, bandwidth: float 
 
 
 def _shape(role: str, model: str, config: Path | None) -> Shape:
-    """From the file or folder that was named, from a local folder that the model is, or from what is known of it."""
+    """Return the shape from the given file or folder, from the model if it is a local folder, or from what is known of the model."""
     option = "--config" if role == "student" else "--teacher-config"
     if config is None and model in KNOWN:
         return KNOWN[model]
@@ -77,6 +77,6 @@ def _shape(role: str, model: str, config: Path | None) -> Shape:
 
 
 def _chat_template(folder: Path) -> str:
-    """The text that holds a model's chat template: a file of its own, or the tokenizer's settings. Empty where there is neither."""
+    """Return the text that holds a model's chat template: its own file, or the tokenizer's settings. Empty if neither exists."""
     files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
     return next((file.read_text() for file in files if file.is_file()), "")

@@ -1,4 +1,4 @@
-"""How `daggerctl` ends."""
+"""The exit codes of `daggerctl`."""
 
 from enum import IntEnum
 
@@ -12,5 +12,5 @@ class Exit(IntEnum):
     BAD_INPUT = 2
     """The command or a file is wrong: nothing was done."""
     UNAVAILABLE = 75
-    """Storage or another service is away: the same command can succeed later."""
+    """Storage or another service is unavailable: the same command can succeed later."""
     INTERRUPTED = 130

@@ -17,11 +17,11 @@ from dagger_operator.store.policies import load_adapter, load_policy, policy_man
 from dagger_operator.store.results import PrepareResult, TrainingResult, read_result
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` of vLLM may be."""
+"""Values that vLLM accepts for `--max-lora-rank`."""
 
 
 def export_round(which: str, to: Path, round_number: int | None, what: str) -> int:
-    """Writes below `to`; what was exported before and is whole stays."""
+    """Write below `to`; complete earlier exports are kept."""
     if what not in ("policy", "data"):
         print(f"error: --what: {what!r}: write policy or data", file=sys.stderr)
         return Exit.BAD_INPUT
@@ -30,14 +30,14 @@ def export_round(which: str, to: Path, round_number: int | None, what: str) -> i
 
 
 def export_adapters(which: str, to: Path) -> int:
-    """Writes the first student below `to` once, and each round's adapter beside it; says how one vLLM serves all of them."""
+    """Write the first student below `to` once, each round's adapter beside it, and print how one vLLM serves all of them."""
     run, store = stored_run(which)
     return asyncio.run(_adapters(store, to, run.spec.rounds))
 
 
 async def _exported(store: Store, to: Path, rounds: int, number: int | None, what: str) -> int:
     export, made = (_policy, _version) if what == "policy" else (_data, read_manifest)
-    if number is None:  # the last one that storage has: a file's run may have no status
+    if number is None:  # the last one in storage: a run from a file may have no status
         number = rounds
         while number > 0 and await made(store, number) is None:
             number -= 1
@@ -69,7 +69,7 @@ async def _adapters(store: Store, to: Path, rounds: int) -> int:
         await load_policy(store, base, to / base)
     rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapted.values())
     command = ["vllm", "serve", str(to / base), "--served-model-name", base, "--enable-lora"]
-    # One place more than adapters: on the CPU vLLM 0.32 answers for the first student with what is in the last place (vllm #48421).
+    # One slot more than adapters: on the CPU, vLLM 0.32 answers for the first student with whatever is in the last slot (vllm #48421).
     command += ["--max-loras", str(len(adapted) + 1)]
     command += ["--max-lora-rank", str(next(size for size in _VLLM_RANKS if size >= rank)), "--lora-modules"]
     print(shlex.join([*command, *(f"{version}={folder}" for version, folder in adapted.items())]))
@@ -77,7 +77,7 @@ async def _adapters(store: Store, to: Path, rounds: int) -> int:
 
 
 async def _version(store: Store, number: int) -> str | None:
-    """The student that a round made; round 0 is before the first."""
+    """Return the student that a round produced; round 0 is the initial student."""
     if number == 0:
         prepared = await read_result(store, 0, PrepareResult)
         return prepared.policy if prepared else None
@@ -92,7 +92,7 @@ async def _data(store: Store, to: Path, number: int) -> int:
         return Exit.BAD_INPUT
     with _alone(to):
         for shard in manifest.shards:
-            await read_shard(store, number, shard)  # verifies it against its digest
+            await read_shard(store, number, shard)  # verifies its digest
             path = to / f"round-{number:04d}" / f"{shard.digest}.parquet"
             await store.download(layout.shard(number, shard.digest), path)
             print(path)
@@ -100,5 +100,5 @@ async def _data(store: Store, to: Path, number: int) -> int:
 
 
 def _alone(to: Path) -> AbstractContextManager[None]:
-    """Two exports side by side would take each other's files away."""
+    """Lock the folder: two concurrent exports would delete each other's files."""
     return locked(to / ".daggerctl.lock", f"{to} is being written", "wait until that export is done, or name another folder")

@@ -1,4 +1,4 @@
-"""Live progress of a supervised run: a table that redraws itself on a terminal, plain lines elsewhere."""
+"""Live progress of a supervised run: a table that redraws itself on a terminal, plain lines otherwise."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,11 @@ from dagger_operator.store.results import StageProgress
 STAGES: Mapping[Phase, str] = {Phase.ROLLOUT: "rollout", Phase.TRAINING: "training", Phase.EVALUATION: "evaluation"}
 """The stages that report progress, by the phase in which they run."""
 PLAIN_EVERY = 15.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 
 
 def merged(reports: Mapping[int, StageProgress]) -> StageProgress | None:
-    """Progress of a stage from that of its workers: each sees the whole, and counts what it did itself."""
+    """Merge the workers' reports into a stage's progress: each sees the whole stage, and counts what it did itself."""
     if not reports:
         return None
     counters: dict[str, float] = {}
@@ -35,7 +35,7 @@ def merged(reports: Mapping[int, StageProgress]) -> StageProgress | None:
 
 
 def line(run: DAggerRun, progress: StageProgress | None) -> str:
-    """One line for a log."""
+    """Return one line for a log."""
     text = headline(run).plain
     if progress is not None:
         text += f": {progress.done}/{progress.total} {progress.unit}"
@@ -44,19 +44,19 @@ def line(run: DAggerRun, progress: StageProgress | None) -> str:
 
 
 def obstacle(run: DAggerRun) -> str:
-    """What the condition says that gives the run's reason; empty where it only names the stage at work."""
+    """Return the message of the condition that gives the run's reason; empty if that only names the current stage."""
     found = [c for c in (run.status.conditions if run.status else []) if c.reason == (run.status and run.status.reason)]
     return next((c.message for c in found if not c.reason.endswith(("Running", "Starting"))), "")
 
 
 def _stage(run: DAggerRun) -> tuple[int, str] | None:
-    """Round and name of the stage that reports progress now."""
+    """Return round and name of the stage that reports progress now."""
     stage = STAGES.get(run.status.phase) if run.status else None
     return (run.status.round, stage) if run.status and stage else None
 
 
 class Display:
-    """Shows the newest state of a run until its context ends. `show` takes the state; it never waits."""
+    """Shows the latest state of a run until its context ends. `show` takes the state; it never waits."""
 
     def __init__(self, console: Console, run: DAggerRun, store: Store) -> None:
         self._console, self._run, self._store = console, run, store
@@ -92,7 +92,7 @@ class Display:
                 workers = self._run.spec.rollouts.workers
                 progress = merged(await read_progress(self._store, *shown, workers)) if shown else None
             except (StoreUnavailable, DamagedObject):
-                continue  # the supervisor sees it too, and says so in the run's conditions
+                continue  # the supervisor sees this too, and reports it in the run's conditions
             if shown == _stage(self._run):
                 self._progress = progress
             self._draw()

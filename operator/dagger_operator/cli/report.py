@@ -1,4 +1,4 @@
-"""A run as a table: what each round delivered, learnt and cost. Pure, from spec and status."""
+"""Renders a run as a table: what each round delivered, learnt and cost. Pure, from spec and status."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from dagger_operator.api import DAggerRun, Phase, RoundStatus
 
 NOTHING = "-"
 SHOWN = 8
-"""Rounds in one table; `daggerctl status -o json` has all that the status holds."""
+"""Rounds in one table; `daggerctl status -o json` shows everything in the status."""
 _STYLES = {Phase.SUCCEEDED: "bold green", Phase.FAILED: "bold red", Phase.SUSPENDED: "yellow"}
 
 
 def headline(run: DAggerRun) -> Text:
-    """Name, phase, round, and why it waits or how it ended."""
+    """Return name, phase and round, with the reason why it waits or how it ended."""
     status = run.status
     if status is None:
         return Text(f"{run.metadata.name}: not started")
@@ -28,13 +28,13 @@ def headline(run: DAggerRun) -> Text:
 
 
 def conditions(run: DAggerRun) -> Text:
-    """The message of each condition that has one to give."""
+    """Return the message of each condition that has one."""
     lines = [f"  {c.type}={c.status} {c.reason}: {c.message}" for c in (run.status.conditions if run.status else []) if c.message]
     return Text("\n".join(lines))
 
 
 def rounds_table(run: DAggerRun) -> Table:
-    """A column for each round, a row for each question that people ask of it; of many rounds the last ones."""
+    """A column for each round, a row for each property of interest; only the last rounds if there are many."""
     entries = (run.status.rounds if run.status else [])[-SHOWN:]
     table = Table(caption=_caption(run), caption_justify="left", caption_style="dim")
     table.add_column("round")
@@ -46,7 +46,7 @@ def rounds_table(run: DAggerRun) -> Table:
 
 
 def report(run: DAggerRun) -> RenderableType:
-    """All that there is to say by now."""
+    """Return everything there is to report so far."""
     has_rounds = run.status is not None and run.status.rounds
     return Group(headline(run), conditions(run), *([rounds_table(run)] if has_rounds else []))
 
@@ -60,7 +60,7 @@ def _caption(run: DAggerRun) -> str:
 
 
 def level(confidence: float) -> str:
-    """Of an interval, as exact as it was written: 99.9% is not 100%."""
+    """Format an interval's confidence as exactly as it was written: 99.9% is not 100%."""
     return f"{100 * confidence:.10g}%"
 
 

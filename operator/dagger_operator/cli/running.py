@@ -1,4 +1,4 @@
-"""`daggerctl run` and `resume`: take a run, and supervise it in the foreground."""
+"""`daggerctl run` and `resume`: accept a run, and supervise it in the foreground."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ from dagger_operator.sandbox.isolation import probe
 
 
 def start(file: Path) -> int:
-    """Takes the file's run over into this machine's folder, then supervises it."""
+    """Store the file's run in this machine's folder, then supervise it."""
     documents = read(file)
     folder = RunFolder(home(), documents.run.metadata.name)
     with folder.locked():
@@ -33,12 +33,12 @@ def start(file: Path) -> int:
 
 
 def resume(name: str) -> int:
-    """Supervises a run that exists; one that failed gets new attempts at what failed, one that is suspended goes on."""
+    """Supervise an existing run; a failed one gets new attempts at what failed, a suspended one continues."""
     folder = RunFolder(home(), name)
     run = folder.require()
     with folder.locked():
         if run.status is not None and run.status.phase is Phase.FAILED:
-            tries = run.metadata.annotations.get(RETRY, "0")  # any other value means a new attempt; people write what they like
+            tries = run.metadata.annotations.get(RETRY, "0")  # any other value means a new attempt; users may write anything
             run = annotated(run, RETRY, str(int(tries) + 1 if tries.isdecimal() else 1))
         return _supervise(folder, run.model_copy(update={"spec": run.spec.model_copy(update={"suspend": False})}))
 

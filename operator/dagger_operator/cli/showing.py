@@ -13,7 +13,7 @@ from dagger_operator.local.folder import RunFolder, home
 
 
 def show(which: str, output: str) -> int:
-    """One run, as a table or as the resource itself."""
+    """Show one run, as a table or as the resource itself."""
     run = known(which).run
     match output:
         case "table":
@@ -29,7 +29,7 @@ def show(which: str, output: str) -> int:
 
 
 def show_all() -> int:
-    """A line for each run of this machine: what `kubectl get daggerruns` shows."""
+    """Show a line for each run of this machine, as `kubectl get daggerruns` does."""
     table = Table()
     for title in ("name", "phase", "round", "resolved", "teacher", "reason"):
         table.add_column(title)

@@ -1,4 +1,4 @@
-"""`daggerctl store`: is this storage fit for a run, and is what it holds whole?"""
+"""`daggerctl store`: whether storage is fit for a run, and whether what it holds is complete."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from dagger_operator.store.objects import Store
 
 
 def open_store(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]]) -> Store:
-    """The run's storage, with the credentials that its Secret holds, or this user's environment where that is not at hand."""
+    """Open the run's storage, with the credentials in its Secret, or this user's environment if that is not available."""
     return Store.open(run.spec.storage, storage_credentials(run, secrets, own_identity()))
 
 
 def stored_run(run: str) -> tuple[DAggerRun, Store]:
-    """A run, by name or from a file, and its storage."""
+    """Return a run, by name or from a file, and its storage."""
     documents = known(run)
     return documents.run, open_store(documents.run, documents.secrets)
 

@@ -1,4 +1,4 @@
-"""A run as this machine takes it: paths made absolute, identity given, edits held against what exists."""
+"""Accepts a run on this machine: makes paths absolute, assigns identity, checks edits against the existing run."""
 
 import uuid
 from datetime import UTC, datetime
@@ -10,9 +10,9 @@ from dagger_operator.api.run import refused_edits
 
 
 def accept(new: DAggerRun, existing: DAggerRun | None, folder: Path) -> DAggerRun:
-    """What an API server would store for `new`: a uid that stays, a generation that counts edits, the status kept.
+    """Return what an API server would store for `new`: a stable uid, a generation that counts edits, the status kept.
 
-    Relative paths (`./...`, `file://./...`) are taken from `folder`. Raises `InvalidRun` for an edit that a run refuses.
+    Relative paths (`./...`, `file://./...`) are resolved against `folder`. Raises `InvalidRun` for a forbidden edit.
     """
     spec = _absolute(new.spec, folder)
     if existing is None:
@@ -28,13 +28,13 @@ def accept(new: DAggerRun, existing: DAggerRun | None, folder: Path) -> DAggerRu
 
 
 def annotated(run: DAggerRun, name: str, value: str) -> DAggerRun:
-    """The run with an annotation set."""
+    """Return the run with an annotation set."""
     annotations = {**run.metadata.annotations, name: value}
     return run.model_copy(update={"metadata": run.metadata.model_copy(update={"annotations": annotations})})
 
 
 def as_used_here(run: DAggerRun) -> DAggerRun:
-    """The run without what one machine has no use for: another namespace, a queue, several nodes for one server."""
+    """Return the run without what does not apply to one machine: another namespace, a queue, several nodes for one server."""
     spec = run.spec
     update: dict[str, Any] = {"kueue": None, "sandbox": spec.sandbox.model_copy(update={"namespace": None})}
     if (serving := spec.teacher.serving) is not None:

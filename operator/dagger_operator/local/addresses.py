@@ -5,7 +5,7 @@ import socket
 
 
 def pod_address(scope: str, pod: str) -> str:
-    """An address in 127.64.0.0/10 that is the same for the same pod of the same run, whoever asks."""
+    """Return an address in 127.64.0.0/10, always the same for the same pod of the same run."""
     a, b, c = hashlib.blake2b(f"{scope}/{pod}".encode(), digest_size=3).digest()
     return f"127.{64 + a % 128}.{b}.{1 + c % 254}"
 

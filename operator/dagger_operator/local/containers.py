@@ -1,4 +1,4 @@
-"""One container of a pod: its lives, its probes, and its state in the words of a pod's status."""
+"""One container of a pod: its lives, its probes, and its state as in a pod's status."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,9 @@ from dagger_operator.local.probes import Probe
 from dagger_operator.local.processes import Process
 
 TERMINATION_BYTES = 4096
-"""Kubernetes keeps no more of a termination message."""
+"""Kubernetes' limit on a termination message."""
 NOT_STARTED = 128
-"""Exit code of a container whose program, or the folders that it needs, could not be made ready."""
+"""Exit code of a container if its program or the folders that it needs could not be prepared."""
 
 
 def now() -> str:
@@ -24,7 +24,7 @@ def now() -> str:
 
 
 class Container:
-    """Runs one life after another when asked; knows nothing of restart policies."""
+    """Runs one life at a time when asked; restart policies are up to the caller."""
 
     def __init__(
         self,
@@ -59,14 +59,14 @@ class Container:
         }
 
     def waits(self, reason: str, message: str = "") -> None:
-        """Says why it does not run; what it ended with before stays visible in `lastState`."""
+        """Report why it does not run; how it ended before stays visible in `lastState`."""
         if "terminated" in self.state:
             self.last_state = self.state
         self.state = {"waiting": {"reason": reason, "message": message}}
         self._changed()
 
     async def live(self) -> int:
-        """One life, to its exit code. Cancelling it stops the process. Raises `CannotStart`."""
+        """Run one life and return its exit code. Cancelling it stops the process. Raises `CannotStart`."""
         try:
             environment = {**self._base, **container_environment(self._spec, self._pod)}
             environment["DAGGER_TERMINATION_LOG"] = str(self._termination)
@@ -101,7 +101,7 @@ class Container:
         return self._ended(code, started_at, self._message(code, written))
 
     def _make_folders(self) -> None:
-        """For each life: somebody may have removed them since, and a disk that was full may have room."""
+        """Create the folders for each life: they may have been removed since, and a disk that was full may have room."""
         volumes = (self._pod.volume(mount["name"]) for mount in self._spec.get("volumeMounts", ()))
         for folder in (self._pod.folder, *volumes, self._log.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class Container:
         return 0
 
     def _message(self, code: int, written: int) -> str:
-        # Words are worth less than the end that they explain: without them it is one all the same.
+        # The message only explains the end: if it cannot be read, the container has ended all the same.
         with contextlib.suppress(OSError):
             return self._termination.read_text(errors="replace")[:TERMINATION_BYTES]
         if code != 0 and self._spec.get("terminationMessagePolicy") == "FallbackToLogsOnError":

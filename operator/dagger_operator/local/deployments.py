@@ -1,4 +1,4 @@
-"""A Deployment on this machine: as many pods as it has replicas, made anew when its template changes."""
+"""A Deployment on this machine: as many pods as it has replicas, recreated when its template changes."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class DeploymentRunner:
         self._pods: dict[int, Pod] = {}
         self._lives: dict[int, asyncio.Task[None]] = {}
         self._running: dict[str, Any] | None = None
-        """The template that the pods were made from."""
+        """The template that the pods were created from."""
         self._ready = 0
         self._progressed = asyncio.get_running_loop().time()
         self._wanted = asyncio.Event()
@@ -41,7 +41,7 @@ class DeploymentRunner:
         return {**self._manifest, "status": status}
 
     def _conditions(self, ready: int) -> list[dict[str, str]]:
-        """`Progressing`, which is False once nothing became ready for longer than `progressDeadlineSeconds`."""
+        """Return `Progressing`, which is False if no pod has become ready for longer than `progressDeadlineSeconds`."""
         time, spec = asyncio.get_running_loop().time(), self._manifest["spec"]
         wanted = int(spec.get("replicas", 1))
         if ready != self._ready or ready >= wanted:

@@ -1,4 +1,4 @@
-"""What a container of a pod sees on this machine: its environment and its command line. Pure."""
+"""What a container of a pod gets on this machine: its environment and its command line. Pure."""
 
 import re
 import sys
@@ -25,9 +25,9 @@ INHERITED_PREFIXES = (
     "OPENBLAS_",
 )
 UNUSED = frozenset({"HOME"})
-"""Variables that are the pod's alone: here there is a home."""
+"""Variables that only apply in a pod: this machine has its own home folder."""
 OWN_FOLDERS = frozenset({"/tmp"})  # noqa: S108 - named, not used
-"""Mounts that stand for a folder which this machine has itself."""
+"""Mount paths that exist on this machine itself."""
 
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
 """Label and annotation of an Indexed Job's pods."""
@@ -37,7 +37,7 @@ _REFERENCE = re.compile(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)")
 
 
 class CannotStart(Exception):
-    """A container that cannot be started as it is written; `reason` as a kubelet would say it."""
+    """A container that cannot be started as specified; `reason` is the one a kubelet would give."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason, self.message = reason, message
@@ -46,14 +46,14 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True)
 class PodContext:
-    """What surrounds a pod's containers."""
+    """What a pod's containers need to know about it."""
 
     name: str
     namespace: str
     address: str
-    """Loopback address of this pod alone."""
+    """Loopback address, unique to this pod."""
     folder: Path
-    """Holds the pod's volumes and termination messages; gone with the pod."""
+    """Holds the pod's volumes and termination messages; removed with the pod."""
     labels: Mapping[str, str] = field(default_factory=dict)
     completion_index: int | None = None
     secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -65,14 +65,14 @@ class PodContext:
 
 
 def inherited(environ: Mapping[str, str], *, identity: bool) -> dict[str, str]:
-    """The part of the user's environment that processes get; `identity`: with the user's own credentials for object storage, which are
-    here what a workload identity is on a cluster."""
+    """Return the part of the user's environment that processes get. `identity`: include the user's own credentials for object storage,
+    which take the place of a workload identity on a cluster."""
     prefixes = INHERITED_PREFIXES + (IDENTITY_PREFIXES if identity else ())
     return {key: value for key, value in environ.items() if key in INHERITED or key.startswith(prefixes)}
 
 
 def storage_credentials(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]], own: OwnIdentity) -> Credentials:
-    """The keys of the Secret that the run names; the user's own identity where it names none, or its Secret is not at hand."""
+    """Return the keys of the Secret that the run names, or the user's own identity if it names none or that Secret is not available."""
     reference = run.spec.storage.secret_ref
     if reference is None or reference.name not in secrets:
         return own
@@ -80,9 +80,9 @@ def storage_credentials(run: DAggerRun, secrets: Mapping[str, Mapping[str, str]]
 
 
 def container_environment(container: Mapping[str, Any], pod: PodContext) -> dict[str, str]:
-    """The variables that the manifest asks for, in the form they have on this machine.
+    """Return the variables that the manifest asks for, translated to this machine.
 
-    Raises `CannotStart` where a Secret or a field is not there.
+    Raises `CannotStart` if a Secret or a field does not exist.
     """
     found: dict[str, str] = {}
     for source in container.get("envFrom", ()):
@@ -101,7 +101,7 @@ def container_environment(container: Mapping[str, Any], pod: PodContext) -> dict
 
 
 def command_line(container: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
-    """The argument vector, `$(VAR)` expanded; `python` and `python3` are this interpreter."""
+    """Return the argument vector, `$(VAR)` expanded; `python` and `python3` become this interpreter."""
     words = [expand(word, environment) for word in (*container.get("command", ()), *container.get("args", ()))]
     if not words:
         raise CannotStart(
@@ -114,7 +114,7 @@ def command_line(container: Mapping[str, Any], environment: Mapping[str, str]) -
 
 
 def expand(text: str, environment: Mapping[str, str]) -> str:
-    """Kubernetes' `$(VAR)`; a name that is not known stays as it is."""
+    """Expand Kubernetes' `$(VAR)`; unknown names stay unchanged."""
     return _REFERENCE.sub(lambda match: environment.get(match[1], match[0]), text)
 
 
@@ -167,7 +167,7 @@ def _located(value: str, mounts: Iterable[tuple[str, Path]]) -> str:
 
 
 def host_names(service: str, namespace: str, pods: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Host names of a headless Service and of the pods (address by name) below it."""
+    """Return the host names of a headless Service and of the pods (address by name) below it."""
     names: dict[str, tuple[str, ...]] = {}
     for suffix in ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local"):
         names[f"{service}{suffix}"] = tuple(pods.values())

@@ -1,4 +1,4 @@
-"""What one machine keeps of a run: the resource with its status, its Secrets, the logs. Data is in object storage."""
+"""What this machine stores of a run: the resource with its status, its Secrets, the logs. Data is in object storage."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from dagger_operator.api import DAggerRun, load
 
 
 class InUse(Exception):
-    """Another process of this machine is at work on the same thing."""
+    """Another process on this machine is working on the same thing."""
 
 
 class UnknownRun(Exception):
@@ -20,7 +20,7 @@ class UnknownRun(Exception):
 
 
 def home(environ: Mapping[str, str] | None = None) -> Path:
-    """Where runs are kept: `$DAGGER_HOME`, or `.dagger` below the current folder."""
+    """Return the folder of all runs: `$DAGGER_HOME`, or `.dagger` below the current folder."""
     environ = os.environ if environ is None else environ
     return Path(environ.get("DAGGER_HOME", ".dagger")).absolute()
 
@@ -35,18 +35,18 @@ class RunFolder:
 
     @classmethod
     def all(cls, root: Path) -> list["RunFolder"]:
-        """Every run that is kept, by name."""
+        """Return every stored run, sorted by name."""
         return [cls(root, path.parent.name) for path in sorted((root / "runs").glob("*/run.json"))]
 
     def load(self) -> DAggerRun | None:
-        """The resource as it was last written; None where there is none."""
+        """Return the resource as last written; None if there is none."""
         try:
             return load(json.loads((self.path / "run.json").read_text()))
         except FileNotFoundError:
             return None
 
     def require(self) -> DAggerRun:
-        """The resource; raises `UnknownRun` with the names that there are."""
+        """Return the resource; raises `UnknownRun`, which lists the existing runs."""
         run = self.load()
         if run is None:
             names = ", ".join(folder.name for folder in self.all(self.path.parents[1])) or "none"
@@ -58,7 +58,7 @@ class RunFolder:
         self._write("run.json", json.dumps(run.wire(), indent=1))
 
     def secrets(self) -> dict[str, dict[str, str]]:
-        """Secrets by name, each by key."""
+        """Return the Secrets by name, each by key."""
         try:
             found: dict[str, dict[str, str]] = json.loads((self.path / "secrets.json").read_text())
             return found
@@ -66,18 +66,18 @@ class RunFolder:
             return {}
 
     def save_secrets(self, secrets: Mapping[str, Mapping[str, str]]) -> None:
-        """Kept readable for this user alone."""
+        """Save Secrets, readable for this user only."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._write("secrets.json", json.dumps(secrets))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Held by the one process that works on the run; raises `InUse` at once."""
+        """Hold the lock of the one process that works on the run; raises `InUse` immediately if it is taken."""
         with locked(self.path / "lock", f"run {self.name!r} is being worked on", f"`daggerctl status {self.name}` shows it"):
             yield
 
     def _write(self, name: str, text: str) -> None:
-        """Whole or not at all, and for this user alone: `mkstemp` makes it so."""
+        """Write a file atomically, and readable for this user only, as `mkstemp` creates it."""
         handle, partial = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
         with os.fdopen(handle, "w") as file:
             file.write(text)
@@ -86,7 +86,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def locked(path: Path, doing: str, remedy: str) -> Iterator[None]:
-    """Held by one process at a time, whose number is in the file; raises `InUse` at once."""
+    """Hold a lock for one process at a time, whose id is in the file; raises `InUse` immediately if it is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:

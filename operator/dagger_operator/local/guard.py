@@ -1,6 +1,6 @@
-"""Outlives a supervisor that was killed, for as long as it takes to end what that one had started.
+"""Outlives a supervisor that was killed, for as long as it takes to stop what that supervisor had started.
 
-`python -m dagger_operator.local.guard MARK LOGS` waits until its standard input closes, which it does however the supervisor ends.
+`python -m dagger_operator.local.guard MARK LOGS` waits until its standard input closes, which happens however the supervisor ends.
 """
 
 import asyncio
@@ -13,14 +13,14 @@ from dagger_operator.local.processes import Reach, reap
 
 
 class Guard:
-    """The guard's process, as the supervisor holds it. Use as an async context manager."""
+    """The guard process, as the supervisor handles it. Use as an async context manager."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
 
     async def __aenter__(self) -> Self:
         command = [sys.executable, "-m", "dagger_operator.local.guard", self._reach.mark, str(self._reach.logs)]
-        # In a session of its own: Ctrl-C is for the supervisor alone.
+        # In its own session: Ctrl-C is for the supervisor only.
         self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, start_new_session=True)
         return self
 
@@ -32,7 +32,7 @@ class Guard:
 
 def main(mark: str, logs: str) -> None:
     sys.stdin.read()
-    # The next supervisor may start at once; what it starts is its own.
+    # The next supervisor may start at once; leave what it starts alone.
     reap(Reach(mark, Path(logs)), older_than=time.time())
 
 

@@ -11,7 +11,7 @@ from dagger_operator.local.pods import Pod
 
 log = structlog.get_logger()
 FIRST_BACK_OFF, LONGEST_BACK_OFF = 1.0, 60.0
-"""Seconds before a failed pod is made again; doubled each time."""
+"""First and longest wait, in seconds, before a failed pod is recreated; doubled each time."""
 
 
 class JobFailed(Exception):
@@ -28,7 +28,7 @@ class JobRunner:
         self._name: str = manifest["metadata"]["name"]
         self._pods: dict[int, Pod] = {}
         self._lost: list[dict[str, Any]] = []
-        """Pods that failed, as they ended: by them the plan counts what infrastructure cost."""
+        """Manifests of failed pods, as they ended: from these the plan counts infrastructure failures."""
         self._active: set[int] = set()
         self._succeeded: set[int] = set()
         self._failed = 0
@@ -40,7 +40,7 @@ class JobRunner:
         self._task = asyncio.create_task(self._run(), name=f"job {self._name}")
 
     def update(self, manifest: dict[str, Any]) -> None:
-        """Takes over what may change of a Job: whether it is suspended."""
+        """Apply what may change in a Job: whether it is suspended."""
         self._manifest = manifest
         suspended = bool(manifest["spec"].get("suspend"))
         (self._must_stop.set if suspended else self._must_stop.clear)()
@@ -62,7 +62,7 @@ class JobRunner:
         return {**self._manifest, "status": {key: value for key, value in status.items() if value is not None}}
 
     def pods(self) -> list[dict[str, Any]]:
-        """Every pod that was made and is not replaced, and those that failed before."""
+        """Return every pod that was created and not replaced, and those that failed before."""
         return [*self._lost, *(pod.manifest() for _, pod in sorted(self._pods.items()))]
 
     async def close(self) -> None:
@@ -79,13 +79,13 @@ class JobRunner:
         except* Exception as errors:
             first = _first(errors.subgroup(JobFailed) or errors)
             if not isinstance(first, JobFailed):
-                # A fault of ours. The run would wait for ever for a Job that nobody works on any more.
+                # A fault of ours. Otherwise the run would wait forever for a Job that nobody works on any more.
                 log.error("job broke", job=self._name, exc_info=first)
                 first = JobFailed("RuntimeError", f"{type(first).__name__}: {first}")
             self._end("Failed", first.reason, first.message)
 
     async def _until_stopped(self) -> None:
-        """Works until all indexes are done, or the Job is suspended; raises `JobFailed`."""
+        """Work until all indexes are done or the Job is suspended; raises `JobFailed`."""
         work = asyncio.create_task(self._work())
         stop = asyncio.create_task(self._must_stop.wait())
         try:
@@ -139,7 +139,7 @@ class JobRunner:
         return False
 
     def _judge(self, pod: Pod, index: int) -> None:
-        """Counts a failed pod; raises `JobFailed` where policy or budget say so."""
+        """Count a failed pod; raises `JobFailed` if the policy says so or the retries are used up."""
         spec = self._manifest["spec"]
         action, code = _action(spec.get("podFailurePolicy", {}).get("rules", ()), pod.exit_codes())
         if action == "FailJob":
@@ -165,7 +165,7 @@ def _first(group: ExceptionGroup[Exception]) -> Exception:
 
 
 def _action(rules: Any, exit_codes: Mapping[str, int]) -> tuple[str, int]:
-    """What the first matching rule of a pod failure policy says, and the exit code that it was said of."""
+    """Return the action of the first matching rule of a pod failure policy, and the exit code that it matched."""
     failed = {name: code for name, code in exit_codes.items() if code != 0}
     for rule in rules:
         wanted = rule.get("onExitCodes")

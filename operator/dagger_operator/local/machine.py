@@ -1,4 +1,4 @@
-"""This machine as a very small cluster: takes objects, runs them, and shows them with their status."""
+"""This machine as a very small cluster: accepts objects, runs them, and shows them with their status."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ Key = tuple[str, str]
 
 
 class Runner(Protocol):
-    """What runs one workload object."""
+    """Runs one workload object."""
 
     def update(self, manifest: Manifest) -> None: ...
 
@@ -43,18 +43,18 @@ class Place:
     """Where one run's processes live on this machine."""
 
     scope: str
-    """Unique to the run: marks its processes, and makes its pods' addresses."""
+    """Unique to the run: marks its processes, and determines its pods' addresses."""
     folder: Path
-    """Volumes of pods; a short path, since Unix sockets stand in it."""
+    """Volumes of pods; a short path, since it becomes part of Unix socket paths."""
     logs: Path
     """Output of containers, kept: `<pod>/<container>.log`."""
     environment: Mapping[str, str]
-    """What every process gets beside what its manifest says."""
+    """What every process gets in addition to its manifest's variables."""
     secrets: Mapping[str, Mapping[str, str]]
 
 
 class Machine:
-    """The objects of one run. Use as an async context manager: on leaving, nothing of it runs any more."""
+    """The objects of one run. Use as an async context manager: on leaving, nothing of the run is left running."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -64,10 +64,10 @@ class Machine:
         self._reach = Reach(self._mark, place.logs)
         self._guard = Guard(self._reach)
         self.changed = asyncio.Event()
-        """Set whenever something about an object or a pod changed."""
+        """Set whenever an object or a pod has changed."""
 
     async def __aenter__(self) -> "Machine":
-        # An earlier supervisor may have been killed before it could end what it had started, and its guard with it.
+        # An earlier supervisor and its guard may have been killed before they could stop what the supervisor had started.
         await asyncio.to_thread(reap, self._reach)
         await self._guard.__aenter__()
         return self
@@ -80,7 +80,7 @@ class Machine:
         await self._guard.__aexit__(*error)
 
     def apply(self, objects: Iterable[Manifest]) -> None:
-        """Makes or updates objects; one that is just being removed has to be gone first."""
+        """Create or update objects; skips an object that is still being removed."""
         workloads = []
         for manifest in objects:
             key = (manifest["kind"], manifest["metadata"]["name"])
@@ -96,7 +96,7 @@ class Machine:
                 self._runners[key] = _RUNNERS[manifest["kind"]](manifest, self._pod_maker(key), self.changed.set)
 
     def remove(self, kind: str, name: str) -> None:
-        """Ends an object; it is shown until its last process is gone."""
+        """Remove an object; it is shown until its last process is gone."""
         key = (kind, name)
         if key in self._leaving or key not in self._objects:
             return
@@ -106,7 +106,7 @@ class Machine:
             del self._objects[key]
 
     def observed(self) -> list[tuple[Manifest, list[Manifest]]]:
-        """Every object with its status, and its pods."""
+        """Return every object with its status, and its pods."""
         found = []
         for key, manifest in self._objects.items():
             runner = self._runners.get(key)
@@ -156,7 +156,7 @@ class Machine:
         return hosts
 
     def _pods_behind(self, selector: Mapping[str, str]) -> list[str]:
-        """Names of the pods that a Service selects, whether they run by now or not."""
+        """Return the names of the pods that a Service selects, whether or not they are running yet."""
         names = []
         for (kind, name), owner in self._objects.items():
             if kind not in _RUNNERS:

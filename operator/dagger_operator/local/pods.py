@@ -1,4 +1,4 @@
-"""A pod on this machine: init containers one after another, then the others side by side."""
+"""A pod on this machine: init containers one after another, then the others in parallel."""
 
 import asyncio
 import shutil
@@ -10,13 +10,13 @@ from dagger_operator.local.containers import Container
 from dagger_operator.local.environment import CannotStart, PodContext
 
 BACK_OFF = (1.0, 60.0)
-"""First and longest pause, in seconds, before a container that ended is started again."""
+"""First and longest pause, in seconds, before a container that ended is restarted."""
 SETTLED = 60.0
-"""A life of this many seconds makes the next pause a first one again."""
+"""A life of this many seconds resets the pause to the first one."""
 
 
 class Pod:
-    """Runs a pod's manifest. `run` returns when all containers ended for good; cancelling it ends them."""
+    """Runs a pod's manifest. `run` returns when all containers have ended for good; cancelling it stops them."""
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class Pod:
         return self._phase == "Failed"
 
     def exit_codes(self) -> dict[str, int]:
-        """Exit codes by container, of those that ended."""
+        """Return exit codes by container, for those that ended."""
         every = (*self._init, *self._containers)
         return {c.name: c.state["terminated"]["exitCode"] for c in every if "terminated" in c.state}
 
     def manifest(self) -> dict[str, Any]:
-        """The pod as an API server would show it."""
+        """Return the pod as an API server would show it."""
         ready = self._phase == "Running" and all(container.ready for container in self._containers)
         return {
             **self._manifest,
@@ -68,7 +68,7 @@ class Pod:
         }
 
     async def run(self) -> None:
-        """Lives until every container ended for good, or for ever where the restart policy is Always."""
+        """Run until every container has ended for good, or forever if the restart policy is Always."""
         try:
             for container in self._init:
                 if not await self._until_done(container, again=self._restart != "Never"):
@@ -91,7 +91,7 @@ class Pod:
         return await self._until_done(container, again=self._restart == "OnFailure")
 
     async def _until_done(self, container: Container, *, again: bool) -> bool:
-        """Lives until exit code 0, or only once; whether it came to 0."""
+        """Run until exit code 0, or only once without `again`; return whether it exited with 0."""
         pause = BACK_OFF[0]
         while True:
             code = await self._life(container)
@@ -115,7 +115,7 @@ class Pod:
         return min(2 * pause, BACK_OFF[1])
 
     async def _life(self, container: Container) -> int:
-        """One life; a container that cannot be started waits for ever, as on a cluster, and says why."""
+        """Run one life; a container that cannot be started waits forever, as on a cluster, and reports why."""
         while True:
             try:
                 return await container.live()

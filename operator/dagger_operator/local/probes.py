@@ -1,4 +1,4 @@
-"""HTTP probes of a container: startup, readiness, liveness, with the meaning that a kubelet gives them."""
+"""HTTP probes of a container: startup, readiness, liveness, with the same meaning as in a kubelet."""
 
 import asyncio
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any, Self
 import aiohttp
 
 FASTEST = 0.5
-"""Seconds between two tries: a process on this machine is ready sooner than a kubelet's one-second grain could tell."""
+"""Longest interval between two tries, in seconds: processes on this machine become ready faster than a kubelet's whole seconds."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """An `httpGet` probe; `patience` is how many seconds of failure in a row it bears."""
+    """An `httpGet` probe; `patience` is how many seconds of consecutive failure it tolerates."""
 
     url: str
     period: float
@@ -22,7 +22,7 @@ class Probe:
 
     @classmethod
     def of(cls, spec: Mapping[str, Any] | None, address: str) -> Self | None:
-        """From a manifest's probe; None where there is none."""
+        """Create it from a manifest's probe; None if there is none."""
         if spec is None:
             return None
         target = spec["httpGet"]
@@ -42,7 +42,7 @@ class Probe:
             return False
 
     async def until_success(self, client: aiohttp.ClientSession) -> bool:
-        """Tries until it succeeds; False where patience ended first."""
+        """Retry until it succeeds; return False if `patience` runs out first."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.patience
         while not await self.succeeds(client):
@@ -52,7 +52,7 @@ class Probe:
         return True
 
     async def until_failure(self, client: aiohttp.ClientSession) -> None:
-        """Returns once it has failed for as long as its patience."""
+        """Return once it has failed for as long as its `patience`."""
         loop = asyncio.get_running_loop()
         last_success = loop.time()
         while loop.time() - last_success < self.patience:

@@ -1,4 +1,4 @@
-"""One container's process, and everything it started: started, watched, ended without a trace."""
+"""One container's process and everything it started: start it, watch it, stop it without a trace."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ from typing import Self
 import psutil
 
 MARK = "DAGGER_CONTAINER"
-"""Environment variable by which every process of a container is known, whoever its parent is by now."""
+"""Environment variable that identifies every process of a container, even if it has been reparented."""
 
 
 class Process:
-    """A running container. What it leaves behind when its main process ends is killed, as a container runtime does."""
+    """A running container. What is left when its main process ends is killed, as a container runtime does."""
 
     def __init__(self, process: asyncio.subprocess.Process, reach: "Reach") -> None:
         self._process, self._reach = process, reach
@@ -25,7 +25,7 @@ class Process:
 
     @classmethod
     async def start(cls, argv: Sequence[str], environment: Mapping[str, str], *, mark: str, log: Path, folder: Path) -> Self:
-        """Starts `argv` in a session of its own, output appended to `log`; OSError where it cannot be started."""
+        """Start `argv` in its own session, output appended to `log`; raises OSError if it cannot be started."""
         # The child must not outlive a supervisor that is killed with -9.
         prefix = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         with log.open("ab") as output:
@@ -46,11 +46,11 @@ class Process:
         return self._process.pid
 
     async def wait(self) -> int:
-        """Exit code; 128 + signal where a signal ended it."""
+        """Return the exit code; 128 + signal if a signal ended it."""
         return await asyncio.shield(self._exited)
 
     async def stop(self, grace: float) -> int:
-        """SIGTERM, then SIGKILL after `grace` seconds."""
+        """Send SIGTERM, then SIGKILL after `grace` seconds; return the exit code."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -68,12 +68,12 @@ class Process:
 
 @dataclass(frozen=True)
 class Reach:
-    """Tells processes of a run, a pod or a container from all others, without remembering any."""
+    """Distinguishes the processes of a run, a pod or a container from all others, without keeping track of them."""
 
     mark: str
-    """How their marks start."""
+    """Prefix of their marks."""
     logs: Path
-    """Folder, or log, that their output goes to: a program that renames itself may overwrite its environment, mark and all."""
+    """Folder or log that their output goes to: a program that renames itself may overwrite its environment, including the mark."""
 
     def holds(self, process: psutil.Process) -> bool:
         """Whether `process` is one of them."""
@@ -93,7 +93,7 @@ class Reach:
 
 
 def reap(reach: Reach, *, older_than: float | None = None, timeout: float = 5.0) -> int:
-    """Kills every process within reach, of those older than a Unix time only where one is given; how many there were."""
+    """Kill every process within reach, or only those older than a Unix time; return how many there were."""
     found = [process for process in psutil.process_iter(["create_time"]) if reach.holds(process)]
     if older_than is not None:
         found = [process for process in found if process.info["create_time"] < older_than]

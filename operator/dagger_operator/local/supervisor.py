@@ -1,4 +1,4 @@
-"""Works on one run until it is over: observe, plan, apply, say; again when something changed."""
+"""Works on one run until it is over: observe, plan, apply, save the status; repeat when something changes."""
 
 import asyncio
 import contextlib
@@ -23,13 +23,13 @@ from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 log = structlog.get_logger()
 
 LONGEST_SLEEP = 5.0
-"""Seconds after which things are looked at again, even where nothing was heard."""
+"""Seconds after which the run is observed again even without an event."""
 RESTING = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED})
-"""Phases in which a run holds nothing and asks for nothing."""
+"""Phases in which a run holds nothing and needs nothing."""
 
 
 class Supervisor:
-    """The local twin of the operator, for one run. It holds the run's folder while it works."""
+    """The operator's local counterpart, for one run, whose folder the caller has locked."""
 
     def __init__(self, folder: RunFolder, watch: Callable[[DAggerRun], None] = lambda _: None) -> None:
         self._folder = folder
@@ -39,11 +39,11 @@ class Supervisor:
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
-        """Asks `run` to end its processes and return; the run goes on when it is supervised again."""
+        """Ask `run` to stop its processes and return; the run continues when it is supervised again."""
         self._stop.set()
 
     async def run(self) -> RunStatus:
-        """Returns the status with which the run ended, or was left when `stop` was called."""
+        """Return the status with which the run ended, or which it had when `stop` was called."""
         run = self._folder.require()
         secrets = self._folder.secrets()
         environment = inherited({**os.environ, **self._own.environ}, identity=run.spec.storage.secret_ref is None)
@@ -64,7 +64,7 @@ class Supervisor:
                 await self._sleep(machine, planned.requeue_after)
 
     async def _observe(self, run: DAggerRun, machine: Machine, store: Store) -> Observed:
-        # Children before results: a Job that is seen to be done has its result in storage by then.
+        # Children before results: if a Job is seen to be done, its result is already in storage.
         shown = machine.observed()
         seen = children((manifest for manifest, _ in shown), (pod for _, pods in shown for pod in pods), datetime.now(UTC))
         problem = None
@@ -76,7 +76,7 @@ class Supervisor:
         return Observed(datetime.now(UTC), seen, self._results, storage_problem=problem, progress=progress)
 
     def _say(self, run: DAggerRun, status: RunStatus) -> DAggerRun:
-        """Writes the status where it differs, and shows the run."""
+        """Save the status if it changed, and show the run."""
         if status != run.status:
             if run.status is None or status.phase is not run.status.phase or status.round != run.status.round:
                 log.info("phase", phase=status.phase, round=status.round, reason=status.reason)
@@ -96,7 +96,7 @@ class Supervisor:
 
     def _place(self, run: DAggerRun, environment: Mapping[str, str], secrets: Mapping[str, Mapping[str, str]]) -> Place:
         scope = run.metadata.uid or run.metadata.name
-        # Unix sockets stand in pods' volumes, and their paths hold 107 bytes: the folder's own path may be too long.
+        # Pods' volumes hold Unix sockets, whose paths are limited to 107 bytes: the folder's own path may be too long.
         short = hashlib.blake2b(f"{self._folder.path}{scope}".encode(), digest_size=6).hexdigest()
         folder = Path(os.environ.get("TMPDIR", tempfile.gettempdir())) / f"dagger-{short}"
         return Place(scope=scope, folder=folder, logs=self._folder.logs, environment=environment, secrets=secrets)

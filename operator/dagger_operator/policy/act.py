@@ -1,4 +1,4 @@
-"""One turn under way or done. Any number of requests may read it, at any time: a retry joins it or gets it again."""
+"""One turn, in progress or done. Any number of requests may read it at any time: a retry joins it or receives it again."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,12 +15,12 @@ class TurnDropped(Exception):
 
 
 class Act:
-    """A turn that lives apart from the connection that asked for it: a client that goes away neither loses nor doubles it."""
+    """A turn that is independent of the connection that asked for it: a client that disconnects neither loses nor duplicates it."""
 
     def __init__(self, request: ChatRequest, run: "Callable[[Act], Awaitable[Answer]]") -> None:
         self.request = request
         self.trouble: PolicyUnavailable | None = None
-        """Why its request to the policy had to be tried again."""
+        """Why its request to the policy had to be retried."""
         self._chunks: list[Chunk] = []
         self._news = asyncio.Event()
         self._task: asyncio.Future[Answer] = asyncio.ensure_future(run(self))
@@ -31,17 +31,17 @@ class Act:
         return self._task.done()
 
     def _ended(self, task: asyncio.Future[Answer]) -> None:
-        # Looked at here because perhaps nobody waits for it any more; the session keeps what failed.
+        # Retrieve the exception here because perhaps nobody awaits the task any more; the session keeps the failure.
         _ = task.cancelled() or task.exception()
         self._tell()
 
     def forward(self, chunk: Chunk) -> None:
-        """Takes a chunk of the stream as it arrives."""
+        """Add a chunk of the stream as it arrives."""
         self._chunks.append(chunk)
         self._tell()
 
     def failing(self, why: PolicyUnavailable) -> None:
-        """Takes note of a try that failed and is followed by another."""
+        """Record a failed try that will be followed by another."""
         self.trouble = why
 
     def _tell(self) -> None:
@@ -49,23 +49,23 @@ class Act:
         self._news = asyncio.Event()
 
     async def settled(self) -> None:
-        """Waits until the turn is done, whatever became of it."""
+        """Wait until the turn is done, successfully or not."""
         await asyncio.wait([self._task])
 
     async def drop(self) -> None:
-        """Cancels the turn and its request to the policy."""
+        """Cancel the turn and its request to the policy."""
         self._task.cancel()
         await self.settled()
 
     async def answer(self) -> dict[str, Any]:
-        """The answer. Raises what the turn failed with, or `TurnDropped`."""
+        """Return the answer. Raises what the turn failed with, or `TurnDropped`."""
         await self.settled()
         if self._task.cancelled():
             raise TurnDropped
         return self._task.result().payload
 
     async def stream(self) -> AsyncIterator[Chunk]:
-        """The chunks from the first on, each as soon as it is there; the one that ends the turn only when the turn is recorded."""
+        """Yield all chunks from the first, each as soon as it exists; the one that ends the turn only once the turn is recorded."""
         read = 0
         while True:
             while read < len(self._chunks):

@@ -1,4 +1,4 @@
-"""Asks one policy for a turn: tries again what may pass, and says what stays.
+"""Asks one policy for a turn: retries transient failures and reports permanent ones.
 
 Errors: `PolicyUnavailable` (infrastructure) and `PolicyRefused` (the policy's own); see `failures`.
 """
@@ -26,15 +26,15 @@ from dagger_operator.store.records import Completion
 
 CONNECT_SECONDS = 10.0
 _REFUSALS = (400, 413, 422)
-"""Statuses that are about the state that was sent; every other one is about the way to the policy."""
+"""Statuses caused by the state that was sent; all others are caused by the connection or the endpoint."""
 _QUOTED = 500
-"""Characters of what a policy says that a message holds."""
+"""Characters of a policy's response that a message quotes."""
 _TOO_LONG = (
     *("context_length_exceeded", "context length", "context window", "prompt is too long"),
-    # vLLM's of a prompt longer than its context, and of one that fills it: we never ask for less than one token.
+    # vLLM's messages for a prompt longer than its context, and for one that fills it: we never ask for less than one token.
     *("maximum model length", "max_tokens must be at least 1"),
 )
-"""What endpoints say of a state that is too long, in lower case."""
+"""How endpoints describe a state that is too long, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Answer:
     """A policy's turn."""
 
     payload: dict[str, Any]
-    """The `chat.completion` as it came, or as its stream adds up; log-probabilities that only labels need are taken out."""
+    """The `chat.completion` as received, or as assembled from its stream, without log-probabilities that only labels need."""
     completion: Completion
 
 
 class _Passing(Exception):
-    """Something that may be gone at the next try."""
+    """A transient failure, which may be gone at the next try."""
 
     def __init__(self, reason: str, message: str, *, retry_after: float | None = None, unreachable: bool = False) -> None:
         self.reason, self.retry_after, self.unreachable = reason, retry_after, unreachable
@@ -60,7 +60,7 @@ class Client:
     def __init__(self, upstream: Upstream, metrics: GatewayMetrics) -> None:
         self.upstream = upstream
         self._metrics = metrics
-        # Only our own Services are headless: an endpoint's name also is its certificate's and its virtual host's.
+        # Only our own Services are headless: an endpoint's name is also needed for its certificate and its virtual host.
         self._replicas = Replicas(upstream.urls, resolve=upstream.served)
         self._http: aiohttp.ClientSession | None = None
 
@@ -70,7 +70,7 @@ class Client:
             connector=aiohttp.TCPConnector(limit=0),
             headers={"Content-Type": "application/json", **authorization},
             timeout=aiohttp.ClientTimeout(total=self.upstream.timeout_seconds, sock_connect=CONNECT_SECONDS),
-            # Endpoints may lie beyond a proxy (HTTPS_PROXY); our own servers never do.
+            # Endpoints may be reached through a proxy (HTTPS_PROXY); our own servers never are.
             trust_env=not self.upstream.served,
         )
         return self
@@ -89,8 +89,8 @@ class Client:
         forward: Callable[[Chunk], None] | None = None,
         failing: Callable[[PolicyUnavailable], None] = lambda why: None,
     ) -> Answer:
-        """The policy's turn at this state. `forward` streams it: it gets every chunk as it comes, none twice. `failing` hears of each
-        try that failed and is followed by another.
+        """Return the policy's turn at this state. With `forward` it is streamed: `forward` gets every chunk as it arrives, none twice.
+        `failing` is called for each failed try that is followed by another.
 
         `affinity` keeps a rollout at one replica. Raises `PolicyUnavailable`, `PolicyRefused`.
         """
@@ -143,17 +143,17 @@ class Client:
             return Answer(payload, completion)
         except (aiohttp.ClientError, TimeoutError, InvalidWire, OSError, _Passing) as error:
             if stream and stream.forwarded:
-                # The scaffold has read a part of this turn already: a second try would be another turn.
+                # The scaffold has already read part of this turn: a second try would be another turn.
                 raise PolicyUnavailable("BrokenStream", self._say(url, f"the stream broke off: {error}")) from error
             raise _passing(error, self.upstream.timeout_seconds, self._quoted(whole.decode(errors="replace"))) from error
 
     def _check_error(self, payload: dict[str, Any]) -> None:
-        """Providers fail with HTTP 200, too, once they have begun to answer: then an error stands in the answer's place."""
+        """Raise if the payload is an error. Providers also fail with HTTP 200 once they have started to answer."""
         if error := _error_in(payload):
             raise _Passing("ServerError", f"an error with HTTP 200: {self._quoted(str(error))}")
 
     def _check_version(self, url: str, payload: dict[str, Any]) -> None:
-        """A served policy's answer names the version that was asked for: nothing else is recorded under it."""
+        """Raise unless a served policy's answer names the requested version: nothing else may be recorded under it."""
         found = payload.get("model")
         if self.upstream.served and found != self.upstream.version:
             raise PolicyUnavailable("WrongVersion", self._say(url, f"asked for policy {self.upstream.version}, {found!r} answered"))
@@ -162,7 +162,7 @@ class Client:
         status, message = response.status, f"HTTP {response.status}: {self._quoted(text)}"
         if status == 429 or status in (408, 409, 425) or status >= 500:
             retry_after = retry_after_seconds(response.headers.get("Retry-After"))
-            # The agent of a replica says so while its vLLM restarts: another replica may serve meanwhile.
+            # A replica's agent answers so while its vLLM restarts: another replica may be serving.
             away = status == 503 and self.upstream.served
             return _Passing("RateLimited" if status == 429 else "ServerError", message, retry_after=retry_after, unreachable=away)
         message = self._say(url, message)
@@ -182,12 +182,12 @@ class Client:
         return PolicyUnavailable("TurnedAway", f"{message}: look at the endpoint, and at the proxies on the way to it")
 
     def _say(self, url: str, message: str) -> str:
-        """A message that names the policy and holds no secret, even where the server echoes one."""
+        """Return a message that names the policy and contains no secret, even if the server echoes one."""
         where = URL(url).origin() if url else ", ".join(str(URL(each).origin()) for each in self.upstream.urls)
         return f"{self.upstream.role} at {where}: {self._without_secret(message)}"
 
     def _quoted(self, text: str) -> str:
-        """The beginning of what the policy says. A secret goes before the rest is cut off: of one that is cut the first part would stay."""
+        """Return the beginning of the policy's response. Secrets are removed before it is cut, so that no part of one remains."""
         return self._without_secret(text)[:_QUOTED]
 
     def _without_secret(self, text: str) -> str:
@@ -195,13 +195,13 @@ class Client:
 
 
 class _Stream:
-    """Passes a stream on while it adds it up."""
+    """Forwards a stream while assembling it."""
 
     def __init__(
         self, forward: Callable[[Chunk], None], check: Callable[[Chunk], None], check_first: Callable[[Chunk], None], *, bare: bool
     ) -> None:
-        """`check` sees each chunk before it is passed on, `check_first` the first one; they raise where that must not be. `bare`:
-        log-probabilities are not passed on."""
+        """`check` sees each chunk before it is forwarded, `check_first` only the first; they raise if the chunk is unacceptable. `bare`:
+        forward no log-probabilities."""
         self._forward, self._check, self._check_first, self._bare = forward, check, check_first, bare
         self.forwarded = False
 
@@ -228,7 +228,7 @@ class _Stream:
 
 
 def _error_in(payload: dict[str, Any]) -> Any:
-    """What went wrong, or None. OpenRouter tells it of a choice, too, which then ended for no other reason."""
+    """Return the error, or None. OpenRouter may also report it in a choice, whose finish reason is then `error`."""
     choice = _first_choice(payload)
     of_choice = choice.get("error") or "finish_reason is error" if choice.get("finish_reason") == "error" else None
     return payload.get("error") or of_choice
@@ -240,7 +240,7 @@ def _first_choice(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _passing(error: Exception, timeout: float, said: str) -> _Passing:
-    """`said`: the beginning of the answer, where it came whole."""
+    """Convert an error. `said`: the beginning of the answer, if it arrived whole."""
     if isinstance(error, _Passing):
         return error
     if isinstance(error, InvalidWire):
@@ -249,12 +249,12 @@ def _passing(error: Exception, timeout: float, said: str) -> _Passing:
         return _Passing("Unreachable", f"no connection within {CONNECT_SECONDS:g} s", unreachable=True)
     if isinstance(error, TimeoutError):
         return _Passing("Timeout", f"no answer within {timeout:g} s")
-    # The class's name alone says something where str() is empty.
+    # str() may be empty: then the class name is all there is to report.
     return _Passing("Unreachable", f"{type(error).__name__}: {error}", unreachable=True)
 
 
 def completion_of(payload: dict[str, Any], version: str, seconds: float, top_logprobs: int = 0) -> Completion:
-    """The record of an answer that was asked for so many log-probabilities. Raises `InvalidWire` where it holds no turn."""
+    """Return the record of an answer that was asked for `top_logprobs` log-probabilities. Raises `InvalidWire` if it holds no turn."""
     choice = _first_choice(payload)
     message, reason = choice.get("message"), choice.get("finish_reason")
     if not isinstance(message, dict) or not isinstance(reason, str):

@@ -1,8 +1,8 @@
-"""The two ways in which a policy cannot act, and what each means for a rollout.
+"""The two ways in which a policy can fail to act, and what each means for a rollout.
 
 PolicyFailure
   PolicyUnavailable  infrastructure: the rollout is retried on the infrastructure budget, and is never training data
-  PolicyRefused      the policy's own: it cannot go on from this state; where that is too long for it, the agent may shorten it and go on
+  PolicyRefused      the policy's own: it cannot continue from this state; if the state is too long, the agent may shorten it and continue
 """
 
 from typing import Self
@@ -14,7 +14,7 @@ CONTEXT_TOO_LONG = "ContextTooLong"
 
 
 class PolicyFailure(Exception):
-    """A request to a policy that stays without an answer. `reason` is CamelCase from a bounded set."""
+    """A request to a policy that got no answer. `reason` is CamelCase from a bounded set."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason, self.message = reason, message
@@ -25,12 +25,12 @@ class PolicyFailure(Exception):
         return Failure(reason=self.reason, message=self.message)
 
     def anew(self) -> Self:
-        """The same failure without a traceback, whose frames keep the request alive."""
+        """Return the same failure without its traceback, whose frames would keep the request alive."""
         return type(self)(self.reason, self.message)
 
 
 class PolicyUnavailable(PolicyFailure):
-    """Unreachable, 5xx, 429 beyond the budget, unpaid, garbled, or another policy version than was asked for."""
+    """Unreachable, 5xx, 429 beyond the retry budget, unpaid, garbled, or a policy version other than the requested one."""
 
 
 class PolicyRefused(PolicyFailure):

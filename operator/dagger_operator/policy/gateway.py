@@ -1,4 +1,4 @@
-"""The policy gateway: an OpenAI-compatible server with a base URL and a token for each rollout. It runs inside the rollout worker."""
+"""The policy gateway: an OpenAI-compatible server, in the rollout worker, with a base URL and a token for each rollout."""
 
 import asyncio
 import contextlib
@@ -28,12 +28,12 @@ from dagger_operator.policy.upstream import Upstream
 from dagger_operator.policy.wire import InvalidWire, dump, parse
 
 MODEL = "policy"
-"""The one model that scaffolds see."""
+"""The only model name that scaffolds see."""
 LARGEST_REQUEST = 8 << 20
-"""Bytes: what the policy agent takes (`serving.proxy`). A state of a million tokens has about 5 MB; JSON that means harm becomes 25 times
-its size in memory, and all rollouts of the worker wait while it is parsed."""
+"""Bytes, the limit of the policy agent (`serving.proxy`). A state of a million tokens has about 5 MB. Malicious JSON can take 25 times its
+size in memory, and all rollouts of the worker wait while it is parsed."""
 _LARGE_REQUEST = 1 << 20
-"""Bytes from which on a thread reads them."""
+"""Bytes above which a request is parsed in a thread."""
 _OPEN_FILES = 65536
 
 
@@ -45,8 +45,8 @@ class Gateway:
             ...  # a scaffold talks to session.base_url with session.token
             recording = await session.finish()
 
-    `teacher` is None in evaluation, where `student` is greedy. `host` and `port` are the address to listen on, 0 being any port;
-    `advertise` is the host that base URLs name, where scaffolds run elsewhere.
+    `teacher` is None in evaluation, where `student` is greedy. `host` and `port` are the address to listen on (port 0: any);
+    `advertise` is the host in base URLs, if scaffolds run elsewhere.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Gateway:
 
     @property
     def address(self) -> str:
-        """Where it listens, as host:port."""
+        """Address that it listens on, as host:port."""
         return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     def open(self, request: SessionRequest) -> RolloutSession:
-        """Opens a rollout. Raises `ValueError` where this gateway cannot do what it asks."""
+        """Open a rollout's session. Raises `ValueError` if this gateway cannot serve the request."""
         key = request.rollout_id
         if key in self._sessions:
             raise ValueError(f"rollout_id {key!r} is open already: finish or abort it first")
@@ -138,7 +138,7 @@ class Gateway:
         if session is None:
             return _unknown_rollout()
         try:
-            # A body stays unread, in the network, until the one before it has its turn: a scaffold may send as many as it likes.
+            # A body stays unread, in the network, until the previous one has been given its turn: a scaffold may send any number.
             async with session.admission:
                 session.check()
                 request = chat_request(await _parsed(await http.read()))
@@ -170,7 +170,7 @@ async def _whole(http: web.Request, request: ChatRequest, act: Act) -> web.Strea
 
 
 async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.StreamResponse:
-    """Failures before the first chunk are raised and get a status of their own; a later one cuts the connection."""
+    """Stream a turn. A failure before the first chunk is raised and gets its own status; a later one cuts the connection."""
     response: web.StreamResponse | None = None
     try:
         async for chunk in act.stream():
@@ -196,7 +196,7 @@ async def _stream(http: web.Request, request: ChatRequest, act: Act) -> web.Stre
 
 def _refused(status: int, code: str, message: str, *, param: str | None = None) -> web.Response:
     error: dict[str, Any] = {"message": message, "type": "policy_gateway", "code": code, "param": param}
-    # OpenAI's own client retries 409 and 503; this gateway has tried all that was worth trying.
+    # OpenAI's own client retries 409 and 503; this gateway has already retried everything that is worth retrying.
     return web.json_response({"error": error}, status=status, headers={"x-should-retry": "false"})
 
 
@@ -205,7 +205,7 @@ def _unknown_rollout() -> web.Response:
 
 
 def _raise_open_files() -> None:
-    """A rollout holds up to three connections; the usual soft limit of 1024 files is for programs that call select()."""
+    """Raise the soft limit: a rollout holds up to three connections, and the usual 1024 files are meant for programs that call select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""Teacher labels: the teacher's turn at a visited state, asked for at lower priority than acting."""
+"""Teacher labels: the teacher's turn at a visited state, requested at lower priority than actions."""
 
 import asyncio
 import time
@@ -21,21 +21,21 @@ LABEL_PRIORITY = 10
 
 
 def judged(teacher: Upstream, completion: Completion, check: LabelCheck) -> Label:
-    """A teacher's turn as a label: one that was cut off, or that the scaffold could not read, is kept but must not train."""
+    """Return a teacher's turn as a label: one that is cut off, or that the scaffold cannot parse, is kept but must not train."""
     if teacher.cut_off(completion):
         return Label(completion, LabelFlaw.TRUNCATED)
     return Label(completion, LabelFlaw.UNPARSABLE if check(completion.message) is not None else None)
 
 
 class Labeller:
-    """Asks for labels, so many at once in one worker."""
+    """Requests labels, at most `concurrency` at once in one worker."""
 
     def __init__(self, teacher: Client, concurrency: int, metrics: GatewayMetrics) -> None:
         self._teacher, self._metrics = teacher, metrics
         self._slots = asyncio.Semaphore(concurrency)
 
     async def label(self, request: ChatRequest, *, seed: int, affinity: str, check: LabelCheck) -> tuple[Label, float]:
-        """The label at this state, and the seconds it took once its turn came. A request that fails for good is a flaw, not an error."""
+        """Return the label at this state, and the seconds it took once it had a slot. A request that fails for good yields a flaw."""
         with self._metrics.labels_under_way.track_inprogress():
             return await self._asked(request, seed, affinity, check)
 

@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus (docs/metrics.md). Every label has a bounded set of values; no run, task or rollout is named."""
+"""The gateway's Prometheus metrics (docs/metrics.md). Label values are bounded: no run, task or rollout names."""
 
 from enum import StrEnum
 
@@ -11,14 +11,14 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 
 
 class Purpose(StrEnum):
-    """What a policy is asked for. Where the teacher acts, action and label are one request: an action."""
+    """What a policy is asked for. If the teacher acts, action and label are one request, counted as an action."""
 
     ACTION = "action"
     LABEL = "label"
 
 
 class GatewayMetrics:
-    """The gateway's metrics in a registry of the caller's. What has a closed set of values is there from the start, at 0."""
+    """The gateway's metrics in the caller's registry. Series with a closed set of label values exist from the start, at 0."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.sessions = Gauge("dagger_gateway_sessions", "Open rollouts.", registry=registry)
@@ -55,7 +55,7 @@ class GatewayMetrics:
             self._labels.labels(flaw)
 
     def answered(self, role: Role, purpose: Purpose, completion: Completion) -> None:
-        """Counts a policy's answer."""
+        """Record a policy's answer."""
         self._seconds.labels(role, purpose).observe(completion.latency_seconds)
         kinds = {
             "uncached": completion.prompt_tokens - completion.cached_tokens,
@@ -66,7 +66,7 @@ class GatewayMetrics:
             self._tokens.labels(role, purpose, kind).inc(max(0, tokens))
 
     def labelled(self, flaw: LabelFlaw | None, *, hard: bool) -> None:
-        """`hard`: without log-probabilities that were asked for."""
+        """Count a label. `hard`: it lacks log-probabilities that were asked for."""
         self._labels.labels(flaw or "None").inc()
         if hard and flaw is None:
             self._hard_labels.inc()

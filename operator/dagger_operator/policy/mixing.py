@@ -8,7 +8,7 @@ from dagger_operator.policy.coins import coin, kappa
 
 @dataclass(frozen=True)
 class Decision:
-    """Who acts, and why: the teacher where `coin < beta`."""
+    """Who acts, and why: the teacher if `coin < beta`."""
 
     actor: Role
     beta: float
@@ -17,10 +17,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Mixer:
-    """The decisions of one rollout."""
+    """Decides who acts in each turn of one rollout."""
 
     mixing: Mixing | None
-    """None is evaluation: the student alone."""
+    """None in evaluation: the student alone."""
     seed: int
     round: int
     task: str
@@ -28,13 +28,13 @@ class Mixer:
 
     @property
     def kappa(self) -> int | None:
-        """StudentPrefix: turns that the student takes before the teacher finishes."""
+        """StudentPrefix: the number of turns that the student takes before the teacher finishes."""
         if self.mixing is None or self.mixing.strategy is not MixingStrategy.STUDENT_PREFIX:
             return None
         return kappa(self.seed, self.round, self.task, self.rollout, self.mixing.max_prefix_at(self.round))
 
     def decide(self, turn: int) -> Decision:
-        """The decision of a turn; turns count from 0."""
+        """Return the decision for a turn, counted from 0."""
         draw = coin(self.seed, self.round, self.task, self.rollout, turn)
         beta = self._beta(turn)
         return Decision(Role.TEACHER if draw < beta else Role.STUDENT, beta, draw)

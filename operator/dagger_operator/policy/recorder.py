@@ -1,4 +1,4 @@
-"""The record of a session's turns: states as deltas, each message kept once."""
+"""The record of a session's turns: states as deltas, each message stored once."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +9,7 @@ from dagger_operator.store.records import Completion, LabelFlaw, Message, Turn
 
 
 def kept(before: tuple[Message, ...], now: tuple[Message, ...]) -> int:
-    """Messages at the head of `before` that `now` still has."""
+    """Return the number of messages at the head of `before` that `now` still has."""
     count = 0
     for old, new in zip(before, now, strict=False):
         if old is not new and old != new:
@@ -20,7 +20,7 @@ def kept(before: tuple[Message, ...], now: tuple[Message, ...]) -> int:
 
 @dataclass(frozen=True)
 class Label:
-    """What became of asking the teacher for its turn."""
+    """The result of asking the teacher for its turn."""
 
     completion: Completion | None
     flaw: LabelFlaw | None
@@ -36,16 +36,16 @@ class Recorder:
     _tools: tuple[dict[str, Any], ...] = ()
 
     def interned(self, request: ChatRequest) -> ChatRequest:
-        """The same request with the messages of the state before it reused: a rollout then holds each message once, not once a turn."""
+        """Return the same request, reusing the previous state's messages: a rollout then holds each message once, not once per turn."""
         head = kept(self._messages, request.messages)
         return replace(request, messages=self._messages[:head] + request.messages[head:])
 
     def record(self, request: ChatRequest, decision: Decision, action: Completion) -> None:
-        """Adds the turn that was executed at this state."""
+        """Add the turn that was executed at this state."""
         head = kept(self._messages, request.messages)
         changed = request.tools != self._tools
         if action.logprobs is not None:
-            action = action.model_copy(update={"logprobs": None})  # the label of this turn holds them: once is enough
+            action = action.model_copy(update={"logprobs": None})  # this turn's label holds them: once is enough
         turn = Turn(
             index=len(self.turns),
             actor=decision.actor,
@@ -60,7 +60,7 @@ class Recorder:
         self.turns.append(turn)
 
     def labelled(self) -> tuple[Turn, ...]:
-        """All turns, each with what became of its label."""
+        """Return all turns, each with the result of its label."""
         return tuple(
             turn.model_copy(update={"label": label.completion, "label_flaw": label.flaw})
             if (label := self.labels.get(turn.index))

@@ -1,4 +1,4 @@
-"""Which replica a rollout talks to: always the same one while it lives, so that the rollout's prefix stays cached there."""
+"""Chooses the replica that a rollout uses: always the same one while it lives, so that the rollout's prefix stays cached there."""
 
 import asyncio
 import ipaddress
@@ -10,16 +10,16 @@ from hashlib import blake2b
 from yarl import URL
 
 DOWN_SECONDS = 30.0
-"""How long a replica that could not be reached is passed over."""
+"""How long an unreachable replica is skipped."""
 LOOK_UP_SECONDS = 30.0
-"""How long addresses are believed: a Service shows a replica that restarts only when it is ready again."""
+"""How long resolved addresses are used: a Service shows a restarted replica only once it is ready again."""
 
 
 class Replicas:
-    """The replicas of one policy, ranked for each rollout by rendezvous hashing: one that leaves moves its own rollouts only."""
+    """The replicas of one policy, ranked for each rollout by rendezvous hashing: when one leaves, only its own rollouts move."""
 
     def __init__(self, urls: Sequence[str], *, resolve: bool) -> None:
-        """With `resolve`, a single URL stands for all addresses of its host name, as a headless Service's does."""
+        """With `resolve`, a single URL stands for all addresses of its host name, as with a headless Service."""
         self._urls = tuple(urls)
         self._resolves = resolve and len(self._urls) == 1 and not _is_address(self._urls[0])
         self._known = () if self._resolves else self._urls
@@ -27,10 +27,10 @@ class Replicas:
         self._down: dict[str, float] = {}
 
     async def pick(self, affinity: str) -> str:
-        """Base URL for this rollout. Raises `OSError` where the host name does not resolve and no address is known from before."""
+        """Return the base URL for this rollout. Raises `OSError` if the host name does not resolve and no address is known from before."""
         now = time.monotonic()
         if self._resolves and (not self._known or now >= self._look_up_at):
-            self._look_up_at = now + LOOK_UP_SECONDS  # set first: the other rollouts do not wait for a name server that is slow
+            self._look_up_at = now + LOOK_UP_SECONDS  # set first, so that other rollouts do not wait for a slow name server
             try:
                 self._known = await addresses(self._urls[0])
             except OSError:
@@ -40,7 +40,7 @@ class Replicas:
         return max(alive or self._known, key=lambda url: blake2b(f"{affinity}\n{url}".encode(), digest_size=8).digest())
 
     def unreachable(self, url: str) -> None:
-        """Passes a replica over for a while, and looks the addresses up again."""
+        """Skip a replica for a while, and resolve the addresses again."""
         self._down[url] = time.monotonic() + DOWN_SECONDS
         if self._resolves:
             self._known = ()
@@ -55,7 +55,7 @@ def _is_address(url: str) -> bool:
 
 
 async def addresses(url: str) -> tuple[str, ...]:
-    """One URL for each address of a URL's host name; raises `OSError` where it has none."""
+    """Return one URL for each address of a URL's host name; raises `OSError` if it has none."""
     parsed = URL(url)
     found = await asyncio.get_running_loop().getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
     return tuple(sorted({str(parsed.with_host(str(info[4][0]))) for info in found}))

@@ -1,4 +1,4 @@
-"""What a scaffold asks: validated, and split into the state and what is decided elsewhere."""
+"""A scaffold's request: validated, and split into the state and what the spec decides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ from dagger_operator.policy.wire import without_nulls
 from dagger_operator.store.records import Message
 
 _FORWARDED = frozenset({"tool_choice", "parallel_tool_calls", "response_format", "stop"})
-"""Part of the question, so student and teacher both get them."""
+"""Part of the request's meaning, so both student and teacher get them."""
 
 _OVERRIDDEN = frozenset(
     {"model", "stream_options", "seed", "reasoning_effort", "temperature", "top_p", "top_k", "min_p", "max_tokens"}
     | {"max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty"}
 )
-"""The spec decides them for every turn, whatever the scaffold says."""
+"""Decided by the spec for every turn, whatever the scaffold sends."""
 
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "priority", "prompt_cache_key", "safety_identifier", "cache_salt"})
-"""Bookkeeping without effect on the answer."""
+"""Bookkeeping that does not affect the answer."""
 
 
 class UnsupportedRequest(ValueError):
-    """A request that cannot be honoured; `field` names the part of it."""
+    """A request that cannot be honoured; `field` names the offending part."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -30,22 +30,22 @@ class UnsupportedRequest(ValueError):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One request for a turn. Two are equal where they ask for the same turn at the same state."""
+    """One request for a turn. Two are equal if they ask for the same turn at the same state."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
-    """Tool schemas; empty where there are none."""
+    """Tool schemas; empty if there are none."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What else is part of the question, such as `stop`."""
+    """The other options that affect the answer, such as `stop`."""
     model: str = field(default="policy", compare=False)
-    """The name that the scaffold asked for; it is answered under the same name, and never learns who acted."""
+    """Model name in the scaffold's request; the answer repeats it, so that the scaffold never learns who acted."""
     stream: bool = field(default=False, compare=False)
     include_usage: bool = field(default=False, compare=False)
     """Whether a streamed answer ends with a chunk of token counts."""
 
 
 def chat_request(body: Mapping[str, Any]) -> ChatRequest:
-    """Reads a body of `/v1/chat/completions`. Raises `UnsupportedRequest`, which names the field."""
+    """Parse a body of `/v1/chat/completions`. Raises `UnsupportedRequest`, which names the field."""
     for name, value in body.items():
         _check(name, value)
     messages = body.get("messages")

@@ -1,4 +1,4 @@
-"""An open rollout: turns one after the other, each decided by its coin, answered by a policy, recorded and labelled."""
+"""An open rollout: its turns run one after the other, each decided by its coin, answered by a policy, recorded and labelled."""
 
 import asyncio
 import time
@@ -42,7 +42,7 @@ class RolloutSession:
         """`teacher` and `labeller` are None in evaluation."""
         self.base_url, self.token = base_url, token
         self.admission = asyncio.Lock()
-        """Held while a request is read and gets its turn: one at a time."""
+        """Held while a request is read and given its turn: one request at a time."""
         self._request, self._student, self._teacher, self._labeller = request, student, teacher, labeller
         self._metrics, self._on_close = metrics, on_close
         self._mixer = Mixer(request.mixing, request.seed, request.round, request.task_id, request.rollout_id)
@@ -52,19 +52,19 @@ class RolloutSession:
         self._deferred: dict[int, ChatRequest] = {}
         self._failed: Exception | None = None
         self._too_long: Failure | None = None
-        """Set where the last request's state was too long: an agent may shorten its context and go on."""
+        """Set if the last request's state was too long: an agent may shorten its context and continue."""
         self._closed = False
         self._limit_reached = False
         self._acting_seconds = self._label_seconds = 0.0
         self._asked: Role | None = None
-        """Who is asked for a turn right now."""
+        """The policy that is being asked for a turn right now."""
         self._heard_at = 0.0
         self._silence: Silence | None = None
 
     def check(self) -> None:
-        """Raises what `turn` would whatever it were asked, so that such requests need not be read.
+        """Raise what `turn` would raise for any request, so that such requests need not be read.
 
-        After the first one beyond the last turn no other is looked at: who could ask it has read that turn.
+        After the first request beyond the last turn no further one is read: whoever sends it has already received that turn.
         """
         if self._closed:
             raise TurnDropped
@@ -74,9 +74,9 @@ class RolloutSession:
             raise TurnLimit(f"this rollout has had its {self._request.max_turns} turns")
 
     async def turn(self, request: ChatRequest) -> Act:
-        """The turn at this state. A request equal to the last one is that turn again: the scaffold lost the answer and asks once more.
+        """Return the turn at this state. A request equal to the last one gets the same turn: the scaffold lost the answer and asks again.
 
-        Raises `TurnLimit`, `TurnDropped` where the rollout has ended, and `PolicyFailure` where a policy has failed it for good before.
+        Raises `TurnLimit`, `TurnDropped` if the rollout has ended, and `PolicyFailure` if a policy failed it for good before.
         """
         while True:
             self.check()
@@ -117,10 +117,10 @@ class RolloutSession:
             if isinstance(error, PolicyRefused) and error.reason == CONTEXT_TOO_LONG:
                 self._too_long = error.record
             else:
-                # Dropped while the policy was being asked again: the policy failed, however the scaffold took it.
+                # If dropped while the request was being retried, the policy failed, whatever the scaffold made of it.
                 why = error if isinstance(error, Exception) else act.trouble
                 self._failed = why.anew() if isinstance(why, PolicyFailure) else why
-                self._act = None  # nobody will get its turn, and the rollout may go on for hours: its request is not kept for that
+                self._act = None  # nobody will get this turn, and the rollout may continue for hours: do not keep its request
             if (label := self._labels.pop(index, None)) is not None:
                 label.cancel()
             raise
@@ -163,14 +163,14 @@ class RolloutSession:
         return request_seed(key.seed, key.round, key.task_id, key.rollout_id, turn, role.value)
 
     async def finish(self) -> Recording:
-        """Closes, waits for outstanding labels, and returns the record. A turn still under way is dropped: nobody will execute it; where
-        its policy had to be asked again by then, the policy failed the rollout."""
+        """Close, wait for outstanding labels, and return the record. A turn in progress is dropped, as nobody will execute it; if its
+        request to the policy was already being retried, the policy failed the rollout."""
         await self._close()
         if self._failed is not None and not isinstance(self._failed, PolicyFailure):
             await self._drop_labels()
             raise self._failed
         if isinstance(self._failed, PolicyUnavailable):
-            await self._drop_labels()  # nothing of this rollout will train
+            await self._drop_labels()  # nothing of this rollout will be trained on
         else:
             for index, request in self._deferred.items():
                 self._labels[index] = asyncio.create_task(self._label(index, request))
@@ -191,7 +191,7 @@ class RolloutSession:
         )
 
     async def abort(self) -> None:
-        """Drops the session and cancels its upstream requests."""
+        """Close the session and cancel its upstream requests."""
         await self._close()
         await self._drop_labels()
 

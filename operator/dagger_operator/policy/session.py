@@ -1,4 +1,4 @@
-"""What a worker hands the gateway for one rollout, and what it gets back."""
+"""What a worker gives the gateway for one rollout, and what it gets back."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ from dagger_operator.store.records import Failure, Message, Turn
 
 
 class LabelCheck(Protocol):
-    """Whether a teacher's message can be parsed by the scaffold: None, or what is wrong with it."""
+    """Checks whether the scaffold can parse a teacher's message: None, or what is wrong with it."""
 
     def __call__(self, message: Message) -> str | None: ...
 
@@ -24,10 +24,10 @@ class SessionRequest:
     student: str
     """Policy version that must act as student."""
     max_turns: int
-    """Turns after which the gateway refuses further ones (409) and the session ends as LimitReached."""
+    """Number of turns after which the gateway refuses further ones (409) and the session ends as LimitReached."""
     label_check: LabelCheck
     mixing: Mixing | None
-    """None is evaluation: the student alone, greedy, no labels."""
+    """None in evaluation: the student alone, greedy, no labels."""
     labels: LabelMode = LabelMode.ASYNC
 
 
@@ -37,38 +37,38 @@ class Silence:
 
     actor: Role
     seconds: float
-    """Since it was asked, or since it last streamed a part of its answer."""
+    """Seconds since it was asked, or since it last streamed part of its answer."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What a session saw."""
+    """What a session recorded."""
 
     turns: tuple[Turn, ...]
     kappa: int | None
     failure: Failure | None
-    """Set where a policy could not be reached or mixed: the rollout is an infrastructure failure, whatever the scaffold made of it."""
+    """Set if a policy could not be reached or mixed: the rollout is an infrastructure failure, whatever the scaffold made of it."""
     policy_error: Failure | None
-    """Set where a policy itself could not go on: with a context that is too long for it, where the agent did not ask again with less."""
+    """Set if a policy itself could not continue; for a context that is too long, only if the agent did not retry with a shorter one."""
     limit_reached: bool
     acting_seconds: float
     label_seconds: float
     silence: Silence | None = None
-    """Set where a turn was under way that nobody will execute."""
+    """Set if a turn was in progress that nobody will execute."""
 
 
 class Session(Protocol):
-    """An open rollout at the gateway."""
+    """A rollout's open session at the gateway."""
 
     base_url: str
-    """OpenAI base URL of this rollout, on the loopback address (the advertised one where sandboxes call it)."""
+    """OpenAI base URL of this rollout, on the loopback address (or on the advertised one, if sandboxes call it)."""
     token: str
-    """Bearer token that opens this rollout and no other; unpredictable, never stored."""
+    """Bearer token, valid for this rollout only; unpredictable, never stored."""
 
     async def finish(self) -> Recording:
-        """Waits for outstanding labels (asks for all of them where they are deferred), closes, and returns the record."""
+        """Close, wait for outstanding labels (deferred ones are requested now), and return the record."""
         ...
 
     async def abort(self) -> None:
-        """Drops the session and cancels its upstream requests."""
+        """Close the session and cancel its upstream requests."""
         ...

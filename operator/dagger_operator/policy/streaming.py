@@ -1,4 +1,4 @@
-"""Streamed chat completions (server-sent events): parsed, assembled into the answer they amount to, and made from an answer."""
+"""Streamed chat completions (server-sent events): parsing, assembling them into one answer, and producing them from an answer."""
 
 import time
 from typing import Any
@@ -13,14 +13,14 @@ DONE = b"[DONE]"
 
 
 class EventParser:
-    """Splits a byte stream into the data of its events, wherever the network cut it."""
+    """Splits a byte stream into the data of its events, wherever the network fragmented it."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Takes what arrived; returns the data of every event that this completes."""
+        """Add received bytes; return the data of every event that they complete."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         events = []
         for raw in lines:
@@ -34,7 +34,7 @@ class EventParser:
 
 
 class Assembler:
-    """Adds chunks up to the answer that an unstreamed request would have got."""
+    """Assembles chunks into the answer that an unstreamed request would have got."""
 
     def __init__(self) -> None:
         self._head: dict[str, Any] = {}
@@ -46,7 +46,7 @@ class Assembler:
         self.finish_reason: str | None = None
 
     def add(self, chunk: Chunk) -> None:
-        """Raises `InvalidWire` where this is no chunk."""
+        """Add a chunk. Raises `InvalidWire` if it is malformed."""
         for name in ("id", "created", "model", "system_fingerprint"):
             if chunk.get(name) is not None:
                 self._head.setdefault(name, chunk[name])
@@ -81,7 +81,7 @@ class Assembler:
     def _add_call(self, piece: Any) -> None:
         if not isinstance(piece, dict):
             raise InvalidWire("a chunk whose tool call is no object")
-        # Some servers leave the index out; then an id starts a call, and what has none goes on with the last.
+        # Some servers omit the index; then an id starts a call, and a piece without one continues the last call.
         index = piece.get("index")
         if not isinstance(index, int):
             index = len(self._calls) if piece.get("id") or not self._calls else len(self._calls) - 1
@@ -96,7 +96,7 @@ class Assembler:
             call["function"][name] += function.get(name) or ""
 
     def answer(self) -> dict[str, Any]:
-        """The `chat.completion`. Raises `InvalidWire` where the stream ended before the turn did."""
+        """Return the `chat.completion`. Raises `InvalidWire` if the stream ended before the turn did."""
         if self.finish_reason is None:
             raise InvalidWire("the stream ended without a finish_reason")
         message: dict[str, Any] = {"role": "assistant", "content": None, **{name: "".join(parts) for name, parts in self._parts.items()}}
@@ -113,7 +113,7 @@ class Assembler:
 
 
 def chunks_of(answer: dict[str, Any]) -> list[Chunk]:
-    """An answer as the stream that amounts to it: the message, the finish reason, the token counts."""
+    """Return an answer as an equivalent stream: the message, the finish reason, the token counts."""
     choice = answer["choices"][0]
     delta = {name: value for name, value in choice["message"].items() if value is not None}
     if delta.get("tool_calls"):
@@ -127,12 +127,12 @@ def chunks_of(answer: dict[str, Any]) -> list[Chunk]:
 
 
 def without_logprobs(answer: dict[str, Any]) -> None:
-    """Takes the log-probabilities out of an answer or chunk, for a scaffold that did not ask for them."""
+    """Remove the log-probabilities from an answer or chunk, for a scaffold that did not ask for them."""
     for choice in answer["choices"]:
         if isinstance(choice, dict) and choice.get("logprobs") is not None:
             choice["logprobs"] = None
 
 
 def finishes(chunk: Chunk) -> bool:
-    """Whether this chunk says that the turn is over."""
+    """Whether this chunk ends the turn."""
     return any(choice.get("finish_reason") for choice in chunk["choices"])

@@ -1,4 +1,4 @@
-"""The two policies as the gateway reaches them: where, under which name, with which sampling."""
+"""How the gateway reaches the two policies: address, model name and sampling."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from dagger_operator.store.results import PreflightResult, read_result
 from dagger_operator.store.stage import Stage, StageFailure
 
 SERVED_TIMEOUT_SECONDS = 900.0
-"""Deadline of one request to a policy of our own: a label waits behind acting, so it may queue long."""
+"""Deadline of one request to a served policy: a label has lower priority than actions, so it may queue for long."""
 
 
 @dataclass(frozen=True)
@@ -21,37 +21,37 @@ class Upstream:
 
     role: Role
     urls: tuple[str, ...]
-    """Base URLs that end before `/chat/completions`: one for each replica, or one whose host name stands for several addresses."""
+    """Base URLs, up to but without `/chat/completions`: one per replica, or one whose host name stands for several addresses."""
     token: str | None = field(repr=False)
-    """Bearer token; it goes to the policy and nowhere else."""
+    """Bearer token; it is sent to the policy and nowhere else."""
     model: str
-    """Name by which the policy is asked for; a served policy's is its version."""
+    """Model name in requests; a served policy's is its version."""
     version: str
     """Policy version that every completion is recorded under."""
     sampling: Sampling
     timeout_seconds: float
-    """Deadline of one try, the whole answer included."""
+    """Deadline of one try, including the whole answer."""
     attempts: int
-    """Tries of one request, the first included."""
+    """Tries of one request, including the first."""
     served: bool
-    """vLLM behind the policy agent, rather than an endpoint of someone else's: it honours `seed` and `priority`, and its answers
-    must name the version that was asked for."""
+    """Whether this is vLLM behind the policy agent rather than an external endpoint: it honours `seed` and `priority`, and its answers
+    must name the requested version."""
     backoff: Backoff = field(default_factory=Backoff)
     max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
     context: int = 0
-    """Tokens of prompt and turn together that a served policy takes; 0 where it is not known."""
+    """Tokens of prompt and turn together that a served policy accepts; 0 if not known."""
     top_logprobs: int = 0
-    """Log-probabilities that it is asked for at each token; a teacher's, which labels keep."""
+    """Log-probabilities requested for each token; only of a teacher, whose labels keep them."""
 
     def greedy(self) -> "Upstream":
-        """The same policy, decoding greedily."""
+        """Return the same policy, decoding greedily."""
         return replace(self, sampling=self.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0}))
 
     def cut_off(self, completion: Completion) -> bool:
-        """Whether a turn of this policy ended otherwise than by itself.
+        """Whether a turn of this policy was cut off rather than ending by itself.
 
-        `tool_calls` alone does not tell: vLLM says it of every turn in which its parser found a call, and some parsers find one in a turn
-        that was cut off. Then the counts do.
+        `tool_calls` is ambiguous: vLLM reports it for every turn in which its parser found a call, and some parsers find one in a turn
+        that was cut off. Then the token counts decide.
         """
         if completion.finish_reason != "tool_calls":
             return completion.finish_reason != "stop"
@@ -59,7 +59,7 @@ class Upstream:
         return completion.completion_tokens >= self.sampling.max_tokens or 0 < self.context <= used
 
     def body(self, request: ChatRequest, *, stream: bool, seed: int, priority: int) -> dict[str, Any]:
-        """The request as this policy gets it: the scaffold's state, the spec's sampling."""
+        """Return the request for this policy: the scaffold's state with the spec's sampling."""
         body: dict[str, Any] = {"model": self.model, "messages": list(request.messages), **request.options}
         if request.tools:
             body["tools"] = list(request.tools)
@@ -72,9 +72,9 @@ class Upstream:
 
 
 async def upstreams(stage: Stage, *, greedy: bool) -> tuple[Upstream, Upstream | None]:
-    """Student and teacher of a stage, from its environment. With `greedy` it is evaluation: the student alone.
+    """Return student and teacher of a stage, from its environment. `greedy` is evaluation: the student alone.
 
-    A served teacher's version is what preflight found. Raises `StageFailure` where something is missing, `StoreUnavailable`.
+    A served teacher's version is the one that preflight found. Raises `StageFailure` if something is missing, `StoreUnavailable`.
     """
     spec = stage.run.spec
     student = _upstream(stage, Role.STUDENT, spec.student, _required(stage, "DAGGER_POLICY"))

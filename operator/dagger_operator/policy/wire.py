@@ -1,15 +1,15 @@
-"""JSON as it comes from scaffolds and policies, made safe to store: objects only, no NaN, no lone surrogates."""
+"""JSON from scaffolds and policies, made safe to store: objects only, no NaN, no lone surrogates."""
 
 import json
 from typing import Any, NoReturn
 
 
 class InvalidWire(ValueError):
-    """A body that is no JSON object."""
+    """A body that is not a JSON object."""
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """A JSON object. Lone surrogates, which tools that decode with `surrogateescape` produce, become U+FFFD: neither UTF-8
+    """Parse a JSON object. Lone surrogates, which tools that decode with `surrogateescape` produce, become U+FFFD: neither UTF-8
     nor Parquet can hold them."""
     try:
         value = json.loads(data, parse_constant=_refuse)
@@ -17,7 +17,7 @@ def parse(data: bytes) -> dict[str, Any]:
         raise InvalidWire(f"no JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidWire(f"a JSON object is needed, got {type(value).__name__}")
-    # Only an escape can have made a surrogate, so most bodies are spared the walk.
+    # Only an escape can produce a surrogate, so most bodies need no traversal.
     return {_storable(name): _storable(item) for name, item in value.items()} if b"\\u" in data else value
 
 
@@ -36,12 +36,12 @@ def _storable(value: Any) -> Any:
 
 
 def dump(value: dict[str, Any]) -> bytes:
-    """A JSON object as compact UTF-8."""
+    """Serialize a JSON object as compact UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without the fields that client libraries fill with null; `content` stays, which may be null beside tool calls."""
+    """Return a message without fields that client libraries set to null; `content` stays, which may be null beside tool calls."""
     if None not in message.values():
         return message
     return {key: value for key, value in message.items() if value is not None or key == "content"}

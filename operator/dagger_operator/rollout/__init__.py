@@ -1,1 +1,1 @@
-"""The worker: claims rollouts, runs the scaffold against sandbox and gateway, writes trajectories, closes the round."""
+"""The rollout worker: claims rollouts, runs the scaffold against sandbox and gateway, writes trajectories and closes the round."""

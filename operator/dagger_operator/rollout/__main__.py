@@ -1,4 +1,4 @@
-"""`python -m dagger_operator.rollout`: a worker of a round's rollout stage; docs/architecture.md, "Stages"."""
+"""`python -m dagger_operator.rollout`: one worker of a round's rollout stage; see docs/architecture.md, "Stages"."""
 
 import sys
 

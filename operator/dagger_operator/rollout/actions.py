@@ -1,7 +1,7 @@
-"""What a policy's turn asks for: the actions in its message, as the scaffold reads them.
+"""The actions in a policy's message, as the scaffold parses them.
 
-One reader serves three ends: the built-in scaffold runs what it reads, a label trains only where it reads one, and student and
-teacher agree where it reads the same.
+The same reader is used for three purposes: the built-in scaffold executes what it reads, a label is trained on only if it can be read,
+and student and teacher agree if their messages read the same.
 """
 
 import json
@@ -18,18 +18,18 @@ from dagger_operator.store.records import Message
 
 
 class NoAction(Exception):
-    """A message holds no action that the protocol allows; says what is wrong with it."""
+    """A message holds no action that the protocol allows; the text says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class ActionReader:
-    """Reads messages of one protocol."""
+    """Parses messages of one protocol."""
 
     read: Callable[[Message], tuple[str, ...]]
-    """The actions of an assistant's message, at least one, in a form that can be compared; raises `NoAction`."""
+    """The actions of an assistant message, at least one, in comparable form; raises `NoAction`."""
 
     def flaw(self, message: Message) -> str | None:
-        """What is wrong with a message, or None: the gateway's check of labels."""
+        """Return what is wrong with a message, or None; the gateway checks labels with it."""
         try:
             self.read(message)
         except NoAction as error:
@@ -37,7 +37,7 @@ class ActionReader:
         return None
 
     def agree(self, one: Message, other: Message) -> bool:
-        """Whether two messages ask for the same."""
+        """Whether two messages ask for the same actions."""
         try:
             return self.read(one) == self.read(other)
         except NoAction:
@@ -45,7 +45,7 @@ class ActionReader:
 
 
 def action_reader(scaffold: Scaffold) -> ActionReader:
-    """The reader of a scaffold's protocol. Text: exactly one action. ToolCall: one or more calls, each of them readable."""
+    """Return the reader for a scaffold's protocol. Text: exactly one action. ToolCall: one or more calls, all of them readable."""
     if scaffold.type is ScaffoldType.MINI_SWE_AGENT:
         return ActionReader(_commands_reader(scaffold.protocol, templates(scaffold).action_regex))
     if scaffold.protocol is Protocol.TOOL_CALL:
@@ -56,7 +56,7 @@ def action_reader(scaffold: Scaffold) -> ActionReader:
 def parse_commands(
     message: Message, protocol: Protocol, action_regex: str, *, format_error: str = "{{ error }}", finish_reason: str = "stop"
 ) -> list[dict[str, Any]]:
-    """The library's actions of a message (`command`, `tool_call_id`), by its own parsers; raises its `FormatError`."""
+    """Parse a message's actions (`command`, `tool_call_id`) with the library's own parsers; raises the library's `FormatError`."""
     rendering: dict[str, Any] = {"format_error_template": format_error, "template_kwargs": {"finish_reason": finish_reason}}
     if protocol is Protocol.TEXT:
         return library().parse_text(message.get("content") or "", action_regex=action_regex, **rendering)
@@ -66,7 +66,7 @@ def parse_commands(
     ]
     actions = library().parse_tool_calls(calls, **rendering)
     for action in actions:
-        # The library lets any JSON value through; a shell needs text.
+        # The library accepts any JSON value; a shell needs text.
         action["command"] = action["command"] if isinstance(action["command"], str) else json.dumps(action["command"])
     return actions
 
@@ -82,7 +82,7 @@ def _commands_reader(protocol: Protocol, action_regex: str) -> Callable[[Message
 
 
 def _tool_calls(message: Message) -> tuple[str, ...]:
-    """Calls of any tools, for scaffolds that bring their own: name and arguments, the latter without regard to their JSON's spacing."""
+    """Parse calls of arbitrary tools, for scaffolds that bring their own: name and arguments, compared regardless of JSON spacing."""
     calls = message.get("tool_calls") or []
     if not calls:
         raise NoAction("no tool calls in the message")
@@ -98,7 +98,7 @@ def _tool_call(function: dict[str, Any]) -> str:
 
 
 def _text_reader(action_regex: str | None) -> Callable[[Message], tuple[str, ...]]:
-    """Text of scaffolds that bring their own protocol: what the resource's regex finds, or the whole message."""
+    """Read the text of scaffolds with their own protocol: the matches of the resource's regex, or the whole message."""
     pattern = re.compile(action_regex, re.DOTALL) if action_regex else None
 
     def read(message: Message) -> tuple[str, ...]:

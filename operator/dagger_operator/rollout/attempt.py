@@ -1,4 +1,4 @@
-"""One try at one rollout: a sandbox, a session at the gateway, the scaffold between them; then labels, grade and record."""
+"""One try at one rollout: a sandbox, a gateway session and the scaffold between them; then labels, grade and record."""
 
 import asyncio
 import time
@@ -27,16 +27,16 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Attempts:
-    """What all tries of a worker share; called, it makes one."""
+    """What all tries of a worker share; calling it runs one try."""
 
     run: DAggerRun
     round: int
     worker: str
     mixing: Mixing | None
-    """None is evaluation: the student alone, greedy, no labels."""
+    """None in evaluation: the student alone, greedy, no labels."""
     max_turns: int
     student: str
-    """Policy versions."""
+    """Policy version, as is `teacher`."""
     teacher: str
     provider: SandboxProvider
     gateway: Gateway
@@ -45,7 +45,7 @@ class Attempts:
     metrics: WorkerMetrics
 
     async def __call__(self, assignment: Assignment, tries: int) -> Trajectory:
-        """Runs the rollout to its record. Raises `InfrastructureFailed`; whatever is raised, nothing is left running."""
+        """Run the rollout and return its record. Raises `InfrastructureFailed`; whatever is raised, nothing is left running."""
         try:
             return await self._run(assignment, tries)
         except (InfrastructureFailed, StageFailure):
@@ -55,12 +55,12 @@ class Attempts:
         except StoreUnavailable as error:
             raise InfrastructureFailed(Failure(reason="StorageUnavailable", message=str(error))) from error
         except Exception as error:
-            # A fault of ours, or of the machine: it must cost this rollout a try, not the worker its other rollouts.
+            # A fault of ours or of the machine: it may cost this rollout a try, but must not end the worker's other rollouts.
             log.exception("unexpected error in a rollout")
             raise InfrastructureFailed(Failure(reason="Unexpected", message=f"{type(error).__name__}: {error}")) from error
 
     def excluded(self, assignment: Assignment, tries: int, failure: Failure) -> Trajectory:
-        """The record of a rollout that infrastructure broke for the last time: counted, and empty of anything that could train."""
+        """Return the record of a rollout that infrastructure broke on its last try: counted, but without anything to train on."""
         now = Timings(started_at=time.time())
         return self._record(assignment, tries, Outcome.INFRASTRUCTURE_FAILURE, failure=failure, timings=now)
 
@@ -102,7 +102,7 @@ class Attempts:
         )
 
     async def _act(self, assignment: Assignment, tries: int, session: Session) -> tuple[ScaffoldEnd, str, "_Spent"]:
-        """The agent's part: how it ended, what it changed, and the seconds spent on the sandbox and in its commands."""
+        """Run the agent; return how it ended, its patch, and the seconds spent on the sandbox and on its commands."""
         spec, task = self.run.spec, assignment.task
         workspace = await start(
             task,
@@ -122,7 +122,7 @@ class Attempts:
                 end = ScaffoldEnd(DEADLINE)
             patch = await collect_patch(workspace)
         except LimitExceeded as error:
-            # With the sandbox all that was changed there is gone.
+            # All changes were lost with the sandbox.
             end, patch = ScaffoldEnd(LIMIT_REACHED, str(error)), ""
             log.info("the agent exceeded its sandbox's limits", reason=error.reason, problem=error.message)
         finally:

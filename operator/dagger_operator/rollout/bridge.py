@@ -1,4 +1,4 @@
-"""How an agent that runs in a thread calls the worker's event loop, and how the worker ends it."""
+"""How an agent running in a thread calls the worker's event loop, and how the worker stops it."""
 
 import asyncio
 import threading
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class BridgeClosed(BaseException):
-    """The worker is done with this agent. Not an `Exception`, so that no handler of the agent's swallows it."""
+    """The worker is done with this agent. Not an `Exception`, so that the agent's own handlers do not swallow it."""
 
 
 class Bridge:
-    """Calls from one agent's thread into the loop; made in the loop."""
+    """Calls from one agent's thread into the event loop; create it inside the loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -23,7 +23,7 @@ class Bridge:
         self._under_way: Future[Any] | None = None
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine in the loop and waits for it; raises what it raises, or `BridgeClosed`."""
+        """Run a coroutine in the loop and wait for it; raises what it raises, or `BridgeClosed`."""
         with self._lock:
             if self._closed:
                 coroutine.close()
@@ -36,7 +36,7 @@ class Bridge:
             raise BridgeClosed from None
 
     def close(self) -> None:
-        """Cancels what is under way; the thread ends there, or at its next call."""
+        """Cancel the call in progress; the thread ends there, or at its next call."""
         with self._lock:
             self._closed = True
             if self._under_way is not None:
@@ -44,7 +44,7 @@ class Bridge:
 
 
 async def in_thread(executor: Executor, agent: Callable[[Bridge], T]) -> T:
-    """Runs an agent in a thread of the executor. Cancelled, it leaves no thread that goes on working."""
+    """Run an agent in a thread of the executor. If cancelled, the thread does not continue working."""
     bridge = Bridge()
     try:
         return await asyncio.get_running_loop().run_in_executor(executor, agent, bridge)

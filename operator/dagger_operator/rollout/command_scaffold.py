@@ -1,4 +1,4 @@
-"""The command scaffold: any program that speaks to an OpenAI endpoint, run inside the sandbox."""
+"""The command scaffold: any program that uses an OpenAI endpoint, run inside the sandbox."""
 
 import shlex
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dagger_operator.tasks.task import Task
 
 @dataclass(frozen=True)
 class CommandScaffold:
-    """Exit code 0 is a submission."""
+    """Runs the program once; exit code 0 counts as a submission."""
 
     command: tuple[str, ...]
     timeout: float

@@ -1,20 +1,23 @@
-"""When a stage's rollouts are good enough to go on with, and what becomes of those that are not.
+"""Decides whether a stage's rollouts are good enough to continue, and what happens to those that are not.
 
-A rollout is finished for as long as its trajectory is there, and a gate that fails takes trajectories away again. What there is of a
-stage, in the order in which it comes to be:
+A rollout is finished as long as its trajectory exists, and a failing gate deletes trajectories. The objects of a stage, in the order of
+their creation:
 
-| object     | made                                         | removed                                                              |
+| object     | created                                      | deleted                                                              |
 |------------|----------------------------------------------|----------------------------------------------------------------------|
-| claim      | by who takes the rollout, before the try     | once the trajectory is there, by its holder or who takes it next     |
-| trajectory | once, by the holder, when the try has ended  | by a gate that fails, never after the manifest                       |
-| manifest   | of a round, once, by who closes it, after    | never: what it counts has passed the gates for good, whatever is     |
-|            | both gates                                   | edited later                                                         |
+| claim      | by the worker that takes the rollout, before | once the trajectory exists, by its holder or by the next worker that |
+|            | the try                                      | takes it                                                             |
+| trajectory | once, by the holder, when the try has ended  | by a failing gate, never after the manifest                          |
+| manifest   | once per round, by the worker that closes    | never: what it counts has passed the gates for good, whatever is     |
+|            | it, after both gates                         | edited later                                                         |
 | result     | once, last                                   | never                                                                |
 
-So nothing rests yet on what a gate removes. Three things follow from who else is about meanwhile:
-- A claim is not forgotten with its trajectory. One that is still there, since its holder died between the two, goes on with its counts.
-- A worker that still sweeps finds what was forgotten open, and may begin it before its pod is ended. What it finishes counts at the resume.
-- A worker that counts at the same moment misses what was forgotten, and ends as `DamagedObject`, whose remedy is to start again, too.
+So nothing depends yet on what a gate deletes. Other workers may be running at the same time, which has three consequences:
+- A claim is not deleted with its trajectory. One that remains because its holder died between the two keeps its counts.
+- A worker that is still sweeping sees the deleted rollouts as open and may start them before its pod ends. What it finishes counts after
+  the resume.
+- A worker that is counting at the same moment misses the deleted trajectories and fails with `DamagedObject`, whose remedy is also to
+  start the stage again.
 """
 
 import asyncio
@@ -38,11 +41,11 @@ _REMEDIES = {
 
 
 async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...], reader: ActionReader) -> tuple[Tally, list[Trajectory]]:
-    """Counts a stage's finished rollouts; of the trajectories returned, turns are left out to save memory.
+    """Count a stage's finished rollouts; the returned trajectories have no turns, to save memory.
 
-    Raises `StageFailure` where one is of another task than is dealt to it, or where infrastructure broke more of them than
-    `rollouts.minValidFraction` allows. Those are then forgotten, so that they are tried again when the run is resumed: what was wrong with
-    the infrastructure may be mended by then.
+    Raises `StageFailure` if a trajectory is of another task than the one dealt to its rollout, or if infrastructure broke more rollouts
+    than `rollouts.minValidFraction` allows. The broken ones are then deleted, so that they are tried again when the run is resumed: the
+    infrastructure may be fixed by then.
     """
     tally, trajectories = Tally(reader), list[Trajectory]()
     dealt = {assignment.rollout_id: assignment.task.id for assignment in assignments}
@@ -71,11 +74,11 @@ async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...],
 
 
 async def covered(stage: Stage, tally: Tally) -> None:
-    """Raises `StageFailure` where too few of the visited states have a label that can be trained on.
+    """Raise `StageFailure` if too few of the visited states have a label that can be trained on.
 
-    Rollouts whose labels an edit of the run may mend are then forgotten, so that they are made again when the run is resumed. What is
-    drawn from the seed does not change: where the teacher is sampled by seed, too, the round is the one that the edited run would have
-    made from the start.
+    Rollouts whose labels could be fixed by editing the run are then deleted, so that they are run again when the run is resumed. Draws
+    from the seed do not change: if the teacher, too, is sampled by seed, the round is the one that the edited run would have produced
+    from the start.
     """
     least = stage.run.spec.labels.min_coverage
     if (tally.turns and tally.coverage >= least) or await _closed(stage, Kind.ROLLOUT):

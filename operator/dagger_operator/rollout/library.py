@@ -1,4 +1,4 @@
-"""mini-swe-agent as a library, without what it does when it is imported: a banner, a configuration folder, a dotenv file."""
+"""mini-swe-agent as a library, without its import side effects: a banner, a configuration folder, a dotenv file."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from dagger_operator.api import Protocol
 
 @dataclass(frozen=True)
 class Library:
-    """The parts of mini-swe-agent that the scaffold uses; nothing else imports it."""
+    """The parts of mini-swe-agent that the scaffold uses; no other module imports it."""
 
     agent: Any
     """`DefaultAgent(model, environment, **config).run(task)`"""
@@ -26,27 +26,27 @@ class Library:
     observe_text: Callable[..., list[dict[str, Any]]]
     observe_tool_calls: Callable[..., list[dict[str, Any]]]
     bash_tool: dict[str, Any]
-    """Schema of the one tool of the ToolCall protocol."""
+    """Schema of the only tool of the ToolCall protocol."""
     configs: Path
-    """Folder of the library's own configurations for benchmarks."""
+    """Folder of the library's own benchmark configurations."""
 
     def config(self, protocol: Protocol) -> dict[str, Any]:
-        """The library's SWE-bench configuration for a protocol: prompts as on the public board."""
+        """Return the library's SWE-bench configuration for a protocol: the prompts of the public leaderboard."""
         name = "swebench_backticks.yaml" if protocol is Protocol.TEXT else "swebench.yaml"
         loaded: dict[str, Any] = yaml.safe_load((self.configs / name).read_text(encoding="utf-8"))
         return loaded
 
     def environment(self, protocol: Protocol) -> dict[str, str]:
-        """The variables of that configuration for every command: no pagers, no progress bars. Without BASH_ENV, which is about the images
-        of some tasks (`Task.env`), and which the library sets for one protocol alone."""
+        """Return that configuration's environment variables for every command: no pagers, no progress bars. BASH_ENV is left out: it
+        concerns the images of some tasks (`Task.env`), and the library sets it for one protocol only."""
         return {name: value for name, value in self.config(protocol)["environment"]["env"].items() if name != "BASH_ENV"}
 
 
 @cache
 def library() -> Library:
-    """Imports mini-swe-agent (half a second) in silence; later calls are free."""
+    """Import mini-swe-agent silently (takes half a second); later calls are free."""
     os.environ["MSWEA_SILENT_STARTUP"] = "1"
-    # The library makes this folder and reads the `.env` in it: ours exists already and holds none.
+    # The library creates this folder and reads the `.env` in it: ours exists already and has none.
     os.environ["MSWEA_GLOBAL_CONFIG_DIR"] = str(Path(__file__).parent)
     from minisweagent.agents.default import DefaultAgent
     from minisweagent.config import builtin_config_dir

@@ -1,4 +1,4 @@
-"""A sandbox that counts the seconds of its commands."""
+"""A sandbox that measures how many seconds its commands take."""
 
 from prometheus_client import Histogram
 
@@ -6,7 +6,7 @@ from dagger_operator.sandbox.interface import CommandResult, Sandbox
 
 
 class MeteredSandbox:
-    """A `Sandbox` like the one inside it."""
+    """Wraps a `Sandbox` and behaves like it."""
 
     def __init__(self, sandbox: Sandbox, histogram: Histogram) -> None:
         self._sandbox, self._histogram = sandbox, histogram

@@ -1,4 +1,4 @@
-"""What a worker tells Prometheus (docs/metrics.md). Labels are bounded: no task, no rollout, no run."""
+"""A worker's Prometheus metrics (docs/metrics.md). Label values are bounded: no task, rollout or run names."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -9,12 +9,12 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 300
 
 
 DONE, BROKEN = "Done", "Broken"
-"""How a try ends."""
+"""How a try can end."""
 
 
 class WorkerMetrics:
-    """Of one worker process. What has a closed set of values is there from the start, at 0: a counter that appears at 1 has no increase.
-    Reasons come from many places and appear with their first failure, so alerts go by tries that are `BROKEN`."""
+    """Metrics of one worker process. Series with a closed set of label values exist from the start, at 0: a counter that appears at 1 shows
+    no increase. Failure reasons come from many places and appear with their first failure, so alerts use tries that are `BROKEN`."""
 
     def __init__(self, registry: CollectorRegistry, kind: Kind) -> None:
         self._kind = kind
@@ -37,7 +37,7 @@ class WorkerMetrics:
         self._rollouts.labels(self._kind, outcome).inc()
 
     def tried(self, seconds: float, broken_by: str | None) -> None:
-        """`broken_by`: reason of the failure that infrastructure caused, from a bounded set."""
+        """Record one try. `broken_by`: reason of the infrastructure failure, from a bounded set."""
         self._seconds.labels(self._kind, BROKEN if broken_by else DONE).observe(seconds)
         if broken_by:
             self._failures.labels(self._kind, broken_by).inc()

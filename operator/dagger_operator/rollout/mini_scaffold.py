@@ -1,4 +1,4 @@
-"""The built-in scaffold: mini-swe-agent beside the sandbox, its model the policy gateway, its environment the sandbox."""
+"""The built-in scaffold: mini-swe-agent beside the sandbox; its model is the policy gateway, its environment the sandbox."""
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -20,7 +20,7 @@ from dagger_operator.tasks.task import Task
 
 
 class GatewayRefused(Exception):
-    """The gateway answered a turn with an error; why is in the session's recording."""
+    """The gateway answered a turn with an error; the session's recording has the cause."""
 
     def __init__(self, status: int, body: str) -> None:
         self.status = status
@@ -51,7 +51,7 @@ class GatewayModel:
         if self._protocol is Protocol.TOOL_CALL:
             body["tools"] = [library().bash_tool]
         headers = {"Authorization": f"Bearer {self._session.token}"}
-        # No deadline here: the gateway has one for each request, the attempt one for the rollout.
+        # No deadline here: the gateway sets one for each request, the attempt one for the rollout.
         timeout = aiohttp.ClientTimeout(total=None)
         async with self._http.post(f"{self._session.base_url}/chat/completions", json=body, headers=headers, timeout=timeout) as response:
             if response.status != 200:
@@ -78,15 +78,15 @@ class GatewayModel:
 
 
 class SandboxEnvironment:
-    """mini-swe-agent's `Environment`: a command is one `execute` of the sandbox. Unlike the library's own it shows templates no
-    variable of this process."""
+    """mini-swe-agent's `Environment`: a command is one `execute` of the sandbox. Unlike the library's own environment, it exposes none of
+    this process's variables to templates."""
 
     def __init__(
         self, sandbox: Sandbox, bridge: Bridge, *, workdir: str, env: Mapping[str, str], timeout: float, submit_command: str
     ) -> None:
         self._sandbox, self._bridge, self._timeout, self._workdir, self._env = sandbox, bridge, timeout, workdir, dict(env)
         self._submit_command = submit_command.strip()
-        # The library's rule, for any word: an agent submits by a command whose first line of output is the word that it echoes.
+        # The library's rule, for any marker: an agent submits with a command whose first output line is the marker that it echoes.
         self._marker = self._submit_command.removeprefix("echo ").strip() if self._submit_command.startswith("echo ") else None
 
     def execute(self, action: dict[str, Any], cwd: str = "") -> dict[str, Any]:
@@ -114,16 +114,16 @@ def _submitted(submission: str) -> Exception:
 
 @dataclass(frozen=True)
 class MiniScaffold:
-    """Runs `DefaultAgent` in a thread. Turns are limited by the gateway, time by the attempt, costs by nobody."""
+    """Runs `DefaultAgent` in a thread. The gateway limits turns and the attempt limits time; nothing limits cost."""
 
     scaffold: Scaffold
     words: Templates
     http: aiohttp.ClientSession
     executor: Executor
     command_timeout: float
-    """Seconds of one command."""
+    """Seconds that one command may take."""
     env: Mapping[str, str]
-    """Of commands; a task's own goes before."""
+    """Environment of commands; a task's own variables take precedence."""
 
     @classmethod
     def of(cls, scaffold: Scaffold, http: aiohttp.ClientSession, executor: Executor, command_timeout: float) -> "MiniScaffold":

@@ -1,4 +1,4 @@
-"""How a rollout ended, decided from what ended: pure."""
+"""Decides how a rollout ended, from its scaffold's end and its recording. Pure."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from dagger_operator.store.records import Failure, LabelFlaw, Outcome
 
 
 class InfrastructureFailed(Exception):
-    """Infrastructure broke a rollout: it is tried again, then excluded; never a zero, never training data."""
+    """Infrastructure broke a rollout: it is retried, then excluded; never scored as zero, never training data."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
@@ -18,20 +18,22 @@ class InfrastructureFailed(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a rollout ended before anything was graded."""
+    """How a rollout ended, before grading."""
 
     outcome: Outcome | None
-    """None where work was submitted: its grade decides."""
+    """None if work was submitted: its grade decides."""
     exit_status: str
 
 
 def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float, timeout: float) -> Verdict:
-    """Judges a rollout whose scaffold ended by itself or at a limit. Only submitted work is graded.
+    """Judge a rollout whose scaffold ended by itself or at a limit. Only submitted work is graded.
 
-    Raises `InfrastructureFailed` where a policy could not be reached, or did not answer the request that was under way at the end (the
-    first one, or any for more than half of `timeout`, the rollout's deadline in seconds), where the scaffold never took a turn (unless
-    its first state is too long for the policy, or its deadline passed before it asked), or where so many requests for labels failed that
-    fewer than `min_coverage` of the visited states could have one.
+    Raises `InfrastructureFailed` if
+    - a policy could not be reached,
+    - it did not answer the request in progress at the end: the first request, or any request for more than half of `timeout` (the
+      rollout's deadline in seconds),
+    - the scaffold never took a turn (unless its first state is too long for the policy, or its deadline passed before it asked), or
+    - so many label requests failed that fewer than `min_coverage` of the visited states could have a label.
     """
     if recording.failure is not None:
         raise InfrastructureFailed(recording.failure)
@@ -46,7 +48,7 @@ def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float, time
         raise InfrastructureFailed(Failure(reason="LabelsUnavailable", message=message))
     if (refusal := recording.policy_error) is not None:
         if not recording.turns and refusal.reason != CONTEXT_TOO_LONG:
-            raise InfrastructureFailed(refusal)  # scaffold and policy do not fit: nobody has acted yet who could be judged
+            raise InfrastructureFailed(refusal)  # scaffold and policy do not fit: nobody has acted yet, so there is nothing to judge
         return Verdict(Outcome.POLICY_ERROR, refusal.reason)
     if not recording.turns and end.status != DEADLINE:
         message = f"it ended as {end.status} before its first turn: {end.submission[-500:]}"
@@ -57,6 +59,6 @@ def verdict(end: ScaffoldEnd, recording: Recording, *, min_coverage: float, time
 
 
 def patch_of(end: ScaffoldEnd, collected: str) -> str:
-    """The patch to grade: the one that the agent handed over, or everything that it changed."""
+    """Return the patch to grade: the one that the agent submitted, or else all its changes."""
     text = end.submission.lstrip()
     return text if text.startswith(("diff --git ", "--- ")) else collected

@@ -1,4 +1,4 @@
-"""The rollouts of a stage as one worker takes its share of them: claim, run, record, until all are finished by whoever."""
+"""One worker's share of a stage's rollouts: claim, run and record, until all are finished by some worker."""
 
 import asyncio
 import time
@@ -22,13 +22,13 @@ from dagger_operator.tasks.deal import Assignment
 
 log = structlog.get_logger(__name__)
 MOST_DEATHS = 5
-"""A rollout over which more workers died is excluded: it may be what kills them. That costs a stage of one worker no more pods than its
-own tries allow (`control.failures.RETRIES`), and is more than the nodes under one rollout are likely to be lost."""
+"""A rollout with more worker deaths than this is excluded: it may be what kills them. A stage of one worker then uses no more pods than its
+own retries allow (`control.failures.RETRIES`), and one rollout is unlikely to lose its node this often."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker works on, and by which budget."""
+    """What a worker works on, and its limits."""
 
     store: Store
     round: int
@@ -37,18 +37,18 @@ class Share:
     index: int
     workers: int
     assignments: tuple[Assignment, ...]
-    """All rollouts of the stage; every worker has the same ones."""
+    """All rollouts of the stage, the same for every worker."""
     concurrency: int
     lease_seconds: float
     retries: int
     """Further tries of a rollout that infrastructure broke."""
     most_backoff_seconds: float = 30.0
-    """Longest pause of a slot after failures in a row: an endpoint that is away must not use up every rollout's tries in a minute."""
+    """Longest pause of a slot after consecutive failures: an endpoint that is down must not use up every rollout's tries in a minute."""
 
 
 class Pool:
-    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` records one after its last try;
-    `recovered` waits, after a try that broke, until the policies of the run are there, or raises `StageFailure`."""
+    """One worker's slots. `attempt` runs a rollout once or raises `InfrastructureFailed`; `excluded` returns the record of a rollout that
+    failed its last try; `recovered` waits, after a broken try, until the run's policies are available, or raises `StageFailure`."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Pool:
         self._before: int | None = None
 
     async def run(self) -> None:
-        """Ends when every rollout is finished. Raises `StoreUnavailable`, `StageFailure`; cancelled, it gives its claims back."""
+        """Return when every rollout is finished. Raises `StoreUnavailable`, `StageFailure`; if cancelled, it releases its claims."""
         slots = [asyncio.create_task(self._slot()) for _ in range(min(self._share.concurrency, len(self._share.assignments)))]
         reporter = asyncio.create_task(self._report_on())
         try:
             await asyncio.gather(*slots)
         finally:
             for task in (*slots, reporter):
-                if not task.cancelling():  # else it is giving its claim back already, which a second cancellation would stop
+                if not task.cancelling():  # otherwise it is already releasing its claim, which a second cancellation would stop
                     task.cancel()
             await asyncio.gather(*slots, reporter, return_exceptions=True)
         await self._report()
@@ -92,7 +92,7 @@ class Pool:
                 self._under_way.discard(assignment.rollout_id)
 
     async def _next(self) -> tuple[Assignment, Lease] | None:
-        """The next rollout that can be claimed; None where all that are open are under way in this worker, each in a slot of its own."""
+        """Claim and return the next rollout; None if all open ones are in progress in this worker, each in its own slot."""
         while True:
             if not self._waiting:
                 async with self._sweep:
@@ -114,7 +114,7 @@ class Pool:
                 return assignment, lease
 
     async def _look_again(self) -> bool:
-        """Lines up what is open and not under way here; between two sweeps the other workers get time to end or to fall silent."""
+        """Queue the rollouts that are open and not in progress here; pauses between sweeps so that other workers can finish or expire."""
         if self._swept:
             if not await self._open():
                 return False
@@ -126,12 +126,12 @@ class Pool:
     async def _open(self) -> Sequence[Assignment]:
         done = await finished(self._share.store, self._share.round, self._share.kind)
         everything = self._share.assignments
-        # Workers start at different places, so that they seldom reach for the same claim.
+        # Workers start at different positions, so that they seldom compete for the same claim.
         start = self._share.index * len(everything) // max(1, self._share.workers)
         return [a for a in everything[start:] + everything[:start] if a.rollout_id not in done and a.rollout_id not in self._under_way]
 
     async def _work(self, assignment: Assignment, lease: Lease) -> None:
-        """One try at a rollout that is ours: recorded where it ended, given back where infrastructure broke it and tries are left."""
+        """Run one try at a claimed rollout: record it if it ended, release it if infrastructure broke it and tries are left."""
         try:
             async with lease.kept():
                 started = time.monotonic()
@@ -139,9 +139,9 @@ class Pool:
                     trajectory, failure = await self._try(assignment, lease)
                 self._metrics.tried(time.monotonic() - started, failure.reason if failure else None)
                 if failure is not None:
-                    # Under the lease: while a policy is away nobody spends a second try on this rollout.
+                    # While holding the lease: with a policy down, nobody spends another try on this rollout.
                     await self._recovered()
-                lease.check()  # what a worker says that stood still is nobody's end
+                lease.check()  # a worker that was suspended past its lease must not record an end
                 if trajectory is None:
                     lease.broken_by = failure
                 elif await write_trajectory(self._share.store, self._share.kind, trajectory):
@@ -179,7 +179,7 @@ class Pool:
             await asyncio.sleep(progress.REPORT_SECONDS)
 
     async def _report(self) -> None:
-        """Says how far the stage is (`done`, `total`), and what this worker did since it started (`counters`; they add up over workers)."""
+        """Report stage progress (`done`, `total`) and what this worker has done since it started (`counters`, summed over workers)."""
         share, seconds = self._share, time.monotonic() - self._started
         counters: dict[str, float] = {outcome.value: self._counts[outcome.value] for outcome in Outcome if self._counts[outcome.value]}
         counters |= {name: self._counts[name] for name in ("turns", "labels", "broken_tries")}

@@ -1,4 +1,4 @@
-"""The rollout stage of a round: work until all its rollouts are finished, then close it."""
+"""The rollout stage of a round: work until all of its rollouts are finished, then close it."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ STAGE = RolloutResult.stage
 
 
 async def rollout(stage: Stage) -> None:
-    """Ends when the round's result exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
+    """Return when the round's result exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     spec = stage.run.spec
     if await read_result(stage.store, stage.round, RolloutResult) is not None:
         return
@@ -34,7 +34,7 @@ async def rollout(stage: Stage) -> None:
 
 
 async def closed_by_first_worker(stage: Stage, name: str) -> bool:
-    """Leaves the closing to worker 0. Every other one closes too where that takes longer than a lease: the same result, made twice."""
+    """Whether worker 0 closed the stage. Other workers wait one lease for it, then close too, with the same result."""
     for _ in range(2 * stage.run.spec.rollouts.lease_seconds if stage.index else 0):
         if await stage.store.exists(layout.result(stage.round, name)):
             return True

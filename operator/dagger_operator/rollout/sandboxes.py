@@ -1,4 +1,4 @@
-"""Where a worker's commands run: pods where there is a namespace for them, else processes; and how a sandbox reaches the gateway."""
+"""Where a worker's commands run: in pods if a namespace for them exists, otherwise in processes; and how a sandbox reaches the gateway."""
 
 import secrets
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ _SPARE_SECONDS = 600
 
 
 class GatewayPlace(TypedDict, total=False):
-    """Arguments of `Gateway` that say where it listens."""
+    """`Gateway` arguments for where it listens."""
 
     host: str
     port: int
@@ -24,14 +24,14 @@ class GatewayPlace(TypedDict, total=False):
 
 
 def in_pods(stage: Stage) -> bool:
-    """As the spec says; where it leaves that open, pods if the runtime offers a namespace for them."""
+    """Whether sandboxes are pods: as the spec says; if it leaves that open, when the runtime offers a namespace for them."""
     backend = stage.run.spec.sandbox.backend
     return backend is SandboxBackend.POD or (backend is None and bool(stage.environ.get("DAGGER_SANDBOX_NAMESPACE")))
 
 
 @asynccontextmanager
 async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
-    """Raises `StageFailure` where there can be none, or no more."""
+    """Open the sandbox provider. Raises `StageFailure` if sandboxes cannot be created, at the start or any more."""
     spec = stage.run.spec.sandbox
     provider: SandboxProvider = (
         _pods(stage)
@@ -52,7 +52,7 @@ async def sandboxes(stage: Stage) -> AsyncIterator[SandboxProvider]:
 
 
 def _pods(stage: Stage) -> SandboxProvider:
-    # Only here: the Kubernetes client takes a second to import.
+    # Imported only here: the Kubernetes client takes a second to import.
     from dagger_operator.sandbox.pod_manifest import Setting
     from dagger_operator.sandbox.pods import PodSandboxes
 
@@ -67,7 +67,7 @@ def _pods(stage: Stage) -> SandboxProvider:
         run=stage.run.metadata.name,
         run_namespace=run_namespace,
         worker=stage.worker,
-        # The same after a restart of the container: the Lease of the life before is recognised and goes.
+        # Unchanged when the container restarts, so that the Lease of the previous life is recognised and deleted.
         life=sha256(f"{run_namespace}/{environ.get('DAGGER_POD') or secrets.token_hex()}".encode()).hexdigest()[:8],
         helper_image=helper_image,
         limits=spec.sandbox.limits,
@@ -79,12 +79,12 @@ def _pods(stage: Stage) -> SandboxProvider:
 
 
 def lifetime_seconds(sandbox: Sandbox, rollouts: Rollouts) -> int:
-    """For how long a sandbox pod may be there, whoever forgot it. The chart's admission policy takes no more than what this can be."""
+    """Longest time a sandbox pod may exist, even if forgotten. The chart's admission policy allows no more than the maximum of this."""
     return sandbox.create_timeout_seconds + max(rollouts.timeout_seconds, sandbox.grade_timeout_seconds) + _SPARE_SECONDS
 
 
 def gateway_place(stage: Stage) -> GatewayPlace:
-    """On the loopback address, but for command scaffolds in pods: they reach it there by their helper, which forwards to this pod."""
+    """The loopback address, except for command scaffolds in pods: they reach it through their helper, which forwards to this pod."""
     if stage.run.spec.scaffold.type is not ScaffoldType.COMMAND or not in_pods(stage):
         return {}
     if not (address := stage.environ.get("POD_IP")):

@@ -1,4 +1,4 @@
-"""The seam between an attempt and an agent program."""
+"""The interface between an attempt and an agent program."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,9 +17,9 @@ class ScaffoldEnd:
     """How an agent program ended."""
 
     status: str
-    """In its own word; `Submitted` where it declared the work done."""
+    """In its own word; `Submitted` if it declared the work done."""
     submission: str = ""
-    """What it handed over, such as a patch."""
+    """What it submitted, such as a patch."""
 
     @property
     def submitted(self) -> bool:
@@ -27,6 +27,6 @@ class ScaffoldEnd:
 
 
 class ScaffoldProgram(Protocol):
-    """An agent program. Raises `SandboxError` where the sandbox broke; how the gateway ended is read from the recording."""
+    """An agent program. Raises `SandboxError` if the sandbox broke; gateway failures are read from the recording."""
 
     async def __call__(self, task: Task, sandbox: Sandbox, session: Session) -> ScaffoldEnd: ...

@@ -1,5 +1,5 @@
-"""Do the servers of the run's own policies serve what this round is to be made with? Asked before a worker starts, and after each try
-that infrastructure broke: until they do, another try would be spent for nothing."""
+"""Checks that the run's own policies are served in the versions that this round needs, before a worker starts and after each try that
+infrastructure broke: until they are, another try would be wasted."""
 
 import asyncio
 import time
@@ -21,18 +21,18 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """One policy that the run serves, as its policy agents show it."""
+    """One policy that the run serves, as its policy agents report it."""
 
     role: Role
     version: str
     agents: tuple[str, ...]
-    """Base URLs without `/v1`; the host name of one may stand for several addresses."""
+    """Base URLs without `/v1`; a host name may stand for several addresses."""
     patience: float
     """Seconds after which a server that does not serve counts as failed."""
 
 
 def served(run: DAggerRun, *upstreams: Upstream | None) -> tuple[Served, ...]:
-    """Those of the policies that the run serves; one behind an endpoint has no agent to ask."""
+    """Return the policies that the run serves itself; a policy behind an endpoint has no agent to ask."""
     settings = {Role.STUDENT: run.spec.student.served, Role.TEACHER: run.spec.teacher.serving}
     return tuple(
         Served(
@@ -47,16 +47,16 @@ def served(run: DAggerRun, *upstreams: Upstream | None) -> tuple[Served, ...]:
 
 
 class Recovery:
-    """Where a worker's rollouts wait for its policies: one of them looks, and the others wait for it."""
+    """Where a worker's rollouts wait for its policies: one checks, the others wait for it."""
 
     def __init__(self, http: aiohttp.ClientSession, policies: Sequence[Served]) -> None:
         self._http, self._policies = http, policies
         self._looking = asyncio.Lock()
 
     async def __call__(self) -> None:
-        """Waits until every policy agent that can be found says that it serves its version; at once where they do.
+        """Wait until every reachable policy agent reports that it serves its version; return at once if they all do.
 
-        Raises `StageFailure` (not permanent) where that is not so when patience ends.
+        Raises `StageFailure` (not permanent) if that is still not so when `patience` runs out.
         """
         async with self._looking:
             for policy in self._policies:
@@ -79,8 +79,8 @@ class Recovery:
 
 
 async def _wrong(http: aiohttp.ClientSession, policy: Served) -> list[str]:
-    """What each agent that does not serve the version says instead. A Service does not show a replica that starts: rollouts need not
-    wait for it while others serve."""
+    """Return what each agent that does not serve the version reports instead. A Service omits a replica that is starting: rollouts need
+    not wait for it while others serve."""
     try:
         urls = [each for url in policy.agents for each in await addresses(url)]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a round's rollouts delivered, counted one trajectory at a time: pure."""
+"""What a round's rollouts delivered, counted one trajectory at a time. Pure."""
 
 from collections import Counter
 
@@ -7,11 +7,11 @@ from dagger_operator.rollout.actions import ActionReader
 from dagger_operator.store.records import LabelFlaw, Outcome, Trajectory, Turn
 
 _OUT_OF_TOKENS = ("length", "tool_calls")
-"""How labels end that were cut off for want of tokens; vLLM says `tool_calls` of those, too. Any other end is the endpoint's own."""
+"""Finish reasons of labels that ran out of tokens; vLLM reports `tool_calls` for some of them, too. Any other is the endpoint's own."""
 
 
 class Tally:
-    """Counts of finished rollouts. What infrastructure broke is counted as such and as nothing else."""
+    """Counts of finished rollouts. Those that infrastructure broke are counted as such and in no other way."""
 
     def __init__(self, reader: ActionReader) -> None:
         self._reader = reader
@@ -19,11 +19,11 @@ class Tally:
         self.excluded: Counter[str] = Counter()
         """Rollouts that infrastructure broke, by reason."""
         self.flaws: Counter[LabelFlaw] = Counter()
-        """Visited states without a label to train on, by flaw; those of `stopped` are left out."""
+        """Visited states without a label to train on, by flaw; those in `stopped` are left out."""
         self.stopped: Counter[str] = Counter()
-        """Visited states whose label was cut off with tokens left, by its `finish_reason`, such as `content_filter`."""
+        """Visited states whose label was cut off although tokens were left, by its `finish_reason`, such as `content_filter`."""
         self.mendable: list[str] = []
-        """Rollouts without a turn, or with a label that is flawed, which might come out whole after an edit of the run."""
+        """Rollouts without a turn or with a flawed label that editing the run might fix."""
         self.turns = self.labels = 0
         self._teacher_turns = self._teacher_tokens = self._tokens = 0
         self._compared = self._agreed = 0
@@ -62,7 +62,7 @@ class Tally:
 
     @property
     def valid_fraction(self) -> float:
-        """Share of rollouts that infrastructure left whole."""
+        """Share of rollouts that infrastructure did not break."""
         return 1 - self.outcomes[Outcome.INFRASTRUCTURE_FAILURE] / self.rollouts if self.rollouts else 1.0
 
     @property
@@ -92,12 +92,12 @@ class Tally:
 
 
 def _stopped(turn: Turn) -> str | None:
-    """As what the endpoint ended a turn's label while there were tokens left; None where it did not."""
+    """Return the finish reason with which the endpoint cut off a turn's label although tokens were left, or None if it did not."""
     if turn.label is None or turn.label_flaw is not LabelFlaw.TRUNCATED or turn.label.finish_reason in _OUT_OF_TOKENS:
         return None
     return turn.label.finish_reason
 
 
 def _mendable(turn: Turn) -> bool:
-    """Whether an edit of the run may give a flawed label's state one to train on."""
+    """Whether editing the run may give a state with a flawed label one to train on."""
     return turn.label_flaw not in (None, LabelFlaw.UNPARSABLE) and _stopped(turn) is None

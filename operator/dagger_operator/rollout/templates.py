@@ -1,4 +1,4 @@
-"""The built-in scaffold's words: the library's SWE-bench prompts, or the resource's own."""
+"""The built-in scaffold's prompts: the library's SWE-bench prompts, or the resource's own."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dagger_operator.rollout.library import library
 from dagger_operator.store.stage import StageFailure
 
 FENCED_BLOCK = r"```mswea_bash_command\s*\n(.*?)\n```"
-"""The library's own action regex of the text protocol."""
+"""The library's own action regex for the text protocol."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Templates:
 
 
 def templates(scaffold: Scaffold) -> Templates:
-    """What a scaffold says and how its commands are found. Raises `StageFailure` where that cannot work for any task."""
+    """Return a scaffold's templates and action regex. Raises `StageFailure` if they cannot work for any task."""
     config = library().config(scaffold.protocol)
     chosen = Templates(
         system=_or(scaffold.system_template, config["agent"]["system_template"]),
@@ -42,7 +42,7 @@ def _or(given: str | None, default: str) -> str:
 
 
 def _check(chosen: Templates, protocol: Protocol) -> None:
-    """Renders every template once as a rollout would, so that a mistake ends the stage and not each rollout of it."""
+    """Render every template once as a rollout would, so that a mistake fails the stage at once rather than every rollout."""
     from jinja2 import StrictUndefined, Template, TemplateError
 
     output = {"output": "text", "returncode": 0, "exception_info": ""}

@@ -1,4 +1,4 @@
-"""A worker of a stage: everything that its rollouts share, opened once, and the pool that works through them."""
+"""A worker of a stage: what all its rollouts share, opened once, and the pool that works through them."""
 
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,17 +28,17 @@ from dagger_operator.tasks.deal import Assignment
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's rollouts are for."""
+    """The rollouts of a stage and how they are run."""
 
     kind: Kind
     assignments: tuple[Assignment, ...]
     mixing: Mixing | None
-    """None is evaluation: the student alone, greedy, no labels."""
+    """None in evaluation: the student alone, greedy, no labels."""
     max_turns: int
 
 
 async def work(stage: Stage, job: Job, reader: ActionReader) -> None:
-    """Works until every rollout of the job is finished, by whoever. Raises `StageFailure`, `StoreUnavailable`."""
+    """Work until every rollout of the job is finished by some worker. Raises `StageFailure`, `StoreUnavailable`."""
     rollouts = stage.run.spec.rollouts
     share = Share(
         store=stage.store,
@@ -62,7 +62,7 @@ async def work(stage: Stage, job: Job, reader: ActionReader) -> None:
 async def _attempts(
     stage: Stage, job: Job, reader: ActionReader, metrics: WorkerMetrics, registry: CollectorRegistry
 ) -> AsyncIterator[tuple[Attempts, Recovery]]:
-    """What makes the tries, and what waits for the policies after one that broke."""
+    """Yield what runs the tries, and what waits for the policies after a broken try."""
     spec = stage.run.spec
     student, teacher = await upstreams(stage, greedy=job.mixing is None)
     async with AsyncExitStack() as stack:

@@ -1,1 +1,1 @@
-"""Where untrusted commands run: one interface, several kinds of sandbox (a local process here; a pod on a cluster)."""
+"""Where untrusted commands run: one interface, two kinds of sandbox (local processes, or pods on a cluster)."""

@@ -1,4 +1,4 @@
-"""Text files on their way into a sandbox."""
+"""Packs text files for transfer into a sandbox."""
 
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from io import BytesIO
 
 
 def archive(files: Mapping[str, str], folders: Iterable[str] = ()) -> bytes:
-    """A tar archive of text files and empty folders by absolute path; unpacked at the root."""
+    """Return a tar archive of text files and empty folders by absolute path, to be unpacked at the root."""
     packed = BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for path in folders:

@@ -1,7 +1,7 @@
-"""Control groups, version 1 or 2, where this process may make them: limits on memory and CPU that the kernel holds.
+"""Control groups, version 1 or 2, if this process may create them: memory and CPU limits enforced by the kernel.
 
-The pids controller is not used: Linux 6.18 lost one charge for every pid namespace that ended (measured, version 1), so that a sandbox
-ran out of processes after as many commands. RLIMIT_NPROC counts well wherever there are namespaces.
+The pids controller is not used: Linux 6.18 leaked one charge for every pid namespace that ended (measured, version 1), so that a sandbox
+ran out of processes after that many commands. RLIMIT_NPROC counts correctly wherever there are namespaces.
 """
 
 import os
@@ -15,19 +15,19 @@ from dagger_operator.api import SandboxLimits
 
 _PREFIX = "dagger-"
 _PERIOD = 100_000
-"""Microseconds over which CPU time is counted."""
+"""Microseconds over which CPU time is measured."""
 
 
 @dataclass(frozen=True)
 class Cgroups:
-    """Folders in which groups can be made: one in version 2, one for each controller in version 1."""
+    """Folders in which groups can be created: one in version 2, one for each controller in version 1."""
 
     version: int
     parents: tuple[Path, ...]
 
     @classmethod
     def find(cls) -> Self | None:
-        """Where groups can be made with a memory limit; found out by making one. None: nowhere."""
+        """Return where groups with a memory limit can be created, tested by creating one, or None."""
         for version, parents in (_version_2(), _version_1()):
             if parents:
                 found = cls(version, parents)
@@ -42,7 +42,7 @@ class Cgroups:
         return f"cgroup v{self.version}"
 
     def make(self, name: str, limits: SandboxLimits) -> "Cgroup":
-        """Makes a group with limits, or raises OSError and leaves none."""
+        """Create a group with limits; if that fails, raise OSError and leave nothing behind."""
         group = Cgroup(self.version, tuple(parent / f"{_PREFIX}{name}" for parent in self.parents))
         try:
             for folder in group.folders:
@@ -54,7 +54,7 @@ class Cgroups:
         return group
 
     def sweep(self, prefix: str) -> None:
-        """Removes the groups, empty by now, of an owner that died."""
+        """Remove the groups, empty by now, of an owner that died."""
         for parent in self.parents:
             for folder in parent.glob(f"{_PREFIX}{prefix}*"):
                 Cgroup(self.version, (folder,)).remove()
@@ -62,7 +62,7 @@ class Cgroups:
 
 @dataclass(frozen=True)
 class Cgroup:
-    """One sandbox's group."""
+    """One sandbox's control group."""
 
     version: int
     folders: tuple[Path, ...]
@@ -89,11 +89,11 @@ class Cgroup:
 
     @property
     def entrances(self) -> tuple[str, ...]:
-        """Files to which a process writes 0 to join."""
+        """Files to which a process writes 0 to join the group."""
         return tuple(str(folder / "cgroup.procs") for folder in self.folders)
 
     def oom_kills(self) -> int:
-        """Processes killed so far for memory."""
+        """Return the number of processes killed so far for memory."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"
         for folder in self.folders:
             with suppress(OSError, ValueError):
@@ -102,7 +102,7 @@ class Cgroup:
         return 0
 
     def remove(self) -> None:
-        """Removes the group; its processes are dead by now, though the kernel may need a moment to see it."""
+        """Remove the group; its processes are dead by now, though the kernel may need a moment to notice."""
         for folder in self.folders:
             for _ in range(50):
                 try:
@@ -121,7 +121,7 @@ def _mounts() -> list[tuple[Path, str, set[str]]]:
 
 
 def _own(controller: str) -> str:
-    """This process's group in the hierarchy of a controller; version 2 has the empty name."""
+    """Return this process's group in a controller's hierarchy; for version 2 the controller name is empty."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
         if controller in names.split(","):
@@ -135,7 +135,7 @@ def _version_1() -> tuple[int, tuple[Path, ...]]:
         for controller in ("memory", "cpu"):
             if kind == "cgroup" and controller in options:
                 own = mount / _own(controller)
-                # In a container the path may be the host's, and mean nothing here.
+                # In a container this path may be the host's and not exist here.
                 parents[controller] = own if own.exists() else mount
     return 1, tuple(dict.fromkeys(parents.values())) if "memory" in parents else ()
 
@@ -143,7 +143,7 @@ def _version_1() -> tuple[int, tuple[Path, ...]]:
 def _version_2() -> tuple[int, tuple[Path, ...]]:
     for mount, kind, _ in _mounts():
         if kind == "cgroup2":
-            # Beside our own group, not in it: a group that holds processes may not hand controllers to children.
+            # Beside our own group, not in it: a group that holds processes may not delegate controllers to children.
             own = mount / _own("")
             parent = own.parent if own != mount and own.exists() else mount
             with suppress(OSError):

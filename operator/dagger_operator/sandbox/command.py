@@ -1,4 +1,4 @@
-"""Runs one command to its end: a deadline, output bounded while it is read, nothing inherited, nothing left behind."""
+"""Runs one command to completion: with a deadline, output bounded while it is read, nothing inherited and nothing left behind."""
 
 import asyncio
 import json
@@ -15,18 +15,18 @@ from dagger_operator.sandbox.interface import SandboxError
 from dagger_operator.sandbox.shell import joined
 
 _GRACE_SECONDS = 5.0
-"""How long a killed process may take to vanish; it only waits for the kernel."""
+"""How long a killed process may take to vanish; that depends on the kernel alone."""
 
 
 class BoundedOutput:
-    """Head and tail of a stream, in constant memory; the middle is counted and dropped as it comes."""
+    """Head and tail of a stream, in constant memory; the middle is counted and dropped on arrival."""
 
     def __init__(self, limit: int) -> None:
         self._head_size = limit // 2
         self._tail_size = limit - self._head_size
         self._head, self._tail = bytearray(), bytearray()
         self.total = 0
-        """Bytes seen."""
+        """Bytes received."""
 
     def feed(self, data: bytes) -> None:
         self.total += len(data)
@@ -40,15 +40,15 @@ class BoundedOutput:
 
     @property
     def dropped(self) -> int:
-        """Bytes cut out of the middle."""
+        """Bytes dropped from the middle."""
         return max(0, self.total - self._head_size - self._tail_size)
 
     def parts(self) -> tuple[bytes, bytes]:
-        """What was kept of the beginning and of the end; together the whole stream where nothing was dropped."""
+        """Return what was kept of the beginning and of the end; together the whole stream if nothing was dropped."""
         return bytes(self._head), bytes(self._tail[-self._tail_size :])
 
     def text(self) -> str:
-        """As text, with a marker in the place of what was dropped."""
+        """Return it as text, with a marker in place of what was dropped."""
         return joined(*self.parts(), self.dropped)
 
 
@@ -57,17 +57,17 @@ Argv = list[str | bytes]
 
 @dataclass(frozen=True)
 class Start:
-    """What to start, in which environment and folder, and which descriptors it inherits."""
+    """What to start, its environment and working directory, and the descriptors that it inherits."""
 
     argv: Argv
     env: Mapping[str, str]
     cwd: Path
     pass_fds: tuple[int, ...] = ()
     status: int | None = None
-    """A pipe on which bubblewrap says how the command ended."""
+    """A pipe on which bubblewrap reports how the command ended."""
 
     def reached(self) -> bool:
-        """Whether the command itself ran to an end; False where bubblewrap failed before or was lost."""
+        """Whether the command itself ran to its end; False if bubblewrap failed before or was lost."""
         if self.status is None:
             return True
         with suppress(BlockingIOError):
@@ -84,12 +84,12 @@ class Ended:
     """Exit code, or 128 + the signal that killed it."""
     timed_out: bool
     stopped: str | None
-    """Which limit the watch found exceeded, where it did."""
+    """The limit that the watch found exceeded, if any."""
     seconds: float
 
 
 Watch = Callable[[int], Coroutine[None, None, str]]
-"""Given a process id: returns when a limit is exceeded, with which one; never returns while all is well."""
+"""Takes a process id; returns the limit that is exceeded as soon as one is, otherwise never returns."""
 
 
 async def run(
@@ -100,10 +100,10 @@ async def run(
     watch: Watch,
     stdin: int = subprocess.DEVNULL,
 ) -> Ended:
-    """Runs a command in a process group of its own; when this returns or is cancelled, the whole group is dead.
+    """Run a command in its own process group; when this returns or is cancelled, the whole group is dead.
 
-    `keep` is how many bytes of output are kept, `stdin` a file descriptor (a memfd needs no pumping). Raises `SandboxError`
-    where the program cannot be started or does not die.
+    `keep` is how many bytes of output are kept, `stdin` a file descriptor (a memfd needs no feeding). Raises `SandboxError`
+    if the program cannot be started or does not die.
     """
     loop = asyncio.get_running_loop()
     started = time.monotonic()
@@ -133,13 +133,13 @@ async def run(
         timed_out = not exited.done() and stopped is None
     finally:
         watching.cancel()
-        # Of bubblewrap it is the first process of a namespace: the kernel ends all others there with it, whatever group they went to.
+        # bubblewrap's child is the first process of a namespace: the kernel ends all others in it with it, whatever their process group.
         children = [] if start.status is None else _children(process.pid)
-        # Also where the leader has ended by itself: what it left in the background must not outlive it.
+        # Even if the leader has ended by itself: what it left in the background must not outlive it.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for child in children:
-            with suppress(OSError):  # it is gone, or there is no descriptor left to wait by
+            with suppress(OSError):  # it is gone, or no descriptor is left to wait with
                 end = loop.create_future()
                 below[_notice(child, end)] = end
         try:
@@ -157,7 +157,7 @@ async def run(
 
 
 def _notice(pid: int, end: asyncio.Future[None]) -> int:
-    """Has a process's end told, until the descriptor that is returned is closed."""
+    """Set `end` when a process ends, until the returned descriptor is closed."""
     loop, pidfd = asyncio.get_running_loop(), os.pidfd_open(pid)
 
     def ended() -> None:
@@ -176,15 +176,15 @@ def _children(pid: int) -> list[int]:
 
 
 async def _gone(exited: asyncio.Future[None], eof: asyncio.Future[None], below: Iterable[asyncio.Future[None]]) -> None:
-    """Waits for a killed process and its children to vanish, and for what they printed last."""
+    """Wait for a killed process and its children to vanish, and for their last output."""
     await asyncio.wait({exited, *below}, timeout=_GRACE_SECONDS)
     if exited.done():
-        # A process that escaped the group may hold the pipe open; it is not waited for.
+        # A process that escaped the group may hold the pipe open; do not wait for it.
         await asyncio.wait({eof}, timeout=0.2)
 
 
 async def _undisturbed(work: Coroutine[None, None, None]) -> None:
-    """Awaits `work` to its end, though this task be cancelled meanwhile; then the cancellation goes on."""
+    """Await `work` to its end even if this task is cancelled meanwhile; the cancellation is then raised."""
     task, disturbed = asyncio.create_task(work), None
     while not task.done():
         try:
@@ -196,7 +196,7 @@ async def _undisturbed(work: Coroutine[None, None, None]) -> None:
 
 
 def _popen(start: Start, stdin: int) -> subprocess.Popen[bytes]:
-    """Starts a process; by vfork, so that it costs the same from a large worker."""
+    """Start a process, by vfork so that the cost does not grow with the worker's size."""
     return subprocess.Popen(
         start.argv,
         env=start.env,

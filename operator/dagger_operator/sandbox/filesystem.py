@@ -1,4 +1,4 @@
-"""What a sandbox sees of files: read-only system folders, and three folders of its own (working directory, /tmp, $HOME)."""
+"""The file system of a sandbox: read-only system folders, and three folders of its own (working directory, /tmp, $HOME)."""
 
 import os
 import posixpath
@@ -13,15 +13,15 @@ HOME = "/home/agent"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = ("alternatives", "ld.so.cache", "localtime", "mime.types")
-"""Needed by programs in /usr, and the same on every machine with them. Nothing else of /etc is seen."""
+"""Needed by programs in /usr, and the same on every machine that has them. Nothing else of /etc is visible."""
 _TAKEN = ("/usr", "/etc", "/proc", "/dev", "/tmp", "/var", HOME, *(f"/{name}" for name in _SYSTEM))  # noqa: S108 - a path inside the sandbox
 _SHM_BYTES = 64 << 20
 
 
 def prepare(folder: Path, owner: int | None) -> None:
-    """Makes a sandbox's folders; `owner` is the user id that commands run under, where it is not ours.
+    """Create a sandbox's folders; `owner` is the user id that commands run under, if it is not ours.
 
-    `folder` itself stays ours: what is bound into the sandbox cannot be exchanged from inside.
+    `folder` itself stays ours: what is bound into the sandbox cannot be replaced from inside.
     """
     folder.mkdir()
     uid = os.geteuid() if owner is None else owner
@@ -38,7 +38,7 @@ def prepare(folder: Path, owner: int | None) -> None:
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises `SandboxError` for a working directory that would hide the system or lie in a folder the agent can exchange."""
+    """Raise `SandboxError` for a working directory that would hide the system or lie in a folder that the agent can replace."""
     if not workdir.startswith("/") or posixpath.normpath(workdir) != workdir or workdir == "/":
         raise SandboxError("InvalidWorkdir", f"workdir {workdir!r}: write an absolute path other than / without . and .., such as /testbed")
     if taken := next((path for path in _TAKEN if workdir == path or workdir.startswith(f"{path}/")), None):
@@ -48,7 +48,7 @@ def check_workdir(workdir: str) -> None:
 
 
 def mounts(folder: Path, workdir: str) -> list[str]:
-    """bubblewrap's arguments for the file system; the root itself and /dev end read-only, so that nothing fills memory."""
+    """Return bubblewrap's file system arguments; the root itself and /dev end up read-only, so that nothing there fills memory."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in _SYSTEM:
         host = Path("/") / name
@@ -56,7 +56,7 @@ def mounts(folder: Path, workdir: str) -> list[str]:
             arguments += ["--symlink", str(host.readlink()), str(host)]
         elif host.is_dir():
             arguments += ["--ro-bind", str(host), str(host)]
-    # Parents of mount points, readable for whoever the command runs as.
+    # Parents of mount points, readable for whichever user the command runs as.
     for parent in ("/etc", "/var", *(str(path) for inside in (HOME, workdir) for path in reversed(PurePosixPath(inside).parents[:-1]))):
         arguments += ["--perms", "0755", "--dir", parent]
     for name in _ETC:
@@ -71,10 +71,10 @@ def mounts(folder: Path, workdir: str) -> list[str]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a sandbox's folder, whatever is in it: any depth, any mode. Blocks; raises `SandboxError` where something stays."""
+    """Remove a sandbox's folder, whatever its contents, depth and modes. Blocks; raises `SandboxError` if something remains."""
     for attempt in range(3):
         if attempt:
-            # Without root's rights a folder that its owner closed cannot be emptied.
+            # Without root's rights a folder without write permission for its owner cannot be emptied.
             subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, capture_output=True)
         done = subprocess.run(["rm", "-rf", "--one-file-system", "--", str(folder)], check=False, capture_output=True, text=True)
         if done.returncode == 0:
@@ -83,7 +83,7 @@ def remove(folder: Path) -> None:
 
 
 def end_processes_in(folder: Path) -> None:
-    """Kills every process whose working directory lies in a folder: without namespaces, what escaped its process group."""
+    """Kill every process whose working directory lies in a folder: without namespaces, those that escaped their process group."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with suppress(OSError):  # it ended meanwhile, or is another user's

@@ -1,7 +1,7 @@
-"""The way from the worker to one sandbox's helper: HTTP over the pod network, or the same requests through `exec`.
+"""The connection from the worker to one sandbox's helper: HTTP over the pod network, or the same requests through `exec`.
 
-A request that broke off is made again, over the other way where the first one stays silent. That is safe because every request of
-the helper's may be repeated: a command has a number, and a number runs once.
+A request that broke off is repeated, over the other route if the first stays silent. That is safe because every request to the helper is
+idempotent: a command has a number, and a number runs once.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ Answer = tuple[int, bytes]
 
 _CONNECT_SECONDS = 3.0
 _SWITCH_SECONDS = 3.0
-"""How long one way may fail before the other is tried."""
+"""How long one route may fail before the other is tried."""
 _PATIENCE_SECONDS = 60.0
 """How long both may fail before the sandbox counts as lost."""
 _CLOSED_SECONDS = 600.0
@@ -34,7 +34,7 @@ _FRAME = 1 << 20
 
 
 class Severed(Exception):
-    """No answer came; whether the request arrived is not known."""
+    """No answer arrived; whether the request arrived is unknown."""
 
 
 class Way(Protocol):
@@ -64,7 +64,7 @@ class Network:
 
 
 class Exec:
-    """`sandboxd call` in the container: one of them serves requests one after the other, and is kept for the next."""
+    """`sandboxd call` in the container: each instance serves one request at a time and is reused for the next."""
 
     def __init__(self, kube: Kube, pod: str, token: str) -> None:
         self._kube, self._pod, self._token = kube, pod, token
@@ -90,7 +90,7 @@ class Exec:
         try:
             yield socket
         except BaseException:
-            await socket.close()  # an answer may be under way on it
+            await socket.close()  # an answer may still arrive on it
             raise
         self._idle.append(socket)
 
@@ -99,10 +99,10 @@ class Exec:
 
 
 async def _line(socket: aiohttp.ClientWebSocketResponse) -> bytes:
-    """The next line of the program's output."""
+    """Return the next line of the program's output."""
     output, complaint = bytearray(), b""
     async for message in socket:
-        if message.type is not aiohttp.WSMsgType.BINARY:  # an ERROR above all: nobody answers any more
+        if message.type is not aiohttp.WSMsgType.BINARY:  # above all ERROR: nobody answers any more
             raise Severed(f"exec: {message.type.name} {str(message.data)[:300]}")
         channel, data = message.data[:1], message.data[1:]
         if channel == b"\x01":
@@ -123,10 +123,10 @@ def _answer(line: bytes) -> Answer:
 
 
 class Routes:
-    """What the sandboxes of a worker found out about their ways, for the next ones."""
+    """What a worker's sandboxes learned about their routes, for the next sandboxes."""
 
     def __init__(self, seconds: float = _CLOSED_SECONDS) -> None:
-        """`seconds`: how long the network is not tried again; a plugin that was slow with one pod's policy must not cost the rest."""
+        """`seconds`: how long the network is not retried; a network plugin that was slow with one pod's policy must not cost the rest."""
         self._seconds, self._closed_until = seconds, 0.0
 
     @property
@@ -140,14 +140,14 @@ class Routes:
 
 
 class HelperLine:
-    """Asks until an answer comes."""
+    """Repeats requests until an answer arrives."""
 
     def __init__(self, name: str, network: Way, through_exec: Way, routes: Routes) -> None:
         self._name, self._ways, self._routes = name, (network, through_exec), routes
         self._reached = False
 
     async def ask(self, method: str, path: str, body: bytes = b"", *, timeout: float) -> Answer:
-        """`timeout`: seconds until one try counts as broken off. Raises `SandboxError` after a minute without an answer."""
+        """Send a request. `timeout`: seconds until one try counts as broken off. Raises `SandboxError` after `timeout` plus a minute."""
         way, began, pause = int(self._routes.network_closed), time.monotonic(), 0.02
         silent_since, why = began, ""
         while True:

@@ -1,4 +1,4 @@
-"""The one interface of all sandboxes."""
+"""The common interface of all sandboxes."""
 
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -6,8 +6,8 @@ from typing import Protocol, Self
 
 
 class SandboxError(Exception):
-    """Infrastructure broke a sandbox: it could not be made, or was lost. Never the agent's doing, but for `LimitExceeded`; never an
-    observation."""
+    """Infrastructure broke a sandbox: it could not be created, or was lost. Except for `LimitExceeded` it is never caused by the agent,
+    and it is never an observation."""
 
     def __init__(self, reason: str, message: str) -> None:
         self.reason, self.message = reason, message
@@ -15,17 +15,17 @@ class SandboxError(Exception):
 
 
 class LimitExceeded(SandboxError):
-    """What ran in a sandbox exceeded its limits, and all of it was ended for that: no infrastructure broke."""
+    """What ran in a sandbox exceeded its limits, so all of it was stopped: no infrastructure broke."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command left."""
+    """The result of a command."""
 
     output: str
-    """Standard output and error in the order they were written, the middle cut out where it was over the limit."""
+    """Standard output and error in the order they were written; over the limit, the middle is cut out."""
     returncode: int
-    """Exit code; 124 where the deadline was missed, 137 where a limit killed it."""
+    """Exit code; 124 if it missed its deadline, 137 if it was killed by a limit."""
     timed_out: bool = False
     truncated: bool = False
     seconds: float = 0.0
@@ -33,47 +33,47 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class SandboxRequest:
-    """What a rollout asks for."""
+    """The sandbox that a rollout asks for."""
 
     name: str
-    """Unique among live sandboxes; run, round, rollout and try make it up."""
+    """Unique among live sandboxes; composed of run, round, rollout and try."""
     image: str | None = None
-    """Container image; process sandboxes have none."""
+    """Container image; ignored by process sandboxes."""
     workdir: str = "/testbed"
-    """Where commands start."""
+    """Working directory of commands."""
     files: dict[str, str] = field(default_factory=dict)
-    """Text files by path relative to `workdir`, there before the first command."""
+    """Text files by path relative to `workdir`, written before the first command."""
     env: dict[str, str] = field(default_factory=dict)
-    """The whole environment beside PATH, HOME, LANG: nothing is inherited."""
+    """The whole environment apart from PATH, HOME and LANG: nothing is inherited."""
     network_to: str | None = None
-    """The only address (host:port) that commands may reach, as `127.0.0.1:port`; None is no network at all."""
+    """The only address (host:port) that commands may reach, as `127.0.0.1:port`; None: no network at all."""
 
 
 class Sandbox(Protocol):
-    """A live sandbox. Every method raises `SandboxError` where the sandbox itself is gone or broken."""
+    """A live sandbox. Every method raises `SandboxError` if the sandbox itself is gone or broken."""
 
     async def execute(self, command: str, *, timeout: float, env: dict[str, str] | None = None) -> CommandResult:
-        """Runs a shell command in `workdir`; a missed deadline is a result (124), and kills everything it started."""
+        """Run a shell command in `workdir`; a missed deadline is a result (124), and kills everything the command started."""
         ...
 
     async def write(self, files: dict[str, str]) -> None:
-        """Writes text files by path relative to `workdir` (absolute paths as they are)."""
+        """Write text files by path relative to `workdir` (absolute paths as they are)."""
         ...
 
     async def read(self, path: str, *, limit: int = 1 << 20) -> bytes | None:
-        """A file's first `limit` bytes, or None where there is none."""
+        """Return a file's first `limit` bytes, or None if there is no file."""
         ...
 
     async def close(self) -> None:
-        """Kills what runs and removes everything; may be called twice."""
+        """Kill what runs and remove everything; may be called twice."""
         ...
 
 
 class SandboxProvider(Protocol):
-    """Makes sandboxes of one kind."""
+    """Creates sandboxes of one kind."""
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> Sandbox:
-        """Makes a sandbox ready for commands within `timeout` seconds, or raises `SandboxError`."""
+        """Create a sandbox that is ready for commands within `timeout` seconds, or raise `SandboxError`."""
         ...
 
     async def __aenter__(self) -> Self: ...

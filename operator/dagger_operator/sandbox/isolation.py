@@ -1,4 +1,4 @@
-"""What this machine offers for keeping commands apart, found out by trying, and said in words."""
+"""Which isolation this machine offers for commands, found out by trying, and its description."""
 
 import os
 import re
@@ -16,28 +16,28 @@ _CAP_SYS_PTRACE = 19
 
 @dataclass(frozen=True)
 class Isolation:
-    """How process sandboxes are held on this machine."""
+    """How process sandboxes are confined on this machine."""
 
     bubblewrap: str | None
-    """Path of bwrap, or None where namespaces cannot be used: then commands are plain processes."""
+    """Path of bwrap, or None if namespaces cannot be used: then commands are plain processes."""
     reason: str
-    """Why there are no namespaces; empty where there are."""
+    """Why there are no namespaces; empty if there are."""
     cgroups: Cgroups | None
-    """Kernel-enforced limits; None: this process samples memory and processes instead."""
+    """Kernel-enforced limits; if None, this process samples memory and processes instead."""
     root: bool
-    """Whether this process is root; then each namespaced sandbox runs under an unprivileged user id of its own."""
+    """Whether this process is root; if so, each namespaced sandbox runs under its own unprivileged user id."""
     sees_files: bool = True
-    """Whether what commands have open can be looked at: of another user id's it takes CAP_SYS_PTRACE."""
+    """Whether the open files of commands can be inspected: for another user id's processes that takes CAP_SYS_PTRACE."""
 
     @property
     def counts_processes(self) -> bool:
-        """Whether RLIMIT_NPROC counts a sandbox's processes alone: root's sandboxes have user ids of their own, and since Linux 5.14
-        it is counted in each user namespace. Elsewhere it would count all that this user runs."""
+        """Whether RLIMIT_NPROC counts a sandbox's processes alone: root's sandboxes have their own user ids, and since Linux 5.14
+        it is counted per user namespace. Otherwise it would count everything that this user runs."""
         release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
         return self.bubblewrap is not None and (self.root or release >= (5, 14))
 
     def describe(self) -> str:
-        """One line for people, such as `daggerctl run` prints."""
+        """Return one line for people, such as `daggerctl run` prints."""
         memory = f"memory and CPU limited by {self.cgroups.describe()}" if self.cgroups else "memory limited by sampling, CPU not limited"
         if not self.sees_files:
             memory += "; files in memory and files without a name do not count, for which root needs CAP_SYS_PTRACE"
@@ -51,7 +51,7 @@ class Isolation:
         )
 
     def refusal(self) -> str:
-        """Why a run that does not allow it gets no sandboxes here, and what to do."""
+        """Return why a run that does not allow unconfined commands gets no sandboxes here, and what to do."""
         return (
             f"commands of models would reach the network and this user's files and processes, credentials among them: {self.reason}. "
             "Install bubblewrap, and allow user namespaces or run as root; on a cluster set spec.sandbox.namespace, for sandboxes that are "
@@ -60,7 +60,7 @@ class Isolation:
 
 
 def probe(*, cgroups: bool = True) -> Isolation:
-    """Tries namespaces and control groups once each (some 20 ms)."""
+    """Try namespaces and control groups once each (takes about 20 ms)."""
     root = os.geteuid() == 0
     found = Cgroups.find() if cgroups else None
     bwrap = shutil.which("bwrap")
@@ -90,6 +90,7 @@ def _may_trace() -> bool:
 
 
 def namespaces(root: bool) -> tuple[str, ...]:
-    """Everything is unshared. Root needs no user namespace: it drops to an unprivileged id inside, to which RLIMIT_NPROC applies."""
+    """Return bwrap's options to unshare everything. Root needs no user namespace: it drops to an unprivileged id inside, to which
+    RLIMIT_NPROC applies."""
     unshared = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
     return unshared if root else ("--unshare-user", *unshared)

@@ -1,4 +1,4 @@
-"""The few requests that a worker makes of the API server: its sandbox pods, their watch, `exec` into them, and Leases."""
+"""The API server requests that a worker needs: its sandbox pods and their watch, `exec` into them, and Leases."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,14 +13,14 @@ from dagger_operator.kube.errors import Conflict, Missing, Refused
 
 
 class Kind(StrEnum):
-    """Paths of the two kinds, in a namespace."""
+    """Paths of the two kinds, within a namespace."""
 
     PODS = "/api/v1/namespaces/{}/pods"
     LEASES = "/apis/coordination.k8s.io/v1/namespaces/{}/leases"
 
 
 class Kube:
-    """Speaks to one namespace. All methods raise `ApiError`."""
+    """Client for one namespace. All methods raise `ApiError`."""
 
     def __init__(self, api: Api, namespace: str) -> None:
         self._api, self.namespace = api, namespace
@@ -28,7 +28,7 @@ class Kube:
     @classmethod
     @asynccontextmanager
     async def connect(cls, namespace: str) -> AsyncIterator[Self]:
-        """As this pod's ServiceAccount, elsewhere as `KUBECONFIG` says."""
+        """Connect as this pod's ServiceAccount, or outside a cluster as `KUBECONFIG` says."""
         try:
             settings = await configuration()
         except NoCluster as error:
@@ -37,20 +37,20 @@ class Kube:
             yield cls(Api(settings, http), namespace)
 
     async def create(self, kind: Kind, manifest: Manifest) -> Manifest:
-        """Raises `Conflict` where the name is taken."""
+        """Create an object. Raises `Conflict` if the name is taken."""
         return await self._api.ask("POST", self._path(kind), body=manifest)
 
     async def get(self, kind: Kind, name: str) -> Manifest:
         return await self._api.ask("GET", self._path(kind, name))
 
     async def replace(self, kind: Kind, manifest: Manifest) -> Manifest:
-        """`metadata.resourceVersion` is a precondition."""
+        """Replace an object; `metadata.resourceVersion` is a precondition."""
         return await self._api.ask("PUT", self._path(kind, manifest["metadata"]["name"]), body=manifest)
 
     async def delete(self, kind: Kind, manifest: Manifest, *precise: str) -> bool:
-        """Deletes this very object and no later one of its name. False: it was gone already.
+        """Delete exactly this object, and no later one of the same name. Return False if it was already gone.
 
-        `precise`: further fields of its metadata that must not have changed, such as `resourceVersion`; False, too, where one has.
+        `precise`: further metadata fields that must be unchanged, such as `resourceVersion`; False as well if one has changed.
         """
         metadata = manifest["metadata"]
         preconditions = {field: metadata[field] for field in ("uid", *precise)}
@@ -62,16 +62,16 @@ class Kube:
         return True
 
     async def list(self, kind: Kind, selector: str) -> tuple[list[Manifest], str]:
-        """All objects with these labels, and the resourceVersion at which that was so."""
+        """Return all objects with these labels, and the resourceVersion of the list."""
         found = await self._api.ask("GET", self._path(kind), query={"labelSelector": selector})
         return list(found.get("items") or ()), found["metadata"]["resourceVersion"]
 
     def watch(self, kind: Kind, selector: str, version: str) -> AsyncIterator[tuple[str, Manifest]]:
-        """What happens to them from a resourceVersion on; see `Api.watch`."""
+        """Watch objects with these labels from a resourceVersion on; see `Api.watch`."""
         return self._api.watch(self._path(kind), {"labelSelector": selector}, version)
 
     def exec(self, pod: str, container: str, *command: str) -> AbstractAsyncContextManager[aiohttp.ClientWebSocketResponse]:
-        """A websocket to a program started in a pod: binary messages, whose first byte is the stream (0 in, 1 out, 2 err, 3 status)."""
+        """Open a websocket to a program started in a pod: binary messages, the first byte is the stream (0 in, 1 out, 2 err, 3 status)."""
         query = [("container", container), *(("command", word) for word in command)]
         query += [("stdin", "true"), ("stdout", "true"), ("stderr", "true")]
         return self._api.websocket(f"{self._path(Kind.PODS, pod)}/exec", query, "v5.channel.k8s.io", "v4.channel.k8s.io")

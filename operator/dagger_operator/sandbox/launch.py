@@ -1,4 +1,4 @@
-"""The argument vector with which a sandbox starts a command: joins its control group, enters namespaces, drops rights, sets limits."""
+"""The argument vector with which a sandbox starts a command: join the control group, enter namespaces, drop rights, set limits."""
 
 import os
 import shlex
@@ -18,27 +18,27 @@ from dagger_operator.sandbox.isolation import Isolation, namespaces
 _MIB = 1 << 20
 _OPEN_FILES = 4096
 _MARK = "DAGGER_CONTAINER"
-"""What this process belongs to on one machine (`local.processes`). A bwrap that is killed before its child is set up leaves that waiting
-for ever; by the mark, which commands do not get, it is found."""
+"""Identifies what this process belongs to on one machine (`local.processes`). If bwrap is killed before its child is set up, the child
+waits forever; it is found by this mark, which commands do not get."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """Everything about a sandbox that its commands share."""
+    """What all commands of a sandbox share."""
 
     isolation: Isolation
     limits: SandboxLimits
     folder: Path
     workdir: str
     uid: int | None
-    """The user id to drop to; None: ours."""
+    """The user id to drop to; None: keep ours."""
     cgroup: Cgroup | None
 
     @contextmanager
     def start(
         self, argv: Sequence[str | bytes], env: Mapping[str, str], *, writable: bool, inherit: tuple[int, ...] = ()
     ) -> Iterator[Start]:
-        """How to start `argv`. `env` is the whole environment; without `writable` no file can grow."""
+        """Yield how to start `argv`. `env` is the whole environment; without `writable` no file can grow."""
         inner = [*self._prlimit(writable), *argv]
         home = filesystem.HOME if self.isolation.bubblewrap else str(self.folder / "home")
         env = {"PATH": filesystem.PATH, "HOME": home, "LANG": "C.UTF-8", **env}
@@ -57,7 +57,7 @@ class Launcher:
         status, write_status = os.pipe()
         try:
             os.set_blocking(status, False)
-            # Options go through a descriptor: an argument vector can be read by every user of the machine, and env may hold a token.
+            # Options are passed through a descriptor: every user of the machine can read an argument vector, and env may hold a token.
             described = b"".join(option.encode("utf-8", "surrogateescape") + b"\0" for option in options)
             with descriptor_of(described) as arguments, descriptor_of(seccomp.program(os.uname().machine)) as confined:
                 handed = {"--args": arguments, "--seccomp": confined, "--json-status-fd": write_status}
@@ -78,7 +78,7 @@ class Launcher:
         return [*arguments, "--"]
 
     def _join(self, argv: Argv) -> Argv:
-        """In the control group from its first instruction on; dash starts in 1 ms."""
+        """Wrap `argv` so that it is in the control group from its first instruction; dash starts in 1 ms."""
         if self.cgroup is None:
             return argv
         joins = " && ".join(f"echo 0 > {shlex.quote(entrance)}" for entrance in self.cgroup.entrances)
@@ -87,7 +87,7 @@ class Launcher:
 
 @contextmanager
 def stdin_of(data: bytes | None) -> Iterator[int]:
-    """A descriptor to read `data` from; of no data what subprocess takes for none."""
+    """Yield a descriptor to read `data` from, or subprocess.DEVNULL for None."""
     if data is None:
         yield subprocess.DEVNULL
         return

@@ -1,4 +1,4 @@
-"""The pods of one worker as one watch shows them, and the removal of those that nobody wants."""
+"""Tracks the pods of one worker through one watch, and deletes those that are no longer wanted."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -16,9 +16,9 @@ from dagger_operator.sandbox.pod_state import PodState, Stand, state_of
 
 _SWEEP_SECONDS = 5.0
 _LOST_AFTER = timedelta(seconds=60)
-"""A pod should be gone at its deletionTimestamp, which has its grace in it; where its node is away nobody says so."""
+"""A pod should be gone at its deletionTimestamp, which includes its grace period; if its node is down, nothing reports that."""
 PULL_PATIENCE_SECONDS = 60.0
-"""How long an image may not be pulled: some tries of the kubelet's, and then a rollout's slot is worth more."""
+"""How long an image pull may keep failing: a few tries of the kubelet; after that a rollout's slot is worth more."""
 
 
 class Life:
@@ -28,9 +28,9 @@ class Life:
         self.pod = pod
         self.state = PodState(Stand.COMING, "", "")
         self.lost: asyncio.Future[PodState] = asyncio.get_running_loop().create_future()
-        """Done when the pod is at its end."""
+        """Done when the pod has ended."""
         self.addressed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        """Its IP address, done once it has one, which is before it is ready."""
+        """The pod's IP address, set as soon as it has one, which is before it is ready."""
         self._changed = asyncio.Event()
 
     @property
@@ -46,7 +46,7 @@ class Life:
             self.lost.set_result(state)
 
     async def ready(self) -> str:
-        """Its address, once commands can be sent there. Raises `SandboxError` where it ends first, or its image cannot be pulled."""
+        """Return the address once commands can be sent there. Raises `SandboxError` if the pod ends first or its image cannot be pulled."""
         stuck_since: float | None = None
         loop = asyncio.get_running_loop()
         while True:
@@ -63,7 +63,7 @@ class Life:
 
 
 class PodFleet:
-    """Keeps an eye on all pods of a worker; `owner` gives the uid of its Lease."""
+    """Tracks all pods of a worker; `owner` returns the uid of its Lease."""
 
     def __init__(self, kube: Kube, selector: str, owner: Callable[[], str]) -> None:
         self._kube, self._selector, self._owner = kube, selector, owner
@@ -74,9 +74,9 @@ class PodFleet:
         self._fewer = asyncio.Condition()
 
     async def admit(self, name: str, most: int) -> None:
-        """Waits until fewer than `most` pods exist or are coming, and counts a new one among them until `born` or `dismiss`.
+        """Wait until fewer than `most` pods exist or are being created, then count a new one among them until `dismiss`.
 
-        As in a quota, those that should have gone do not count: their node is away, and may stay so.
+        As in a quota, pods that should be gone by now do not count: their node is down, and may stay so.
         """
         async with self._fewer:
             await self._fewer.wait_for(lambda: self._count() + len(self._coming) < most)
@@ -87,7 +87,7 @@ class PodFleet:
         return len({uid for uid, pod in self._known.items() if not _lost(pod, now)} | self._lives.keys())
 
     def ending_on(self) -> list[str]:
-        """Nodes on which pods are ending, or that do not say that they did."""
+        """Return the nodes on which pods are terminating, or which have not reported that they did."""
         ending = (pod for pod in self._known.values() if pod["metadata"].get("deletionTimestamp"))
         return sorted({str(pod["spec"]["nodeName"]) for pod in ending if "nodeName" in pod["spec"]})
 
@@ -97,14 +97,14 @@ class PodFleet:
             self._fewer.notify_all()
 
     def born(self, pod: Manifest) -> Life:
-        """From now on a pod is wanted, until `end`."""
+        """Track a pod as wanted from now on, until `end`."""
         life = Life(pod)
         self._lives[life.uid] = life
         life.see(state_of(self._known.get(life.uid, pod)))
         return life
 
     async def end(self, life: Life) -> None:
-        """Deletes a pod. Where that fails it is tried again until it is gone."""
+        """Delete a pod. If that fails, it is retried until the pod is gone."""
         if self._lives.pop(life.uid, None):
             self._known.setdefault(life.uid, life.pod)
             await self._remove(life.uid, life.pod)
@@ -113,7 +113,7 @@ class PodFleet:
         return list(self._lives.values())
 
     async def follow(self) -> None:
-        """Lists, then watches, for ever: one connection for all pods of the worker."""
+        """List, then watch, forever: one connection for all pods of the worker."""
         version, pause = "", 0.5
         while True:
             try:
@@ -132,17 +132,17 @@ class PodFleet:
                 version = ""
 
     async def sweep(self) -> None:
-        """For ever: deletes what is ours and not wanted, such as a pod whose creation was cancelled on its way."""
+        """Forever delete pods that are ours and not wanted, such as one whose creation was cancelled in flight."""
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             for uid, pod in list(self._known.items()):
                 if self._unwanted(uid, pod["metadata"]):
                     await self._remove(uid, pod)
             async with self._fewer:
-                self._fewer.notify_all()  # some are lost by now, of which there is no event
+                self._fewer.notify_all()  # some count as lost by now, for which there is no event
 
     async def _remove(self, uid: str, pod: Manifest) -> None:
-        """One that was gone already is forgotten here: its end may have been told before it was known, and is not told again."""
+        """Delete a pod; if it is already gone, forget it: its deletion event may have come before it was known, and does not come again."""
         self._leaving.add(uid)
         try:
             with suppress(ApiError):

@@ -1,4 +1,4 @@
-"""The sandbox pod as a manifest: confined by what Kubernetes offers, named so that a second try finds what the first one left."""
+"""The manifest of a sandbox pod: confined by what Kubernetes offers, and named so that a second try finds what the first one left."""
 
 import re
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ HELPER = "/dagger/sandboxd"
 WORKDIR_VOLUME = "workdir"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "dagger-operator", "app.kubernetes.io/component": "sandbox"}
 _SLACK_MIB = 64
-"""Memory for the helper, so that what a command holds is measured and stopped before the kernel ends the whole pod."""
+"""Memory for the helper, so that it can measure and stop a command before the kernel kills the whole pod."""
 _REQUESTED = 0.25
-"""Part of its limits that a sandbox reserves: an agent waits for its policy most of the time."""
+"""Fraction of its limits that a sandbox requests: an agent waits for its policy most of the time."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Setting:
     run_namespace: str
     worker: str
     life: str
-    """8 digits that are those of this worker's pod alone."""
+    """8 hex digits, unique to this worker's pod."""
     helper_image: str
     """Image with `/opt/dagger/sandboxd`."""
     limits: SandboxLimits
     lifetime_seconds: int
-    """After this a sandbox ends, whoever forgot it."""
+    """After this many seconds a sandbox ends, even if it was forgotten."""
     image: str | None = None
-    """For requests that name none."""
+    """For requests without an image."""
     pod: SandboxPod = field(default_factory=SandboxPod)
 
     @property
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def run_selector(self) -> str:
-        """Everything of the run, whichever worker's."""
+        """Selects everything of the run, of any worker."""
         return _selector({key: value for key, value in self.labels.items() if key != "dagger-operator.dev/worker"})
 
     @property
@@ -60,7 +60,7 @@ class Setting:
 
 
 def of_a_worker(pod: Json) -> bool:
-    """Whether a worker made a pod. Labels do not tell, for anybody may write them; what a worker makes belongs to a Lease."""
+    """Whether a worker created a pod. Anybody can write labels, so they prove nothing; what a worker creates is owned by a Lease."""
     return any(owner["kind"] == "Lease" for owner in pod["metadata"].get("ownerReferences") or ())
 
 
@@ -69,18 +69,18 @@ def _selector(labels: Mapping[str, str]) -> str:
 
 
 def _name(words: str, digits: str) -> str:
-    """At most 63 characters: as many of the words as fit, then the digits that tell it apart."""
+    """Return a name of at most 63 characters: as many of the words as fit, then the digits that make it unique."""
     plain = re.sub("[^a-z0-9]+", "-", words.lower())[: 62 - len(digits)].strip("-")
     return f"{plain or 'sandbox'}-{digits}"
 
 
 def pod_name(setting: Setting, request: SandboxRequest) -> str:
-    """The same for the same request; runs of several namespaces share the one of the sandboxes."""
+    """Return the pod's name, the same for the same request; runs of several namespaces share the sandbox namespace."""
     return _name(request.name, sha256(f"{setting.run_namespace}/{request.name}".encode()).hexdigest()[:10])
 
 
 def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) -> Json:
-    """The manifest. `digest` is the SHA-256 of this sandbox's token, `owner` the worker's Lease. Raises `SandboxError` without an image."""
+    """Return the manifest. `digest`: SHA-256 of the sandbox's token; `owner`: worker's Lease. Raises `SandboxError` without an image."""
     image = request.image or setting.image
     if image is None:
         raise SandboxError("NoImage", f"sandbox {request.name}: its task names no image; set spec.sandbox.image for such tasks")
@@ -109,11 +109,11 @@ def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) 
             **_wishes(setting.pod),
             "restartPolicy": "Never",
             "activeDeadlineSeconds": setting.lifetime_seconds,
-            # The helper does not end by itself: a command could ask it to.
+            # The helper does not shut down on request: a command could send one.
             "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
-            # No cluster DNS, and an answer at once where a command asks for a name.
+            # No cluster DNS, so that a command's name lookup fails immediately.
             "dnsPolicy": "None",
             "dnsConfig": {"nameservers": ["127.0.0.1"]},
             "hostname": CONTAINER,
@@ -126,7 +126,7 @@ def pod(setting: Setting, request: SandboxRequest, *, digest: str, owner: Json) 
 
 
 def _wishes(pod: SandboxPod) -> Json:
-    """What the run says of its sandbox pods, in the words of Kubernetes, which are the API's."""
+    """Return what the run specifies for its sandbox pods; the API uses Kubernetes' own field names."""
     return {key: value for key, value in pod.wire().items() if key != "runAsUser" and value not in ({}, [])}
 
 
@@ -163,7 +163,7 @@ def _sandbox(setting: Setting, request: SandboxRequest, image: str, digest: str)
         "image": image,
         "imagePullPolicy": "IfNotPresent",
         "command": [HELPER, "serve", *options],
-        # The helper's own; commands are given nothing of it.
+        # For the helper only; commands inherit none of it.
         "env": [{"name": "DAGGER_TOKEN_SHA256", "value": digest}],
         "ports": [{"name": "helper", "containerPort": HELPER_PORT}],
         "resources": {
@@ -171,7 +171,7 @@ def _sandbox(setting: Setting, request: SandboxRequest, image: str, digest: str)
             "limits": _amounts(limits.cpus, limits.memory_mib + _SLACK_MIB, limits.disk_mib + 64),
         },
         "securityContext": _CONFINED,
-        # Read-only, so that no command exchanges the helper.
+        # Read-only, so that no command can replace the helper.
         "volumeMounts": [
             {"name": "dagger", "mountPath": "/dagger", "readOnly": True},
             *({"name": volume["name"], "mountPath": request.workdir} for volume in _workdir_volumes(setting, request)),
@@ -180,7 +180,7 @@ def _sandbox(setting: Setting, request: SandboxRequest, image: str, digest: str)
 
 
 def _workdir_volumes(setting: Setting, request: SandboxRequest) -> list[Json]:
-    """A task that brings no image starts in an empty folder, which whatever user runs the image may write to."""
+    """A task without its own image starts in an empty folder, writable for whichever user the image runs as."""
     return [] if request.image else [{"name": WORKDIR_VOLUME, "emptyDir": {"sizeLimit": f"{setting.limits.disk_mib}Mi"}}]
 
 

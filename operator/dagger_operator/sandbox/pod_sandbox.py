@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 30.0
 _GRACE_SECONDS = 30.0
-"""How much longer than its deadline a command may take to be over, and one try of a request to be answered."""
+"""How long after its deadline a command may take to end, and one try of a request to be answered."""
 _FILE_SECONDS = 60.0
 
 
 class PodSandbox:
-    """Implements `Sandbox`; made by `PodSandboxes`. Commands run one after the other, each in the order it was asked for."""
+    """Implements `Sandbox`; created by `PodSandboxes`. Commands run one after the other, in the order in which they were requested."""
 
     def __init__(
         self,
@@ -36,18 +36,18 @@ class PodSandbox:
         lost: asyncio.Future[PodState],
         end: Callable[[], Awaitable[None]],
     ) -> None:
-        """`lost` is done when the pod has come to its end, `end` deletes the pod."""
+        """`lost` is done when the pod has ended; `end` deletes the pod."""
         self._request, self._limits, self._line, self._lost, self._end = request, limits, line, lost, end
         self._commands = asyncio.Lock()
         self._number = 0
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def prepare(self) -> None:
-        """Makes the working directory and writes the request's files."""
+        """Create the working directory and write the request's files."""
         await self._put(archive({self._path(path): text for path, text in self._request.files.items()}, [self._request.workdir]))
 
     async def execute(self, command: str, *, timeout: float, env: dict[str, str] | None = None) -> CommandResult:
-        """Runs a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
+        """Run a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
         encoded = command.encode("utf-8", "replace")
         if answer := shell.refused(encoded):
             return answer
@@ -80,11 +80,11 @@ class PodSandbox:
         )
 
     async def write(self, files: dict[str, str]) -> None:
-        """Writes text files with the rights of commands; a link in a file's place is replaced, not followed."""
+        """Write text files with the rights of commands; a link in a file's place is replaced, not followed."""
         await self._put(archive({self._path(path): text for path, text in files.items()}))
 
     async def read(self, path: str, *, limit: int = 1 << 20) -> bytes | None:
-        """A regular file's first bytes."""
+        """Return a regular file's first bytes."""
         query = f"/files?path={quote(self._path(path), safe='')}&limit={limit}"
         status, data = await self._while_alive(self._line.ask("GET", query, timeout=_FILE_SECONDS))
         if status not in (200, 404):
@@ -92,7 +92,7 @@ class PodSandbox:
         return data if status == 200 else None
 
     async def close(self) -> None:
-        """Deletes the pod, and with it all that runs there."""
+        """Delete the pod, and with it everything that runs there."""
         if not self._closed.done():
             self._closed.set_result(None)
         await self._line.close()
@@ -109,7 +109,7 @@ class PodSandbox:
             raise self._odd("writing files", status, said)
 
     async def _run(self, number: int, body: bytes, timeout: float) -> dict[str, Any]:
-        """Starts a command and waits for its result; a broken connection changes nothing, for the number runs once."""
+        """Start a command and wait for its result; a broken connection is harmless, since a number runs only once."""
         deadline, method = time.monotonic() + timeout + _GRACE_SECONDS, "PUT"
         while (left := deadline - time.monotonic()) > 0:
             wait = min(_POLL_SECONDS, left)
@@ -125,7 +125,7 @@ class PodSandbox:
         )
 
     async def _cancel(self, number: int) -> None:
-        """Ends a command, though this task be cancelled again meanwhile. Where that fails, the end of the sandbox ends it."""
+        """Stop a command, even if this task is cancelled again meanwhile. If that fails, closing the sandbox stops it."""
 
         async def cancel() -> None:
             with suppress(SandboxError):
@@ -137,7 +137,7 @@ class PodSandbox:
                 await asyncio.shield(task)
 
     async def _while_alive(self, work: Coroutine[Any, Any, T]) -> T:
-        """Awaits an answer of the helper's. Raises `SandboxError` as soon as the pod is known to be gone, or was closed."""
+        """Await an answer from the helper. Raises `SandboxError` as soon as the pod is known to be gone, or was closed."""
         task = asyncio.ensure_future(work)
         try:
             ends: set[asyncio.Future[Any]] = {task, self._lost, self._closed}

@@ -1,4 +1,4 @@
-"""What a sandbox pod's status says: ready, on its way and why not yet, or at its end and why."""
+"""Interprets a sandbox pod's status: ready, on its way and why not yet, or ended and why."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,34 +16,34 @@ _OWN_LIMITS = (
     f"Container {CONTAINER} exceeded its local ephemeral storage limit",
     f'Usage of EmptyDir volume "{WORKDIR_VOLUME}" exceeds the limit',
 )
-"""How a kubelet begins to say that it evicted a pod for what that used itself; else its node ran out of something."""
+"""How the kubelet's message begins if it evicted a pod for the pod's own usage; otherwise the node ran out of something."""
 _HOPELESS = ("InvalidImageName", "ErrImageNeverPull", "CreateContainerConfigError", "CreateContainerError")
 
 
 class Stand(StrEnum):
     COMING = "Coming"
     STUCK = "Stuck"
-    """Its image cannot be pulled as yet; a registry may recover."""
+    """Its image cannot be pulled yet; the registry may recover."""
     READY = "Ready"
     ENDED = "Ended"
-    """Over, or certain never to begin."""
+    """Over, or certain never to start."""
 
 
 @dataclass(frozen=True)
 class PodState:
     stand: Stand
     reason: str
-    """Kubernetes' own word for why; empty where all goes its way."""
+    """Kubernetes' own reason; empty if nothing is wrong."""
     message: str
-    """In words; on its way, what it waits for, as far as its kubelet says that."""
+    """In words; while the pod is on its way, what it waits for, as far as its kubelet reports that."""
     address: str = ""
     """IP address, as soon as it has one."""
     exceeded: bool = False
-    """Whether a limit of its own ended it: what ran in it did that."""
+    """Whether one of its own limits ended it: the cause is what ran in it."""
 
 
 def state_of(pod: Json) -> PodState:
-    """Pure; `pod` as the API server gives it."""
+    """Return the state of a pod as the API server returns it. Pure."""
     status = pod.get("status") or {}
     if status.get("phase") == "Failed" and _exceeded(status):
         return PodState(Stand.ENDED, *_end(status), exceeded=True)
@@ -71,7 +71,7 @@ def state_of(pod: Json) -> PodState:
 def _exceeded(status: Json) -> bool:
     if status.get("reason"):
         return status["reason"] == "Evicted" and (status.get("message") or "").startswith(_OWN_LIMITS)
-    # Where the kernel takes a whole container for what one command holds, as with cgroup v2.
+    # If the kernel kills the whole container for what one command uses, as with cgroup v2.
     ended = [(one.get("state") or {}).get("terminated") or {} for one in _containers(status) if one["name"] == CONTAINER]
     return _disruption(status) is None and any(one.get("reason") == "OOMKilled" for one in ended)
 

@@ -1,4 +1,4 @@
-"""Sandboxes that are pods: made and ended by a worker, owned by its Lease, watched by one connection."""
+"""Sandboxes that are pods: created and deleted by a worker, owned by its Lease, followed by one watch."""
 
 import asyncio
 import posixpath
@@ -32,28 +32,28 @@ _KNOCK_SECONDS = 0.1
 
 @dataclass
 class _Wait:
-    """Why a pod could not be created yet; empty where it was not tried."""
+    """Why a pod could not be created yet; empty if it was not tried."""
 
     reason: str = ""
     message: str = ""
 
 
 class PodSandboxes:
-    """Makes sandbox pods. Use as an async context manager: leaving it removes them all, and where the process dies their Lease expires.
+    """Creates sandbox pods. Use as an async context manager: leaving it deletes them all; if the process dies, their Lease expires.
 
-    Where their upkeep (the Lease, the watch, the sweep) fails in a way that nobody foresaw, the task that entered it is cancelled, and
-    leaving it raises `SandboxError`.
+    If their upkeep (the Lease, the watch, the sweep) fails unexpectedly, the task that entered the context is cancelled, and leaving it
+    raises `SandboxError`.
     """
 
     def __init__(self, setting: Setting, namespace: str, *, most_alive: int, lease_seconds: int = DURATION_SECONDS) -> None:
-        """`most_alive`: pods that may exist at once, those on their way to an end included."""
+        """`most_alive`: pods that may exist at once, including terminating ones."""
         self._setting, self._namespace, self._most_alive, self._lease_seconds = setting, namespace, most_alive, lease_seconds
         self._routes = Routes()
         self._open = AsyncExitStack()
         self._failures = 0
 
     async def __aenter__(self) -> Self:
-        """Raises `SandboxError` where the API server refuses the worker."""
+        """Raises `SandboxError` if the API server refuses the worker."""
         try:
             async with AsyncExitStack() as opening:
                 self._kube = await opening.enter_async_context(Kube.connect(self._namespace))
@@ -84,7 +84,7 @@ class PodSandboxes:
         await asyncio.gather(*(self._fleet.end(life) for life in self._fleet.at_rest()))
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> PodSandbox:
-        """Makes a pod ready for commands; the reasons of its `SandboxError` are the pod's own where it has some."""
+        """Create a pod that is ready for commands; a `SandboxError` has the pod's own reason if there is one."""
         if not request.workdir.startswith("/") or posixpath.normpath(request.workdir) != request.workdir or request.workdir == "/":
             raise SandboxError(
                 "InvalidWorkdir", f"workdir {request.workdir!r}: write an absolute path other than / without . and .., such as /testbed"
@@ -118,7 +118,7 @@ class PodSandboxes:
         return PodSandbox(request, self._setting.limits, line, life.lost, lambda: self._fleet.end(life))
 
     async def _answering(self, life: Life) -> str:
-        """The sandbox's address once its helper listens: a kubelet tells of that up to a second later, and later still where it is busy."""
+        """Return the sandbox's address once its helper listens: a kubelet reports that up to a second later, or more if it is busy."""
         ways = [asyncio.create_task(life.ready())]
         if not self._routes.network_closed:
             ways.append(asyncio.create_task(_listening(life.addressed)))
@@ -131,7 +131,7 @@ class PodSandboxes:
             await asyncio.gather(*ways, return_exceptions=True)
 
     async def _begin(self, manifest: Manifest, wait: _Wait) -> Life:
-        """Creates the pod, when there is room for it and, after failures in a row, not at once."""
+        """Create the pod once there is room for it and, after consecutive failures, after a pause."""
         if self._failures >= _FAILURES_UNNOTICED:
             await asyncio.sleep(min(_MOST_PAUSE_SECONDS, 0.5 * 2 ** min(self._failures - _FAILURES_UNNOTICED, 16)))
         name = manifest["metadata"]["name"]
@@ -147,7 +147,7 @@ class PodSandboxes:
         return _Wait("CreateTimeout", f"no room for it among {theirs}; or the API server does not answer")
 
     async def _created(self, manifest: Manifest, wait: _Wait) -> Manifest:
-        """A pod of that name that is there already was left by an earlier life, or by a request whose answer was lost: it makes way."""
+        """Create the pod. An existing one of that name was left by an earlier life, or by a request whose answer was lost: delete it."""
         pause = 0.1
         while True:
             try:
@@ -175,14 +175,14 @@ class PodSandboxes:
                 raise SandboxError(error.reason, f"pod {manifest['metadata']['name']}: {error.message}") from error
 
     def _may_go(self, old: Manifest) -> bool:
-        """Whether a pod is of this run, whichever worker's."""
+        """Whether a pod is of this run, of any worker."""
         labels = old["metadata"].get("labels") or {}
         ours = {key: value for key, value in self._setting.labels.items() if key != "dagger-operator.dev/worker"}
         return of_a_worker(old) and ours.items() <= labels.items()
 
 
 async def _listening(address: "asyncio.Future[str]") -> str:
-    """The address, once a connection to the helper's port is taken there."""
+    """Return the address once a connection to the helper's port is accepted there."""
     host = await asyncio.shield(address)
     while True:
         with suppress(OSError, TimeoutError):
@@ -194,8 +194,8 @@ async def _listening(address: "asyncio.Future[str]") -> str:
 
 
 def _passes(error: ApiError) -> bool:
-    """Whether the same request may do later. Pods on their way to an end count in a quota until they are gone, and who writes its status at
-    the same time as others meets a conflict."""
+    """Whether the same request may succeed later. Terminating pods count in a quota until they are gone, and concurrent writers of the
+    quota's status meet a conflict."""
     return isinstance(error, Unavailable | Conflict) or error.reason == "QuotaExceeded"
 
 

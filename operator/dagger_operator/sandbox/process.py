@@ -1,9 +1,9 @@
-"""Sandboxes on one machine: a few folders of its own, and a fresh set of namespaces for every command.
+"""Sandboxes on one machine: a few folders each, and a fresh set of namespaces for every command.
 
-A command runs in namespaces of its own, not in long-lived ones: killing one process ends all that it started, nothing inside can
-tamper with what comes next, and there is no server to keep alive. It costs 10 to 12 ms of CPU a command, all processes counted
+A command runs in its own namespaces rather than in long-lived ones: killing one process ends everything it started, nothing inside can
+tamper with later commands, and there is no server to keep alive. It costs 10 to 12 ms of CPU per command, all processes counted
 (measured on two busy cores, by cpuacct); half of that is bubblewrap's.
-What a command leaves in the background therefore ends with it. Files stay: the working directory, /tmp and $HOME are the sandbox's.
+What a command leaves in the background therefore ends with it. Files remain: the working directory, /tmp and $HOME belong to the sandbox.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ from dagger_operator.sandbox.usage import ProcessTable
 
 NO_NAMESPACES = "NoNamespaces"
 _FIRST_UID, _UIDS = 1_900_000_000, 200_000_000
-"""User ids of sandboxes made by root: above those of systems, containers and directories."""
+"""User ids of sandboxes created by root: above those of systems, containers and directory services."""
 
 
 class ProcessSandboxes:
-    """Makes sandboxes of local processes. Use as an async context manager: leaving it removes them all."""
+    """Creates sandboxes of local processes. Use as an async context manager: leaving it removes them all."""
 
     def __init__(self, limits: SandboxLimits, root: Path, *, allow_unconfined: bool = False, isolation: Isolation | None = None) -> None:
-        """`root` is a folder that several providers may share; `isolation` defaults to the best that the machine has."""
+        """`root` is a folder that several providers may share; `isolation` defaults to the best that the machine offers."""
         self._limits = limits
         self._root = root
         self._isolation, self._allow_unconfined = isolation, allow_unconfined
@@ -47,12 +47,12 @@ class ProcessSandboxes:
 
     @property
     def isolation(self) -> Isolation:
-        """What holds the sandboxes; known from entering on."""
+        """What confines the sandboxes; known once the context is entered."""
         assert self._isolation is not None, "use the provider as an async context manager"
         return self._isolation
 
     async def __aenter__(self) -> Self:
-        """Raises `SandboxError`: `NoNamespaces` where commands would be plain processes, and that is not allowed."""
+        """Raises `SandboxError`, with reason `NoNamespaces` if commands would be plain processes and that is not allowed."""
         if self._isolation is None:
             self._isolation = await asyncio.to_thread(probe)
         if not self._isolation.bubblewrap:
@@ -75,7 +75,7 @@ class ProcessSandboxes:
         await asyncio.to_thread(self._tenancy.give_up)
 
     async def create(self, request: SandboxRequest, *, timeout: float) -> ProcessSandbox:
-        """Makes a sandbox; `request.image` means nothing here."""
+        """Create a sandbox; `request.image` is ignored."""
         filesystem.check_workdir(request.workdir)
         if request.network_to is not None:
             relay.parse(request.network_to)
@@ -109,7 +109,7 @@ class ProcessSandboxes:
         return Launcher(self.isolation, self._limits, folder, request.workdir, uid, cgroup)
 
     async def _way_on_host(self, target: str) -> None:
-        """Without namespaces commands reach the target's port on 127.0.0.1 too, by one relay for all sandboxes."""
+        """Without namespaces, let commands reach the target's port on 127.0.0.1 too, through one relay for all sandboxes."""
         host, port = relay.parse(target)
         if host not in ("127.0.0.1", "localhost") and target not in self._ways:
             await self._open.enter_async_context(relay.serve(relay.listen_on_host(port), target))

@@ -15,17 +15,17 @@ from dagger_operator.sandbox.launch import Launcher, stdin_of
 from dagger_operator.sandbox.usage import DISK_SECONDS, MOST_FILES, DiskMeter, Paced, ProcessTable, ProcessUse
 
 _TICK_SECONDS = 0.1
-"""How often a running command is looked at."""
+"""How often a running command is checked."""
 _DISK_SLACK = 16 << 20
-"""How much a sandbox that is full already may grow: cleaning up needs a little."""
+"""How much a sandbox that is already full may grow: cleaning up needs a little space."""
 _OWN_PROCESSES = 2
-"""bubblewrap's, beside the command's."""
+"""bubblewrap's own, beside the command's."""
 _FILE_SECONDS = 60.0
 _NO_FILE = 44
 
 
 class ProcessSandbox:
-    """Implements `Sandbox`; made by `ProcessSandboxes`."""
+    """Implements `Sandbox`; created by `ProcessSandboxes`."""
 
     def __init__(
         self, request: SandboxRequest, launcher: Launcher, processes: ProcessTable, forget: Callable[["ProcessSandbox"], None]
@@ -40,7 +40,7 @@ class ProcessSandbox:
         self._oom_kills = 0
 
     async def execute(self, command: str, *, timeout: float, env: dict[str, str] | None = None) -> CommandResult:
-        """Runs a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
+        """Run a shell command; see `Sandbox`. What it leaves in the background is killed with it."""
         encoded = command.encode("utf-8", "replace")
         if answer := shell.refused(encoded):
             return answer
@@ -48,7 +48,7 @@ class ProcessSandbox:
         return self._result(ended, timeout)
 
     async def write(self, files: dict[str, str]) -> None:
-        """Writes text files from inside the sandbox, so that no link planted there leads out of it."""
+        """Write text files from inside the sandbox, so that no link planted there leads out of it."""
         packed = archive({self._path(path): text for path, text in files.items()})
         ended = await self._run(
             ["tar", "-x", "-m", "-C", self._root, "--no-same-owner", "-f", "-"], timeout=_FILE_SECONDS, keep=4096, stdin=packed
@@ -57,17 +57,17 @@ class ProcessSandbox:
             raise SandboxError("WriteFailed", f"writing {', '.join(list(files)[:5])}: {ended.output.text()[:500].strip()}")
 
     async def read(self, path: str, *, limit: int = 1 << 20) -> bytes | None:
-        """A regular file's first bytes, read from inside the sandbox."""
+        """Return a regular file's first bytes, read from inside the sandbox."""
         script = f'[ -f "$1" ] || exit {_NO_FILE}; exec head -c "$2" -- "$1"'
         inside = posixpath.normpath(posixpath.join(self._root, self._path(path).lstrip("/")))
-        # Twice the limit, for the sake of a file that just fits: head and tail are kept in halves.
+        # Keep twice the limit for a file that just fits: head and tail are kept in halves.
         ended = await self._run(["bash", "-c", script, "read", inside, str(limit)], timeout=_FILE_SECONDS, keep=2 * limit + 2)
         if ended.timed_out:
             raise SandboxError("ReadTimeout", f"reading {path} took longer than {_FILE_SECONDS:g} s")
         return b"".join(ended.output.parts()) if ended.returncode == 0 else None
 
     async def close(self) -> None:
-        """Ends what runs and removes everything."""
+        """Stop what runs and remove everything."""
         self._closed = True
         for task in self._running:
             task.cancel()
@@ -84,11 +84,11 @@ class ProcessSandbox:
 
     @property
     def _root(self) -> str:
-        """What `/` of this sandbox is to its commands: without namespaces its folder."""
+        """The sandbox's `/` as its commands see it: without namespaces, its folder."""
         return "/" if self._launcher.isolation.bubblewrap else str(self._launcher.folder)
 
     def _path(self, path: str) -> str:
-        """An absolute path in the sandbox."""
+        """Return an absolute path in the sandbox."""
         path = posixpath.normpath(posixpath.join(self._request.workdir, path))
         if self._launcher.isolation.bubblewrap:
             return path
@@ -107,7 +107,7 @@ class ProcessSandbox:
         env: Mapping[str, str] | None = None,
         stdin: bytes | None = None,
     ) -> Ended:
-        """Runs `argv` in a task of its own, which `close` can end."""
+        """Run `argv` in its own task, which `close` can end."""
         if self._closed:
             raise SandboxError("Closed", f"sandbox {self._request.name} is closed")
         task = asyncio.create_task(self._start(argv, {**self._request.env, **(env or {})}, timeout, keep, stdin))
@@ -138,12 +138,12 @@ class ProcessSandbox:
                 raise SandboxError(
                     "Lost", f"sandbox {self._request.name}: {ended.output.text()[-500:].strip() or 'its namespaces ended early'}"
                 )
-        # Who was told that the disk is full has just made room, perhaps.
+        # A command that found the disk full may just have made room.
         await self._disk.measure(anew=self._disk.full)
         return replace(ended, stopped=ended.stopped or out_of_memory)
 
     async def _watch(self, pid: int, *, given: int) -> str:
-        """Looks at a command that runs longer than a moment; returns which limit it exceeds. `given`: bytes of its input, our memfd."""
+        """Monitor a command that runs longer than a moment; return the limit it exceeds. `given`: bytes of its input, our memfd."""
         limits, ceiling = self._launcher.limits, max(self._launcher.limits.disk_mib << 20, self._disk.used + _DISK_SLACK)
         memory = (limits.memory_mib << 20) + given
         sampled = self._launcher.cgroup is None or not self._launcher.isolation.counts_processes
@@ -155,7 +155,7 @@ class ProcessSandbox:
                 return f"more than {limits.memory_mib} MiB of memory"
             if sampled and use.processes > limits.processes + _OWN_PROCESSES:
                 return f"more than {limits.processes} processes"
-            if use.hidden and self._launcher.isolation.bubblewrap:  # elsewhere sudo is hidden, too, and those commands are trusted
+            if use.hidden and self._launcher.isolation.bubblewrap:  # otherwise sudo is hidden, too, and those commands are trusted
                 return "a process that nobody can look into"
             if use.files > MOST_FILES:
                 return f"more than {MOST_FILES} open files"
@@ -163,14 +163,14 @@ class ProcessSandbox:
                 return f"more than {limits.disk_mib} MiB of disk"
 
     def _out_of_memory(self) -> str | None:
-        """Whether the kernel killed a process for memory since this was last asked."""
+        """Return the exceeded limit if the kernel has killed a process for memory since the last call, or None."""
         if self._launcher.cgroup is None or (kills := self._launcher.cgroup.oom_kills()) == self._oom_kills:
             return None
         self._oom_kills = kills
         return f"more than {self._launcher.limits.memory_mib} MiB of memory"
 
     def _result(self, ended: Ended, timeout: float) -> CommandResult:
-        """What the agent sees; a limit that was met is named at the end of the output."""
+        """Return what the agent sees; a limit that was hit is named at the end of the output."""
         limits = self._launcher.limits
         result = shell.ended(
             (*ended.output.parts(), ended.output.dropped),

@@ -1,7 +1,7 @@
-"""The one way out of a sandbox without network: a listening socket inside it whose connections are carried to one address.
+"""The only way out of a sandbox without network: a listening socket inside it, whose connections are forwarded to one address.
 
-A tiny program inside opens the socket on 127.0.0.1, hands it out through a descriptor that it was started with, and becomes the
-command. A socket stays in the network namespace where it was made, so this process can accept there and connect here.
+A tiny program inside opens the socket on 127.0.0.1, passes it out through a descriptor that it was started with, and execs the
+command. A socket stays in the network namespace where it was created, so this process can accept there and connect here.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 def parse(address: str) -> tuple[str, int]:
-    """`host:port`, or raises `SandboxError`."""
+    """Parse `host:port`; raises `SandboxError` if it is malformed."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise SandboxError("InvalidAddress", f"network_to {address!r}: write host:port, such as 127.0.0.1:8080")
@@ -32,7 +32,7 @@ def parse(address: str) -> tuple[str, int]:
 
 
 class Door:
-    """What a command is started with so that it opens the way out."""
+    """What a command is started with to open its way out."""
 
     def __init__(self, fd: int, port: int) -> None:
         self.fd = fd
@@ -40,13 +40,13 @@ class Door:
         self._port = port
 
     def wrap(self, argv: Sequence[str | bytes]) -> list[str | bytes]:
-        """The command, started by the program that opens the socket."""
+        """Return the command, started by the program that opens the socket."""
         return ["python3", "-I", "-S", "-c", _INSIDE, str(self.fd), str(self._port), *argv]
 
 
 @asynccontextmanager
 async def door(target: str) -> AsyncIterator[Door]:
-    """A way to `target` (host:port) for one command; it closes, with all its connections, at the end."""
+    """Open a way to `target` (host:port) for one command; it and all its connections are closed at the end."""
     ours, theirs = socket.socketpair()
     serving = asyncio.create_task(_serve_handed(ours, target))
     try:
@@ -69,7 +69,7 @@ async def _serve_handed(ours: socket.socket, target: str) -> None:
         loop.remove_reader(ours)
     _, fds, *_ = socket.recv_fds(ours, 1, 1)
     if not fds:
-        return  # the command could not even be started: its exit code says so
+        return  # the command could not even be started: its exit code reports that
     listener = socket.socket(fileno=fds[0])
     listener.setblocking(False)
     async with serve(listener, target):
@@ -79,7 +79,7 @@ async def _serve_handed(ours: socket.socket, target: str) -> None:
 
 @asynccontextmanager
 async def serve(listener: socket.socket, target: str) -> AsyncIterator[None]:
-    """Carries every connection to `listener` to `target` until the block ends; then all of them are cut."""
+    """Forward every connection to `listener` to `target` until the block ends; then cut all of them."""
     host, port = parse(target)
     connections: set[asyncio.Task[None]] = set()
 
@@ -122,7 +122,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def listen_on_host(port: int) -> socket.socket:
-    """Without namespaces: the same address, on the machine itself. Raises `SandboxError` where it is taken."""
+    """Listen on the same address on the machine itself, for sandboxes without namespaces. Raises `SandboxError` if it is taken."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:

@@ -1,12 +1,12 @@
-"""The filter of system calls under which commands of process sandboxes run, for what no namespace keeps from them.
+"""The system call filter for commands of process sandboxes, for what no namespace prevents.
 
-Keys: a process inherits the kernel's session keyring, and reaches keys of its user by their number, whatever namespaces it is in. User
-namespaces: in one of its own a command could mount memory as file systems, which counts for no process. To a command the kernel looks like
-one without keys (ENOSYS), and one whose administrator allows no user namespaces (EPERM), as Kubernetes' default filter does.
+Keys: a process inherits the kernel's session keyring, and reaches its user's keys by number, whatever namespaces it is in. User namespaces:
+in one of its own a command could mount in-memory file systems, which count for no process. To a command the kernel looks like one without
+key support (ENOSYS), whose administrator allows no user namespaces (EPERM), as with Kubernetes' default filter.
 
-Hiding: a process that is not dumpable shows its descriptors to root alone, so that a worker who is not could not count what is behind them.
-It is told that it is hidden (0) and is not: ssh-agent and its like ask for it, and some end where it fails; in its sandbox there is nobody
-to hide from.
+Hiding: a process that is not dumpable shows its descriptors to root alone, so that an unprivileged worker could not measure what is behind
+them. The call to become so returns success (0) without effect: ssh-agent and similar programs make it, and some exit if it fails; in its
+sandbox there is nobody to hide from.
 """
 
 import errno
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from functools import cache
 
 _NEW_USER = 0x10000000
-"""Among the flags of `clone` and `unshare`, the first argument of either; `clone3` has them in memory, where no filter looks."""
+"""A flag of `clone` and `unshare`, in the first argument of either; `clone3` passes flags in memory, which no filter can read."""
 _X32 = 0x40000000
 _SET_DUMPABLE = 4
-"""First argument of `prctl`; the second is 0 where it hides."""
+"""First argument of `prctl`; a second argument of 0 hides the process."""
 _NUMBER, _MARK, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24
-"""Where a filter finds them; of arguments the lower half, which is all that counts of these."""
+"""Offsets in the filter's input; of arguments the lower half, which is all that matters for these."""
 _LOAD, _AND, _RETURN, _EQUAL, _ANY_OF = 0x20, 0x54, 0x06, 0x15, 0x45
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 
 
 @dataclass(frozen=True)
 class _Abi:
-    """A way into the kernel: its mark, and its numbers of calls."""
+    """A system call interface: its architecture mark and its call numbers."""
 
     mark: int
     absent: tuple[int, ...]
@@ -41,17 +41,17 @@ _ABIS = {
     "x86_64": (_Abi(0xC000003E, (248, 249, 250, 435), (56, 272), 157), _Abi(0x40000003, (286, 287, 288, 435), (120, 310), 172)),
     "aarch64": (_Abi(0xC00000B7, (217, 218, 219, 435), (220, 97), 167), _Abi(0x40000028, (309, 310, 311, 435), (120, 337), 172)),
 }
-"""By machine: its own, which on x86_64 has a second set of numbers that differ in one bit, and that of its 32-bit programs."""
+"""By machine: the native interface (on x86_64 with a second set of numbers that differ in one bit), and that of 32-bit programs."""
 
 
 def known(machine: str) -> bool:
-    """Whether there is a filter for a machine, as `uname` names it."""
+    """Whether there is a filter for a machine, as named by `uname`."""
     return machine in _ABIS
 
 
 @cache
 def program(machine: str) -> bytes:
-    """The filter of a machine that is known, as bubblewrap reads it."""
+    """Return the filter for a known machine, in the format that bubblewrap reads."""
     steps = [_step(_LOAD, _MARK)]
     for abi in _ABIS[machine]:
         block = [_step(_LOAD, _NUMBER), _step(_AND, ~_X32 & 0xFFFFFFFF)]
@@ -68,5 +68,5 @@ def program(machine: str) -> bytes:
 
 
 def _step(code: int, value: int, *, no: int = 0) -> bytes:
-    """One instruction; a test whose answer is no leaves out so many of the next."""
+    """Return one instruction; a test that fails skips the next `no` instructions."""
     return struct.pack("=HBBI", code, 0, no, value)

@@ -1,4 +1,4 @@
-"""What a shell command is in every kind of sandbox, and how its end is told to the agent."""
+"""What a shell command is in every kind of sandbox, and how its end is reported to the agent."""
 
 import signal
 
@@ -11,7 +11,7 @@ _SIGXFSZ = 128 + signal.SIGXFSZ
 
 
 def refused(command: bytes) -> CommandResult | None:
-    """The answer to a command that cannot be handed to a shell; None where it can."""
+    """Return the answer to a command that cannot be passed to a shell; None if it can be."""
     if b"\0" not in command and len(command) < _MAX_ARGUMENT:
         return None
     what = "holds a NUL byte" if b"\0" in command else f"is longer than {_MAX_ARGUMENT} bytes"
@@ -19,7 +19,7 @@ def refused(command: bytes) -> CommandResult | None:
 
 
 def joined(head: bytes, tail: bytes, dropped: int) -> str:
-    """Output as text, with a marker in the place of what was dropped."""
+    """Return output as text, with a marker in place of what was dropped."""
     first, last = (part.decode("utf-8", "replace") for part in (head, tail))
     return f"{first}\n[{dropped} bytes left out]\n{last}" if dropped else first + last
 
@@ -34,7 +34,7 @@ def ended(
     timeout: float,
     limits: SandboxLimits,
 ) -> CommandResult:
-    """What the agent sees. `output` is head, tail and bytes dropped between them; a limit that was met is named at its end."""
+    """Return what the agent sees. `output`: head, tail, and bytes dropped between them; a limit that was hit is named at its end."""
     note = ""
     if timed_out:
         returncode, note = 124, f"it did not end within {timeout:g} s"

@@ -1,4 +1,4 @@
-"""A provider's folder among others', and the removal of what dead providers left behind."""
+"""A provider's folder beside those of others, and the removal of what dead providers left behind."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from dagger_operator.sandbox.cgroup import Cgroups
 
 @dataclass(frozen=True)
 class Tenancy:
-    """`<root>/<name>/`, held by a lock on `<root>/<name>.lock` that the kernel lets go when its owner dies, however it dies."""
+    """`<root>/<name>/`, held by a lock on `<root>/<name>.lock` that the kernel releases when its owner dies, however it dies."""
 
     name: str
     folder: Path
@@ -23,7 +23,7 @@ class Tenancy:
 
     @classmethod
     def take(cls, root: Path, cgroups: Cgroups | None) -> Self:
-        """Sweeps, then takes a folder of its own. Blocks briefly."""
+        """Sweep, then create and lock a new folder. Blocks briefly."""
         root.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(root):
             for lock in root.glob("*.lock"):
@@ -35,7 +35,7 @@ class Tenancy:
         return cls(name, root / name, held)
 
     def give_up(self) -> None:
-        """Removes the folder and lets the lock go."""
+        """Remove the folder and release the lock."""
         filesystem.remove(self.folder)
         self.folder.with_suffix(".lock").unlink(missing_ok=True)
         os.close(self.lock)
@@ -44,7 +44,7 @@ class Tenancy:
 def _sweep(lock: Path, cgroups: Cgroups | None) -> None:
     held = _try_lock(lock)
     if held is None:
-        return  # its owner lives
+        return  # its owner is alive
     try:
         filesystem.end_processes_in(lock.with_suffix(""))
         filesystem.remove(lock.with_suffix(""))
@@ -66,7 +66,7 @@ def _try_lock(path: Path) -> int | None:
 
 @contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Between a lock file's making and its locking nobody else may look."""
+    """Lock the root: nobody else may look between the creation of a lock file and its locking."""
     descriptor = os.open(root / ".sweeping", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""What a sandbox uses of memory, processes and disk, measured from outside.
+"""A sandbox's use of memory, processes and disk, measured from outside.
 
-What no process shows is not seen: the kernel's own buffers (of sockets, pipes, System V queues), System V segments that nobody has
-attached, files without a name that are only mapped, that are under way from one process to another, or that one thread alone has open. Nor
-is more than the larger of what is open and what is mapped of such memory, since most of it is both: a command may hold twice its limit. Of
-memory a control group bounds all those too.
+What no process shows is not measured: the kernel's own buffers (of sockets, pipes, System V queues), System V segments that nobody has
+attached, and unnamed files that are only mapped, in transit from one process to another, or open in one thread alone. For in-memory files
+only the larger of what is open and what is mapped counts, since most of it is both: a command may hold twice its limit. A memory control
+group bounds all of these, too.
 """
 
 import asyncio
@@ -24,34 +24,34 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 DISK_SECONDS = 0.5
-"""How often the disk is looked at, at most."""
+"""Shortest interval between disk measurements."""
 MOST_FILES = 1 << 16
-"""Descriptors of one command, all its processes together: so many are looked through in a tenth of a second."""
+"""Descriptors of one command, all its processes together: this many can be inspected in a tenth of a second."""
 _ENTRY_BYTES = 4096
-"""What a file, folder or link counts at least: empty ones use up inodes."""
+"""Least that a file, folder or link counts: empty ones use up inodes."""
 
 _DISK_MARGIN = 64 << 20
-"""How far beyond a limit usage is told apart."""
+"""How far above a limit usage is still measured exactly."""
 _MEMORY = re.compile(rb"^(?:(?:RssAnon|VmSwap|Pss_Anon|SwapPss):\s+(\d+)|(?:RssShmem|Pss_Shmem):\s+(\d+))", re.M)
-"""Lines of `status` and of `smaps_rollup`, in KiB: what is a process's own, and what it maps of files in memory."""
+"""Lines of `status` and of `smaps_rollup`, in KiB: what is private to a process, and what it maps of in-memory files."""
 _HIDES_SECONDS = 0.05
-"""For how long a process has to hide what it has open: bwrap itself does, for a moment while it starts."""
+"""How long a process must hide its open files to count as hiding: bwrap itself does so for a moment while it starts."""
 
 
 @dataclass(frozen=True)
 class ProcessUse:
-    """What processes use together."""
+    """What a group of processes uses together."""
 
     processes: int = 0
     """Processes and threads."""
     memory: int = 0
-    """Bytes of memory that is not file cache, swapped out or not: private, and shared or in memfds and their like, mapped or not."""
+    """Bytes of memory other than file cache, swapped out or not: private, and shared or in memfds and the like, mapped or not."""
     unlinked: int = 0
-    """Bytes that files take up on disk which are open and have no name any more; not those of file systems in memory."""
+    """Bytes on disk of files that are open but have no name any more; in-memory file systems excluded."""
     files: int = 0
-    """Open descriptors; above `MOST_FILES` memory and disk are those of some of them only."""
+    """Open descriptors; above `MOST_FILES`, memory and disk cover only some of them."""
     hidden: bool = False
-    """Whether a process lets nobody see what it has open; then the rest is not all there is."""
+    """Whether a process hides its open files from everybody; then the rest is incomplete."""
 
 
 class ProcessTable:
@@ -65,9 +65,9 @@ class ProcessTable:
         self._threads: dict[int, int] = {}
 
     def below(self, pid: int, enough: int) -> ProcessUse:
-        """What a process and everything that descends from it, or shares its session, uses. May take seconds where that tries to hide.
+        """Return what a process uses together with its descendants and its session. May take seconds if they try to hide.
 
-        Memory up to `enough` bytes is counted quickly, and then too high: what processes share counts in each of them.
+        Memory up to `enough` bytes is counted the quick way, which is too high: what processes share counts in each of them.
         """
         with self._lock:
             if time.monotonic() - self._read_at > self._max_age:
@@ -92,7 +92,7 @@ class ProcessTable:
         for name in os.listdir("/proc"):  # noqa: PTH208 - twice as fast as iterdir, ten times a second
             if name.isdigit():
                 with suppress(OSError):  # it ended meanwhile
-                    # After the name, which may hold anything: state, parent, group, session; threads is the 18th.
+                    # The fields after the name, which may contain anything: state, parent, group, session; threads is the 18th.
                     fields = Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()
                     pid, parent, session = int(name), int(fields[1]), int(fields[3])
                     children[parent].append(pid)
@@ -103,7 +103,7 @@ class ProcessTable:
 
 
 def _place(pid: int, threads: int) -> str:
-    """The folder that shows what a process has: of its first thread, or where that has ended, of one that lives on."""
+    """Return the folder that shows a process's resources: of its first thread or, if that has ended, of one that is alive."""
     place = f"/proc/{pid}/"
     if threads > 1 and not _has_memory(place):
         with suppress(OSError):  # it ended meanwhile
@@ -113,15 +113,15 @@ def _place(pid: int, threads: int) -> str:
 
 
 def _has_memory(place: str) -> bool:
-    """Whether a thread has not ended."""
+    """Whether a thread is still alive."""
     return b"\nVmSize:" in _text(place, "status")
 
 
 def _memory(places: Iterable[str], name: str, held: int) -> int:
-    """Bytes of memory, where files in memory that are open hold so many.
+    """Return bytes of memory, given that open in-memory files hold `held` bytes.
 
-    `status` has the kernel's own counters, read in 10 us, and counts in each process what several share. In `smaps_rollup` that is divided
-    among them: the kernel walks through all pages, at 15 us a MiB.
+    `status` has the kernel's own counters, read in 10 us, and counts shared memory in each process. In `smaps_rollup` shared memory is
+    divided among them: the kernel walks through all pages, at 15 us per MiB.
     """
     own = mapped = 0
     for place in places:
@@ -135,13 +135,13 @@ def _text(place: str, name: str) -> bytes:
     try:
         return Path(place, name).read_bytes()
     except PermissionError:
-        return _text(place, "status") if name != "status" else b""  # it forbade that anybody looks into it
+        return _text(place, "status") if name != "status" else b""  # it forbids inspection
     except OSError:
         return b""  # it ended meanwhile
 
 
 def _held_by(places: Iterable[str]) -> ProcessUse:
-    """What open files without a name hold, each once."""
+    """Return what open unnamed files hold, counting each file once."""
     seen = set[tuple[int, int]]()
     kinds = {_memfds(): True}
     memory = unlinked = files = 0
@@ -169,7 +169,7 @@ def _held_by(places: Iterable[str]) -> ProcessUse:
 
 
 def _descriptors(place: str, wait: float = _HIDES_SECONDS) -> list[str] | None:
-    """The names of open descriptors; None where a process hides them, as one does whose program nobody may read."""
+    """Return the names of open descriptors; None if a process hides them, as one does whose program file is unreadable."""
     try:
         return os.listdir(f"{place}fd")  # noqa: PTH208 - as above
     except OSError as error:
@@ -182,7 +182,7 @@ def _descriptors(place: str, wait: float = _HIDES_SECONDS) -> list[str] | None:
 
 
 def _tmpfs(place: str) -> set[int]:
-    """Devices of file systems in memory that a process sees."""
+    """Return the devices of in-memory file systems that a process sees."""
     lines = (line.partition(b" - ") for line in _text(place, "mountinfo").splitlines())
     numbers = (seen.split()[2].split(b":") for seen, _, kind in lines if kind.startswith(b"tmpfs "))
     return {os.makedev(int(major), int(minor)) for major, minor in numbers}
@@ -190,15 +190,15 @@ def _tmpfs(place: str) -> set[int]:
 
 @cache
 def _memfds() -> int:
-    """The device on which memfds lie, which no path leads to."""
+    """Return the device that memfds are on, which no path leads to."""
     with open(os.memfd_create("device"), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         return os.fstat(file.fileno()).st_dev
 
 
 def disk_use(folder: Path, enough: int) -> int:
-    """Bytes that a tree takes up on disk; counting stops above `enough`.
+    """Return the bytes that a tree takes up on disk; counting stops above `enough`.
 
-    A path longer than the system allows, or a folder that its owner closed against us, counts as `enough` and more: nothing hides there.
+    A path longer than the system allows, or a folder closed against us by its owner, counts as more than `enough`: nothing hides there.
     """
     total, waiting = 0, [str(folder)]
     while waiting and total <= enough:
@@ -217,16 +217,16 @@ def disk_use(folder: Path, enough: int) -> int:
 
 
 class Paced(Generic[T]):
-    """What is found by looking, in a thread, no more often than worth it: `least` seconds apart, and at most a tenth of the time."""
+    """A measurement taken in a thread, limited in frequency: `least` seconds apart, and taking at most a tenth of the time."""
 
     def __init__(self, least: float, found: T) -> None:
-        """`found` holds until the first look, which is due at once."""
+        """`found` holds until the first measurement, which is due at once."""
         self._least, self._due = least, 0.0
         self.found = found
-        """By the last look."""
+        """The result of the last measurement."""
 
     async def look(self, look: Callable[[], T], *, anew: bool = False) -> T:
-        """Looks where it is due, or `anew` in any case."""
+        """Measure if it is due, or in any case if `anew`; return the latest result."""
         if anew or time.monotonic() >= self._due:
             self.found, took = await asyncio.get_running_loop().run_in_executor(_LOOKERS, _timed, look)
             self._due = time.monotonic() + max(self._least, 10 * took)
@@ -234,7 +234,7 @@ class Paced(Generic[T]):
 
 
 _LOOKERS = ThreadPoolExecutor(thread_name_prefix="look")
-"""Of their own: in those of the event loop, folders are removed meanwhile, and a limit that nobody looks at is none."""
+"""A separate pool: the event loop's own threads also remove folders, and a limit that nobody checks is none."""
 
 
 def _timed(look: Callable[[], T]) -> tuple[T, float]:
@@ -243,7 +243,7 @@ def _timed(look: Callable[[], T]) -> tuple[T, float]:
 
 
 class DiskMeter:
-    """What one folder takes up on disk."""
+    """Measures what one folder takes up on disk."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
@@ -251,7 +251,7 @@ class DiskMeter:
 
     @property
     def used(self) -> int:
-        """Bytes at the last measurement; counted no further than a little above the limit."""
+        """Bytes at the last measurement; counted only a little above the limit."""
         return self._paced.found
 
     @property
@@ -259,5 +259,5 @@ class DiskMeter:
         return self.used > self._limit
 
     async def measure(self, *, anew: bool = False) -> int:
-        """Measures, unless it was just done; `anew`: in any case."""
+        """Measure, unless that was just done; `anew`: in any case."""
         return await self._paced.look(partial(disk_use, self._folder, self._limit + _DISK_MARGIN), anew=anew)

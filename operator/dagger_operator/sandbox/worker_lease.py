@@ -1,7 +1,7 @@
-"""What says that a worker lives: a Lease in the sandbox namespace that it renews, and that owns its pods.
+"""The sign that a worker is alive: a Lease in the sandbox namespace that it renews, and that owns its pods.
 
-A Lease that stood still for its duration is removed by whoever looked on, another worker of the run or the operator; then the garbage
-collector removes the pods.
+A Lease that was not renewed for its duration is deleted by an observer, another worker of the run or the operator; the garbage collector
+then deletes the pods.
 """
 
 import asyncio
@@ -20,8 +20,7 @@ from dagger_operator.sandbox.kube import Kind, Kube
 from dagger_operator.sandbox.pod_manifest import Setting
 
 DURATION_SECONDS = 60
-"""For how long a worker's Lease lasts; one that says that it lasts longer is not believed, since whoever wrote it may have been the
-commands of a model."""
+"""Duration of a worker's Lease; a longer one is not accepted, since its author may have been a model's command."""
 _FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -35,21 +34,21 @@ def lease_of(setting: Setting, now: datetime, duration: int = DURATION_SECONDS) 
 
 
 class Witness:
-    """Who looks at all Leases again and again, and can tell which of them nobody renews.
+    """Observes all Leases at intervals, and detects those that nobody renews.
 
-    No clock of another machine is trusted: what counts is how long a Lease did not change before our eyes. A look that comes late begins
-    anew: while we could not look, for the API server was away, others could not renew either.
+    No other machine's clock is trusted: what counts is how long a Lease did not change while we observed it. An observation that comes
+    late restarts the wait: while the API server was unavailable to us, others could not renew either.
     """
 
     def __init__(self, pace: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`pace`: seconds from one look to the next."""
+        """`pace`: seconds between observations."""
         self._late, self._clock = 2 * pace, clock
         self._looked = 0.0
         self._seen: dict[str, tuple[str, float]] = {}
-        """Of the Leases that there are: version, and since when."""
+        """Of the existing Leases: the version, and since when."""
 
     def dead(self, leases: Iterable[Manifest], *, grace: float = 0.0) -> list[Manifest]:
-        """One look at all that there are; those of them that stood still for longer than they last, and `grace` (seconds)."""
+        """Observe all existing Leases; return those unchanged for longer than their duration plus `grace` (seconds)."""
         now, before, leases = self._clock(), self._seen, list(leases)
         if now - self._looked > self._late:
             before = {}
@@ -66,17 +65,17 @@ def _duration(lease: Mapping[str, Any]) -> float:
 
 
 class WorkerLease:
-    """This worker's Lease, and the sweeping up of its siblings' that nobody renews."""
+    """This worker's Lease, and the deletion of its siblings' Leases that nobody renews."""
 
     def __init__(self, kube: Kube, setting: Setting, duration: int = DURATION_SECONDS) -> None:
         self._kube, self._setting, self._duration = kube, setting, duration
         self._pace = duration / 6
         self._witness = Witness(self._pace)
         self.manifest: Manifest = {}
-        """As the API server has it: the owner of new pods."""
+        """As stored in the API server: the owner of new pods."""
 
     async def take(self) -> None:
-        """Creates it; one of the same name is an earlier life's of this pod, and goes with its sandboxes. Raises `SandboxError`."""
+        """Create it; one that exists is from an earlier life of this pod, and is deleted with its sandboxes. Raises `SandboxError`."""
         for pause in (0.2, 0.5, 1.0, 2.0, 4.0, None):
             try:
                 self.manifest = await self._kube.create(Kind.LEASES, lease_of(self._setting, datetime.now(UTC), self._duration))
@@ -94,7 +93,7 @@ class WorkerLease:
         raise SandboxError("LeaseTaken", f"Lease {self._setting.lease_name} in {self._kube.namespace} cannot be replaced")
 
     async def keep(self) -> None:
-        """Renews it and sweeps, for ever. Where it was removed all the same its pods are gone, and a new one is made for those to come."""
+        """Renew it and sweep, forever. If it was deleted all the same, its pods are gone, and a new one is created for future pods."""
         while True:
             await asyncio.sleep(self._pace)
             try:
@@ -116,8 +115,8 @@ class WorkerLease:
                 raise
 
     async def sweep(self) -> None:
-        """Looks at the Leases of this run, and removes those of the dead; their version sees to it that none is removed that was renewed
-        meanwhile. The first look, at the start, only begins the wait."""
+        """Observe this run's Leases and delete those of dead workers; the resourceVersion ensures that none is deleted that was renewed
+        meanwhile. The first observation, at the start, only begins the wait."""
         leases, _ = await self._kube.list(Kind.LEASES, self._setting.run_selector)
         for lease in self._witness.dead(leases):
             if lease["metadata"]["uid"] != self.manifest["metadata"]["uid"]:
@@ -125,6 +124,6 @@ class WorkerLease:
                 await self._kube.delete(Kind.LEASES, lease, "resourceVersion")
 
     async def give_up(self) -> None:
-        """Deletes it; where that fails it expires."""
+        """Delete it; if that fails, it expires."""
         with suppress(ApiError):
             await self._kube.delete(Kind.LEASES, self.manifest)
