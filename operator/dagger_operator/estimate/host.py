@@ -43,17 +43,17 @@ class TrainingNode:
 
     @property
     def memory(self) -> float:
-        """At the fullest of three moments: labels are exchanged, weights are loaded, trained weights are gathered."""
+        """Bytes of memory at the fullest of three moments: labels are exchanged, weights are loaded, trained weights are gathered."""
         return self.processes + self.labels + max(self.labels, self.loading, self.offloaded + self.gathered)
 
     @property
     def disk(self) -> float:
-        """Checkpoints are deleted locally before the student is written."""
+        """Bytes of disk: a checkpoint is deleted locally before the student is written."""
         return self.weights + max(self.checkpoint, self.export) + self.other
 
     @property
     def disk_cut_anew(self) -> float:
-        """Needed if training resumes with another number of ranks: every node has the checkpoint, its pieces, and the reassembled whole
+        """Bytes of disk to resume with another number of ranks: every node has the checkpoint, its pieces, and the reassembled whole
         (`deepspeed/checkpoint/ds_to_universal.py`, 0.19)."""
         return self.weights + 3 * self.whole_checkpoint + self.other
 

@@ -86,7 +86,7 @@ def asked(k: int) -> dict[str, Any]:
 
 
 def told(choice: Mapping[str, Any], k: int) -> TopLogprobs | None:
-    """Return the log-probabilities of a choice for which k were requested; None if any are missing, or tokens are given as text."""
+    """Return up to k log-probabilities per token of a choice; None if some token has none, or tokens are given as text."""
     try:
         entries = choice["logprobs"]["content"]
         tops = [entry["top_logprobs"][:k] for entry in entries]

@@ -35,7 +35,7 @@ class Rank:
         return Share(self.index % self.rows_shared_by, self.rows_shared_by)
 
     def limits(self, training: Training, targets_at_once: int) -> Limits:
-        """Return the limits of a pass. A row has at most `microBatchTokens`, or the minimum of a row; trees are split at the same bound."""
+        """Return the limits of a pass. Sequences share a row up to `microBatchTokens`, or the smallest row; trees are split at that too."""
         compiled = self.device.type == "cuda"
         multiple = math.lcm(ROW_MULTIPLE if compiled else 1, self.rows_shared_by)
         tokens = max(multiple, training.micro_batch_tokens - training.micro_batch_tokens % multiple)
