@@ -1,10 +1,10 @@
-"""Latency that the policy gateway adds to a turn, and errors at 512 concurrent rollouts, beside the LiteLLM proxy.
+"""Measures the latency that the policy gateway adds to a turn, and errors at 512 concurrent rollouts, compared with the LiteLLM proxy.
 
     python benchmarks/gateway.py [--litellm /path/to/venv/bin/litellm] [--blocks 3]
 
-Every path (direct, gateway, litellm) runs in one process of its own, before the same stub upstream, in interleaved blocks of
-shuffled order. The stub's waiting time is a function of the request, so added = measured - waited; `direct` shows what client
-and stub themselves add on this machine.
+Every path (direct, gateway, litellm) runs in one process of its own, in front of the same stub upstream, in interleaved blocks of
+shuffled order. The stub's delay is a function of the request, so added = measured - delay; `direct` shows what client and stub
+themselves add on this machine.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from dagger_operator.policy.session import SessionRequest
 from dagger_operator.policy.upstream import Upstream
 
 HISTORY = [{"role": "user" if i % 2 == 0 else "assistant", "content": "src/module.py:12: def f(x): return x + 1\n" * 50} for i in range(18)]
-"""What a rollout has behind it: 18 messages, 37 KB."""
+"""Earlier messages of a rollout: 18 messages, 37 KB."""
 ROUTE_KEY = "sk-benchmark"
 
 
@@ -40,7 +40,7 @@ ROUTE_KEY = "sk-benchmark"
 class Load:
     name: str
     rollouts: int
-    """At once."""
+    """Concurrently."""
     turns: int
     median_seconds: float
 
@@ -61,7 +61,7 @@ class Samples:
 
 
 async def serve_gateway(upstream_url: str, sessions: int) -> None:
-    """Child process: prints base URL and token of so many open rollouts, then serves them."""
+    """Run in a child process: print base URL and token of `sessions` open rollouts, then serve them."""
 
     def upstream(role: Role) -> Upstream:
         version = f"r001-{role.value}"
@@ -96,7 +96,7 @@ async def first_line(process: asyncio.subprocess.Process) -> str:
 
 @asynccontextmanager
 async def litellm_proxy(program: str, upstream_url: str) -> AsyncIterator[str]:
-    """One worker, retries and telemetry off, a master key as in any deployment."""
+    """Run LiteLLM with one worker, retries and telemetry off, and a master key as in any deployment."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -130,9 +130,9 @@ async def litellm_proxy(program: str, upstream_url: str) -> AsyncIterator[str]:
 
 
 async def rollout(http: aiohttp.ClientSession, base_url: str, token: str, load: Load, key: str, samples: Samples) -> None:
-    """Turns as a scaffold asks for them, each state one exchange longer than the last."""
+    """Request turns as a scaffold does, each state one exchange longer than the last."""
     messages = list(HISTORY)
-    # Rollouts of a round are not in step.
+    # Rollouts of a round are not synchronised.
     await asyncio.sleep(random.Random(key).uniform(0.0, load.median_seconds))
     for turn in range(load.turns):
         turn_key = f"{key}-{turn}"
@@ -162,7 +162,7 @@ async def block(load: Load, number: int, routes: list[tuple[str, str]], samples:
 
 
 Results = dict[tuple[str, str], list[Samples]]
-"""By load and path, one entry for each block."""
+"""By load and path, one entry per block."""
 
 
 async def measure(litellm: str | None, blocks: int) -> Results:

@@ -1,8 +1,8 @@
-"""Mixing per turn: this project's gateway beside mini-swe-agent's RouletteModel, each played twice over the same tasks.
+"""Compares mixing per turn in this project's gateway with mini-swe-agent's RouletteModel, each run twice over the same tasks.
 
     python benchmarks/mixing.py
 
-Both are the real thing: the gateway over HTTP before a stub policy, and RouletteModel over its own deterministic models.
+Both are the real implementations: the gateway over HTTP in front of a stub policy, and RouletteModel over its own deterministic models.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ async def complete(http: web.Request) -> web.Response:
 
 
 async def gateway(url: str, beta: float) -> tuple[Played, float]:
-    """A round of rollouts, and labels per visited state."""
+    """Run a round of rollouts; return who acted, and labels per visited state."""
 
     def upstream(role: Role) -> Upstream:
         return Upstream(role, (url,), None, role.value, role.value, Sampling(), 60.0, 6, True)
@@ -55,7 +55,7 @@ async def gateway(url: str, beta: float) -> tuple[Played, float]:
 
 
 def roulette(beta: float) -> tuple[Played, float]:
-    """RouletteModel draws among its models with equal chances, so beta is made of copies: the nearest fraction of ten models or fewer."""
+    """Run RouletteModel. It draws uniformly among its models, so copies approximate beta: the nearest fraction of at most ten models."""
     from minisweagent.models.extra.roulette import RouletteModel
 
     share = Fraction(beta).limit_denominator(10)

@@ -1,4 +1,4 @@
-"""Sandbox pods: what a command costs beyond its own process, by each way to send it, and how long a sandbox takes to its first command.
+"""Measures sandbox pods: a command's overhead over its own process, for each way to send it, and the time to a sandbox's first command.
 
     python benchmarks/sandboxes.py --image IMAGE --helper IMAGE [--namespace NAMESPACE] [--commands 50] [--sandboxes 1,8,32] [--blocks 3]
         [--cpus 0.1]
@@ -31,14 +31,14 @@ def setting(given: argparse.Namespace) -> Setting:
 
 
 async def timed(work: Awaitable[object]) -> float:
-    """Milliseconds."""
+    """Return the duration in milliseconds."""
     began = time.perf_counter()
     await work
     return (time.perf_counter() - began) * 1000
 
 
 async def commands(provider: PodSandboxes, namespace: str, count: int) -> None:
-    """One sandbox, `true` by each way, interleaved."""
+    """Run `true` in one sandbox in each way, interleaved."""
     sandbox = await provider.create(SandboxRequest("commands"), timeout=300)
     (life,) = provider._fleet.at_rest()
     pod, (network, through_exec) = life.pod["metadata"]["name"], sandbox._line._ways
@@ -80,15 +80,15 @@ async def commands(provider: PodSandboxes, namespace: str, count: int) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """Milliseconds of each of some sandboxes, or bare pods, that were asked for at once."""
+    """Milliseconds for each of several sandboxes, or bare pods, that were requested at once."""
 
     first: list[float]
     commands: list[float]
-    """What a command took while all sandboxes ran commands."""
+    """Duration of a command while all sandboxes run commands."""
 
 
 async def sandboxes(provider: PodSandboxes, kube: Kube, many: int) -> Start:
-    """From the request to the end of the first command."""
+    """Measure from the request to the end of the first command."""
     created: list[PodSandbox] = []
 
     async def begin(number: int) -> None:
@@ -104,7 +104,7 @@ async def sandboxes(provider: PodSandboxes, kube: Kube, many: int) -> Start:
 
 
 async def bare_pods(kube: Kube, image: str, cpus: float, many: int) -> Start:
-    """From the request to the moment when the API server says `Running`, which one watch tells."""
+    """Measure from the request until the API server reports `Running`, seen through one watch."""
     running = {f"bare-{many}-{number}": asyncio.Event() for number in range(many)}
 
     async def watch() -> None:
@@ -133,7 +133,7 @@ async def bare_pods(kube: Kube, image: str, cpus: float, many: int) -> Start:
 
 
 async def first_commands(provider: PodSandboxes, kube: Kube, given: argparse.Namespace, many: int) -> None:
-    """Blocks of sandboxes and of bare pods in turn; the row holds medians of the blocks' medians and last ones."""
+    """Alternate blocks of sandboxes and of bare pods; the row has medians over blocks of each block's median and last time."""
     ours, theirs = [], []
     for _ in range(given.blocks):
         ours.append(await sandboxes(provider, kube, many))

@@ -1,10 +1,10 @@
-"""How the operator's cost grows with the number of runs: on a real API server, with KWOK's nodes and pods.
+"""Measures how the operator's cost grows with the number of runs, on a real API server with KWOK's nodes and pods.
 
     python benchmarks/scale.py [--runs 50,100,200,400,1000] [--json FILE] [--ranges FILE]
 
-For each number of runs on a fresh cluster: a *burst* (all runs are made at once, and go through prepare and preflight to their rollouts of
-ten pods), *steady* (nothing changes for a while), a *restart* (the operator is killed, and another life finds everything there), *moving*
-(every run gains a percent every ten seconds). Ends with 1 where a figure is out of the range that `scale.ranges.yaml` holds for it.
+For each number of runs on a fresh cluster: a *burst* (all runs are created at once, and go through prepare and preflight to their rollouts
+of ten pods), *steady* (nothing changes for a while), a *restart* (the operator is killed, and a new process finds everything there),
+*moving* (every run gains a percent every ten seconds). Exits with 1 if a figure is outside its range in `scale.ranges.yaml`.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from dagger_operator.control.plan import LOOK_AGAIN
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 40.0
-"""Of the phases in which nothing is waited for."""
+"""Duration of the phases that wait for nothing."""
 PATIENCE = 1200.0
 GOAL = 0.1
-"""Seconds within which a look should be done."""
+"""Seconds within which a reconcile should be done."""
 
 
 async def measure(count: int, log: Path | None) -> Figures:
@@ -68,7 +68,7 @@ async def burst(operator: Operator, cluster: ScaleCluster, runs: Runs, count: in
 
 
 async def steady(operator: Operator, count: int) -> Figures:
-    """Once nothing is written any more, for as long as it takes until every run was looked at again and its progress was read."""
+    """Wait until nothing is written any more, for as long as it takes to reconcile every run and read its progress; then measure."""
     seen = [operator.read()]
 
     async def quiet() -> bool:
@@ -130,7 +130,7 @@ def looks(name: str, took: Reading) -> Figures:
 
 
 def counted(cluster: ScaleCluster, count: int) -> Figures:
-    """What the API server says was written: nobody but the operator writes by server-side apply."""
+    """Return what the API server counted as written: only the operator uses server-side apply."""
     applied, children = cluster.applied(), cluster.children()
     status = applied.get(("daggerruns", "status"), 0)
     return {

@@ -1,4 +1,4 @@
-"""What the operator is measured against: a real API server with its controllers and its scheduler, and KWOK in place of nodes."""
+"""The cluster for measuring the operator: a real API server with its controllers and its scheduler, and KWOK in place of nodes."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ NODES = 20
 CHILDREN = ("deployments", "jobs", "services", "serviceaccounts", "networkpolicies", "rolebindings")
 _ADDRESS = "127.78.0.1"
 _QUICK = ("--kube-api-qps=2000", "--kube-api-burst=4000")
-"""The bound is to be the operator, not the rate at which Kubernetes' own controllers may ask."""
+"""The bottleneck should be the operator, not the client rate limit of Kubernetes' own controllers."""
 _KWOK = ("--cidr=10.0.0.0/8", "--node-lease-duration-seconds=40")
-"""A node without a Lease that is renewed is taken for dead, and its pods for not ready."""
+"""A node whose Lease is not renewed is considered dead, and its pods not ready."""
 
 
 class NotUp(RuntimeError):
-    """A part of the cluster does not start; the message holds the end of its log."""
+    """A part of the cluster does not start; the message contains the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class ScaleCluster:
         return "daggerruns" in self.kubectl("api-resources", "--api-group=dagger-operator.dev")
 
     def pods(self) -> int:
-        """How many there are, those that are done included."""
+        """Return the number of pods, including completed ones."""
         return int(json.loads(self._get("/api/v1/pods?limit=1"))["metadata"].get("remainingItemCount", 0)) + 1
 
     def pending(self, namespace: str) -> bool:
-        """Whether a pod does not run yet."""
+        """Whether some pod is not running yet."""
         query = "fieldSelector=status.phase%3DPending&limit=1"
         return bool(json.loads(self._get(f"/api/v1/namespaces/{namespace}/pods?{query}"))["items"])
 
     def children(self) -> int:
-        """Objects that the operator made."""
+        """Return the number of objects that the operator created."""
         ours = "--selector=app.kubernetes.io/managed-by=dagger-operator"
         made = self.kubectl("get", ",".join(CHILDREN), "--all-namespaces", ours, "--output=name")
         return len(made.splitlines())
 
     def applied(self) -> dict[tuple[str, str], int]:
-        """Server-side applies of these kinds so far that were taken, by resource and subresource: nobody else makes any."""
+        """Return the number of successful server-side applies of these kinds, by resource and subresource: only the operator makes any."""
         tally: dict[tuple[str, str], int] = {}
         for key, count in samples(self._get("/metrics"), "apiserver_request_total", "resource", "subresource", "code", verb="APPLY"):
             if key[2].startswith("2") and key[0] in (*CHILDREN, "daggerruns"):
@@ -68,7 +68,7 @@ class ScaleCluster:
 
 
 def samples(exposition: str, name: str, *by: str, **labels: str) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Samples of a metric with these labels, each with the values of the labels that it is told apart by."""
+    """Yield samples of a metric with these labels, each with the values of the labels in `by`."""
     from prometheus_client.parser import text_string_to_metric_families as families
 
     lines = "\n".join(line for line in exposition.splitlines() if line.startswith((f"{name}{{", f"{name} ")))
@@ -80,7 +80,7 @@ def samples(exposition: str, name: str, *by: str, **labels: str) -> Iterator[tup
 
 @contextlib.contextmanager
 def scale_cluster() -> Iterator[ScaleCluster]:
-    """A fresh one, with our CRD and `NODES` nodes of KWOK's; nothing is left of it."""
+    """Run a fresh cluster, with our CRD and `NODES` KWOK nodes; everything is removed afterwards."""
     tools = _built("kubernetes")
     folder = Path(tempfile.mkdtemp(prefix="dagger-scale-"))
     with contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def _node(number: int) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _running(log: Path, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with this one, whatever ends it."""
+    """Run a process that ends with this one, however it ends."""
     with log.open("wb") as said:
         process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdout=said, stderr=said)
     try:
@@ -130,6 +130,6 @@ def _until(true: Callable[[], bool], process: subprocess.Popen[bytes], log: Path
 
 
 def _built(tool: str) -> Path:
-    """A program, or the folder of a module's programs; built at its first use on this machine."""
+    """Return a program, or the folder of a module's programs; built on first use on this machine."""
     command = [sys.executable, ROOT / "scripts/build-tool", tool]
     return Path(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip())

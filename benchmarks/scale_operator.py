@@ -1,4 +1,4 @@
-"""The operator as a process, and what it says of itself at two moments."""
+"""The operator as a process, and readings of its own metrics."""
 
 import os
 import subprocess
@@ -15,23 +15,23 @@ from scale_cluster import samples
 METRICS, HEALTH = 18080, 18081
 
 Buckets = Mapping[float, float]
-"""Observations by upper bound, each bucket with those below it."""
+"""Cumulative observations by upper bound."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Counters since the process began."""
+    """Counters since the process started."""
 
     at: float
     cpu: float
     """Seconds, user and system."""
     reconciles: Buckets
     waits: Buckets
-    """From due to begun."""
+    """From due to started."""
     reads: float
-    """Requests to the API server that change nothing, watches left out."""
+    """Read requests to the API server, without watches."""
     writes: float
-    """Requests that do, renewals of the Lease left out."""
+    """Write requests, without Lease renewals."""
     phases: Mapping[str, float]
 
     def since(self, before: "Reading") -> "Reading":
@@ -50,12 +50,12 @@ class Reading:
 
     @property
     def looks(self) -> float:
-        """How many reconciles."""
+        """Number of reconciles."""
         return max(self.reconciles.values(), default=0.0)
 
 
 def quantile(buckets: Buckets, share: float) -> float:
-    """As Prometheus estimates it: linear within a bucket."""
+    """Estimate a quantile as Prometheus does: linear within a bucket."""
     wanted, below, least = share * max(buckets.values(), default=0.0), 0.0, 0.0
     for bound, count in sorted(buckets.items()):
         if count >= wanted:
@@ -97,7 +97,7 @@ class Operator:
 
     @property
     def memory(self) -> float:
-        """The most that was resident so far, MiB."""
+        """Peak resident memory so far, MiB."""
         assert self._process is not None
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024

@@ -1,4 +1,4 @@
-"""The figures as a table, and against the ranges that earlier series gave."""
+"""Formats the figures as a table, and compares them with the ranges from earlier series."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Figures = dict[str, float]
 
 
 def table(measured: Sequence[Figures]) -> str:
-    """In Markdown: a row for each figure, a column for each number of runs, and how the figure grows."""
+    """Return a Markdown table: a row per figure, a column per number of runs, and how the figure grows."""
     sizes = " | ".join(f"{one['runs']:.0f} runs" for one in measured)
     lines = [f"| figure | {sizes} | slope |", f"|---|{'---|' * (len(measured) + 1)}"]
     for figure in measured[-1] if measured else ():
@@ -23,7 +23,7 @@ def table(measured: Sequence[Figures]) -> str:
 
 
 def slope(measured: Sequence[Figures], figure: str) -> float | None:
-    """Of the logarithm of a figure over that of the number of runs, by least squares: 1 is linear. None with fewer than three points."""
+    """Return the least-squares slope of log figure over log number of runs: 1 is linear. None with fewer than three points."""
     points = [(math.log(one["runs"]), math.log(one[figure])) for one in measured if one.get(figure, 0) > 0]
     if len(points) < 3:
         return None
@@ -32,7 +32,7 @@ def slope(measured: Sequence[Figures], figure: str) -> float | None:
 
 
 def judged(measured: Sequence[Figures], ranges: Path) -> tuple[str, bool]:
-    """A line for each range that these sizes tell something about, and whether all are kept."""
+    """Return a line for each violated range that applies to these sizes, with a summary, and whether all ranges are kept."""
     held = yaml.safe_load(ranges.read_text())
     lines, kept = [], True
     checks: list[tuple[dict[str, Any], str, float | None]] = [

@@ -1,6 +1,6 @@
-"""The runs that the operator is given, and their workers: what a stage leaves in storage is left there when its Job is made.
+"""The runs given to the operator, and stand-ins for their workers: a stage's results are written to storage when its Job is created.
 
-Each run serves its student, asks an endpoint as teacher, and stays in the rollouts of its first round.
+Each run serves its student, uses an endpoint as teacher, and stays in the rollouts of its first round.
 """
 
 import asyncio
@@ -28,9 +28,9 @@ from dagger_operator.store.results import PreflightResult, PrepareResult, StageP
 
 NAMESPACE = "scale"
 PODS = 10
-"""Of each run, once its rollouts are under way: the student's server and the workers."""
+"""Per run, once its rollouts are in progress: the student's server and the workers."""
 DONE = 10
-"""Rollouts of a hundred that each run has done when it comes to rest."""
+"""Rollouts out of a hundred that each run has done when it stops progressing."""
 _AT_ONCE = 16
 
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ class Runs:
     @classmethod
     @contextlib.asynccontextmanager
     async def at_work(cls, kubeconfig: Path, folder: Path) -> AsyncIterator["Runs"]:
-        """Storage in `folder`; workers do their work as long as this lasts."""
+        """Keep storage in `folder`; stand-in workers run while the context lasts."""
         settings = Configuration()
         await load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
         async with session(settings) as http:
@@ -59,7 +59,7 @@ class Runs:
                 working.cancel()
 
     async def make(self, count: int) -> None:
-        """Makes runs as fast as the API server takes them."""
+        """Create runs as fast as the API server accepts them."""
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def one(number: int) -> None:
@@ -71,7 +71,7 @@ class Runs:
 
     @contextlib.asynccontextmanager
     async def gaining(self) -> AsyncIterator[None]:
-        """For as long as this lasts, every run gains a percent every ten seconds."""
+        """While the context lasts, every run gains a percent every ten seconds."""
         task = asyncio.create_task(self._gain())
         try:
             yield
@@ -101,7 +101,7 @@ class Runs:
         return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name, "namespace": NAMESPACE}, "spec": spec}
 
     async def _work(self) -> None:
-        """Hears of each Job, and leaves what its stage leaves."""
+        """Watch for Jobs, and write the results of each one's stage."""
         query = {"watch": "1", "labelSelector": COMPONENT}
         address = f"{self._server}/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
         async with self._http.get(address, params=query, timeout=aiohttp.ClientTimeout(None), read_bufsize=1 << 22) as events:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that only waits: how long is a function of the request, so that whoever asks knows what was added.
+"""An OpenAI-compatible server that only waits: the delay is a function of the request, so that a client knows what was added.
 
 python benchmarks/stub_upstream.py    prints its base URL
 """
@@ -13,12 +13,12 @@ ANSWER = "I look at the failing test first.\n\n```bash\nsed -n 1,40p src/module.
 
 
 def service_seconds(key: str, median: float) -> float:
-    """Log-normal (sigma 0.4), as the length of turns is."""
+    """Return a log-normal delay (sigma 0.4), distributed like the length of turns."""
     return median * math.exp(random.Random(key).gauss(0.0, 0.4))
 
 
 async def complete(http: web.Request) -> web.Response:
-    """The last message's first two words are the key and the median of its service time in seconds."""
+    """Answer after a delay. The last message's first two words are the key and the median of its service time in seconds."""
     body = await http.json()
     key, median = body["messages"][-1]["content"].split(" ", 2)[:2]
     await asyncio.sleep(service_seconds(key, float(median)))

@@ -1,12 +1,12 @@
-"""What one pass over a trajectory and all its labels saves: time, and memory, as ratios within one run.
+"""Measures what one pass over a trajectory and all its labels saves: time and memory, as ratios within one run.
 
     python benchmarks/training.py [--shapes "100 turns,50 turns"] [--turns 4,8,16,32] [--acted 0,0.5] [--widths narrow,wide] [--blocks 5]
 
-Students of some millions of parameters in FP32 on this machine's CPU (or its GPU, in BF16) learn from conversations in which the student
-alone acts (`--acted 0`: every label branches off, the case that saves least), and in which the teacher acts on a share of turns, whose
-labels lie on the trunk. *Per label* is `training.packing: Labels`: the same code, a causal sequence for each label. Blocks of both
-alternate; ratios are medians of the blocks' ratios. Peaks of memory are those of processes of their own. The exit code is 1 where a goal
-is missed (`training_goals.py`).
+Students of a few million parameters, in FP32 on this machine's CPU (or in BF16 on its GPU), learn from conversations in which only the
+student acts (`--acted 0`: every label branches off, which saves least), and in which the teacher acts in a share of turns, whose labels
+lie on the trunk. *Per label* is `training.packing: Labels`: the same code, one causal sequence per label. Blocks of both alternate; ratios
+are medians of the blocks' ratios. Peak memory is measured in separate processes. The exit code is 1 if a goal is missed
+(`training_goals.py`).
 """
 
 import argparse
@@ -62,7 +62,7 @@ def times(shape: str, turns: list[int], acted: float, blocks: int, width: str) -
 
 
 def memory(blocks: int) -> list[dict[str, float | str]]:
-    """Peak of a step above what the process held before it."""
+    """Measure a step's peak memory above what the process held before it."""
     peaks: dict[str, list[Measured]] = {name: [] for name in VARIANTS}
     for _ in range(blocks):
         for name in VARIANTS:
@@ -83,7 +83,7 @@ def memory(blocks: int) -> list[dict[str, float | str]]:
 
 
 ALL_LOGITS = {"trees": "all logits", "checkpointing": "all logits, checkpointing", "head": "head, all logits"}
-"""What each variant is compared with, that has logits of every token."""
+"""For each variant the one to compare it with, which computes logits of every token."""
 
 
 def table(rows: list[dict[str, float]] | list[dict[str, float | str]]) -> str:

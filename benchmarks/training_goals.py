@@ -1,4 +1,4 @@
-"""What `training.py` is to measure at least, or at most."""
+"""Lower and upper bounds for the figures of `training.py`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ Rows = Sequence[Mapping[str, float | str]]
 @dataclass(frozen=True)
 class Goal:
     tables: str
-    """How the titles of the tables begin that it is for."""
+    """Prefix of the titles of the tables to which it applies."""
     figure: str
     rows: Mapping[float | str, float]
-    """The least of the figure, by the first cell of its row."""
+    """Minimum of the figure, by the first cell of its row."""
     most: bool = False
-    """Whether it is the most instead."""
+    """Whether it is a maximum instead."""
 
     def missed(self, table: Rows) -> Iterator[str]:
         for row in table:
@@ -36,7 +36,7 @@ GOALS = (
 
 
 def missed(figures: Mapping[str, Rows]) -> list[str]:
-    """A line for each goal that is missed, of tables by their titles."""
+    """Return a line for each missed goal; tables are given by title."""
     return [
         f"MISSED: {title}: {line}"
         for title, table in figures.items()

@@ -1,4 +1,4 @@
-"""Conversations, a student and a step of it, for `training.py`."""
+"""Conversations, a student and a training step for `training.py`."""
 
 import asyncio
 import os
@@ -34,25 +34,25 @@ from dagger_operator.training.strand import Strand
 from dagger_operator.training.tree import paths
 
 TURNS = 24
-"""Of the conversation that memory is measured with."""
+"""Length of the conversation with which memory is measured."""
 VARIANTS = ("trees", "labels", "all logits", "checkpointing", "all logits, checkpointing", "head", "head, all logits")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of conversations, in tokens: about a tenth of what they are in repairs of software."""
+    """Lengths in conversations, in tokens: about a tenth of those in software repair."""
 
     turn: int
-    """Of an action with what came of it."""
+    """Tokens of an action and the resulting observation."""
     label: int
     first: int = 400
-    """Of the first prompt."""
+    """Tokens of the first prompt."""
 
 
 SHAPES = {"100 turns": Shape(60, 20), "50 turns": Shape(120, 30)}
-"""By how many turns end at 64K tokens, the paper's context, of which it allows 100. As `daggerctl estimate` takes them: 4,000 tokens before
-the first turn, and 300 for an action, at most a third of what a turn adds."""
+"""Named by how many turns reach 64K tokens, the paper's context, of which it allows 100. Lengths as in `daggerctl estimate`: 4,000 tokens
+before the first turn, and 300 per action, at most a third of what a turn adds."""
 FOR_MEMORY_SHAPE = "50 turns"
 
 
@@ -61,7 +61,7 @@ class Size:
     channels: int
     """Hidden size."""
     tokens: int
-    """Of the vocabulary, for each channel."""
+    """Tokens of the vocabulary per channel."""
 
     @property
     def vocabulary(self) -> int:
@@ -69,9 +69,9 @@ class Size:
 
 
 SIZES = {"narrow": Size(256, 4), "wide": Size(512, 4), "wide with a large vocabulary": Size(512, 32)}
-"""Of students of four layers. At 32 turns of the longer shape attention has that share of the work which it has in Qwen3-8B at 64K tokens
-(narrow) and 32K (wide); of the shorter one, which ends at 2,320 tokens, what it has at 35K and 17K. With 4 tokens a channel the head has
-the share of a token's work which it has below Qwen3-8B's 36 layers; it has 37 a channel."""
+"""Students of four layers. At 32 turns of the longer shape attention has the same share of the work as in Qwen3-8B at 64K tokens (narrow)
+and 32K (wide); of the shorter shape, which ends at 2,320 tokens, the same as at 35K and 17K. With 4 tokens per channel the head has the
+same share of a token's work as on top of Qwen3-8B's 36 layers; Qwen3-8B has 37 per channel."""
 FOR_MEMORY = "wide with a large vocabulary"
 
 
@@ -79,14 +79,14 @@ FOR_MEMORY = "wide with a large vocabulary"
 class Measured:
     seconds: float
     peak: int = 0
-    """Bytes above what was there before."""
+    """Bytes above what was in use before."""
     whole: int = 0
-    """Bytes at the peak."""
+    """Bytes in use at the peak."""
 
 
 class Load:
-    """One conversation with a label of the teacher's at every turn. Where the teacher acted (`acted`, a share of turns, spread evenly)
-    the label is what was done; where the student did, it never is."""
+    """One conversation with a teacher's label at every turn. Where the teacher acted (`acted`, a share of turns, spread evenly) the label
+    is the action; where the student acted, it never is."""
 
     def __init__(self, turns: int, shape: str, acted: float = 0.0) -> None:
         self.shape, self.labels = SHAPES[shape], turns
@@ -108,9 +108,9 @@ class Load:
         return sum(map(len, self.packs(variant)))
 
     def flops(self, variant: str, width: str) -> float:
-        """Of the model, forward and backward: 6 for each weight and token, 12 for each channel and pair that attends (PaLM, appendix B).
+        """Return the model FLOP of forward and backward: 6 per weight and token, 12 per channel and attended pair (PaLM, appendix B).
 
-        The head only where there is a target."""
+        The head counts only at targets."""
         config = student(width).policy.config
         weights = sum(parameter.numel() for name, parameter in student(width).policy.named_parameters() if "embed" not in name)
         pairs = sum(
@@ -145,13 +145,13 @@ def student(width: str) -> Objective:
 
 
 def limits() -> Limits:
-    """A pass of at most 4,096 tokens, or one tree: what a bound on memory leaves to either way."""
+    """Return limits of a pass: at most 4,096 tokens, or one tree; the same memory bound for both variants."""
     compiled = DEVICE.type == "cuda"
     return Limits(4096, 4096, ROW_MULTIPLE if compiled else 1, few_lengths=compiled)
 
 
 def measure(load: Load, variant: str, width: str) -> Measured:
-    """One step without its update."""
+    """Run one step without its update."""
     objective, bounds = student(width), limits()
     began = time.perf_counter()
     rows: list[list[Pack]] = [[]]
@@ -171,7 +171,7 @@ def measure(load: Load, variant: str, width: str) -> Measured:
 
 
 def _all_logits(objective: Objective, batch: dict[str, Any]) -> torch.Tensor:
-    """As a trainer does that masks labels: logits of every token, those without a target ignored."""
+    """Compute the loss like a trainer that masks labels: logits of every token, those without a target ignored."""
     hidden = objective.policy.get_decoder()(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, tree=batch["tree"]
     ).last_hidden_state
@@ -180,7 +180,7 @@ def _all_logits(objective: Objective, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def leave_the_head_alone(width: str) -> None:
-    """From now on the student's decoder only makes something up: a step is the head and the loss."""
+    """Replace the student's decoder by one that returns random values: a step is then only the head and the loss."""
     policy = student(width).policy
 
     def decoder(input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
@@ -191,7 +191,7 @@ def leave_the_head_alone(width: str) -> None:
 
 
 def measure_memory(load: Load, variant: str, width: str) -> Measured:
-    """The peak of a step, in a process that has taken a smaller one before."""
+    """Measure the peak memory of a step, in a process that has run a smaller one before."""
     if variant.startswith("head"):
         leave_the_head_alone(width)
     if "checkpointing" in variant:
@@ -209,7 +209,7 @@ def measure_memory(load: Load, variant: str, width: str) -> Measured:
 
 @contextmanager
 def peak_memory() -> Iterator[Any]:
-    """Resident memory, looked at every millisecond: the kernel's own mark cannot be set back."""
+    """Measure peak resident memory by sampling every millisecond: the kernel's own high-water mark cannot be reset."""
     page, ended = resource.getpagesize(), threading.Event()
     statm = Path("/proc/self/statm")
 
@@ -234,7 +234,7 @@ def peak_memory() -> Iterator[Any]:
 
 @cache
 def matmul_rate() -> float:
-    """FLOP/s of a large product of matrices here and now, in place of a data sheet."""
+    """Return the FLOP/s of a large matrix product measured now, instead of a data sheet's."""
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     left, right = (torch.randn(2048, 2048, device=DEVICE, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -248,7 +248,7 @@ def matmul_rate() -> float:
 
 
 def measure_resume(width: str) -> dict[str, float]:
-    """One rank's checkpoint as training makes it: stored, fetched, verified and loaded, beside a step."""
+    """Measure one rank's checkpoint as in training: stored, downloaded, verified and loaded, compared with a step."""
     step = measure(Load(TURNS, FOR_MEMORY_SHAPE), "trees", width).seconds
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_store_and_resume(Path(folder), width, step))

@@ -1,12 +1,12 @@
-"""Why DAgger: against behaviour cloning with the same number of labels and optimiser steps, over several seeds.
+"""Compares DAgger with behaviour cloning at the same number of labels and optimiser steps, over several seeds.
 
     python examples/quickstart/experiment.py --seeds 1 2 3 4 5
 
 Both arms are the quickstart's DAggerRun. Behaviour cloning is the same resource with beta = 1 in every round; its later
-rounds take as many tasks as make the labels equal, since a teacher needs five turns for a task. Batches are counted in
-labels, so both arms see the same number of labels in the same number of steps, at the same learning rates. A seed decides
-tasks, held-out tasks, the student's first weights, coins and batches. Finished arms are kept: an interrupted experiment
-goes on where it stopped.
+rounds take as many tasks as equalise the number of labels, since a teacher needs five turns per task. Batches are counted in
+labels, so both arms see the same number of labels in the same number of steps, at the same learning rates. The seed determines
+tasks, held-out tasks, the student's initial weights, coins and batches. Finished arms are kept: an interrupted experiment
+resumes where it stopped.
 """
 
 import argparse
@@ -31,14 +31,14 @@ FOLDER = Path(".dagger/experiment")
 HELD_OUT = 200
 TRAIN = 1200
 TEACHER_TURNS = 5
-"""Turns, and so labels, that the teacher needs for a task."""
-# Two-sided 95 % points of Student's t by number of seeds.
+"""Turns, and so labels, that the teacher needs per task."""
+# Two-sided 95 % quantiles of Student's t by number of seeds.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What an arm delivered, round by round."""
+    """The results of an arm, by round."""
 
     rollouts: tuple[RolloutResult, ...]
     trainings: tuple[TrainingResult, ...]
@@ -76,7 +76,7 @@ class Pair:
 
 
 def manifest(quickstart: Path, seed: int, arm: str, *, later_tasks: int | None = None) -> dict[str, Any]:
-    """The quickstart's resource for one arm of one seed. With `later_tasks`, the number of tasks of rounds after the first, it clones."""
+    """Return the quickstart's resource for one arm and seed: cloning if `later_tasks` gives the tasks per round after the first."""
     document: dict[str, Any] = yaml.safe_load(quickstart.read_text())
     folder = f"./{FOLDER}/seed-{seed}"
     document["metadata"]["name"] = f"experiment-{arm}-{seed}"
@@ -92,7 +92,7 @@ def manifest(quickstart: Path, seed: int, arm: str, *, later_tasks: int | None =
 
 
 def run_arm(document: dict[str, Any]) -> Arm:
-    """Runs one arm to its end, if it has not ended yet, and reads what it left."""
+    """Run one arm to its end, if it has not finished yet, and read its results."""
     path = FOLDER / f"{document['metadata']['name']}.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     code = daggerctl("run", path)
@@ -103,7 +103,7 @@ def run_arm(document: dict[str, Any]) -> Arm:
 
 
 async def read_arm(store: Store, rounds: int) -> Arm:
-    """All results of a finished run."""
+    """Return all results of a finished run."""
 
     async def results(kind: Any) -> tuple[Any, ...]:
         found = [await read_result(store, number, kind) for number in range(1, rounds + 1)]
@@ -127,7 +127,7 @@ def run_pair(quickstart: Path, seed: int) -> Pair:
 
 
 def report(pairs: Sequence[Pair]) -> str:
-    """The result as Markdown, whatever it says."""
+    """Return the result as Markdown, whatever the outcome."""
     differences = [pair.comparison.difference for pair in pairs]
     mean = fmean(differences)
     interval = "no interval from one seed"

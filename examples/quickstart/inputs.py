@@ -1,8 +1,8 @@
-"""Puts the quickstart's tasks and student below a run's storage prefix, where a cluster's pods find them.
+"""Uploads the quickstart's tasks and student below a run's storage prefix, where a cluster's pods find them.
 
     python examples/quickstart/inputs.py s3://dagger/quickstart --endpoint-url http://s3.example:7070
 
-Credentials are the storage client's environment, such as AWS_ACCESS_KEY_ID. What is there already stays: it may be run again.
+Credentials come from the environment, for example AWS_ACCESS_KEY_ID. Existing objects are kept: it can be run again.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dagger_operator.store.objects import Store
 from run import HELD_OUT, TRAIN, make_inputs
 
 PREFIX = "inputs"
-"""Below the storage prefix: `inputs/tasks.jsonl` and `inputs/student/`."""
+"""Folder below the storage prefix: `inputs/tasks.jsonl` and `inputs/student/`."""
 
 
 async def upload(files: Mapping[str, Path], store: Store) -> None:

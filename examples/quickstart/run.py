@@ -1,8 +1,8 @@
-"""The quickstart: makes tasks and a student, starts the teacher, and runs `dagger-run.yaml` to its last table.
+"""The quickstart: makes tasks and a student, starts the teacher, and runs `dagger-run.yaml` to its end.
 
     python examples/quickstart/run.py
 
-Everything lands in `.dagger` below the current folder. Interrupt it at any moment: the same command goes on where it stopped.
+Everything is written to `.dagger` below the current folder. It can be interrupted at any moment: the same command resumes where it stopped.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from tasks import generate, write
 HERE = Path(__file__).resolve().parent
 MANIFEST = HERE / "dagger-run.yaml"
 FOLDER = Path(".dagger/quickstart")
-"""Where `dagger-run.yaml` looks for tasks and student, from the current folder."""
+"""Where `dagger-run.yaml` looks for tasks and student, relative to the current folder."""
 PORT = 8971
 TRAIN, HELD_OUT = 400, 100
 
 
 def make_inputs(folder: Path, seed: int, *, train: int, held_out: int) -> None:
-    """Tasks and student; what is there already stays, so that an interrupted run goes on with the same."""
+    """Make tasks and student; existing ones are kept, so that an interrupted run resumes with the same."""
     if not (folder / "tasks.jsonl").exists():
         write(folder / "tasks.jsonl", chain(generate(seed, train, held_out=False), generate(seed, held_out, held_out=True)))
     if not (folder / "student").exists():
@@ -43,7 +43,7 @@ def make_inputs(folder: Path, seed: int, *, train: int, held_out: int) -> None:
 
 
 def manifest_for(port: int) -> Path:
-    """The manifest as it stands, or a copy that looks for the teacher elsewhere."""
+    """Return the manifest, or a copy that looks for the teacher on another port."""
     if port == PORT:
         return MANIFEST
     copy = FOLDER / MANIFEST.name
@@ -54,7 +54,7 @@ def manifest_for(port: int) -> Path:
 
 @contextlib.contextmanager
 def serving_teacher(log: Path, port: int = PORT) -> Iterator[None]:
-    """The teacher's endpoint as a process of its own."""
+    """Serve the teacher's endpoint in a process of its own."""
     if answers(port):
         sys.exit(f"error: port {port} is taken, where the teacher should answer: free it, or choose another with --port")
     with log.open("a") as output:
@@ -82,7 +82,7 @@ def answers(port: int) -> bool:
 
 
 def daggerctl(*arguments: str | Path) -> int:
-    """Runs the command line in the foreground; Ctrl-C reaches it too, and it ends in order."""
+    """Run the command line in the foreground; Ctrl-C reaches it too, and it shuts down cleanly."""
     process = subprocess.Popen([sys.executable, "-m", "dagger_operator.cli", *arguments])
     while True:
         try:

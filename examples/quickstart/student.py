@@ -1,8 +1,8 @@
-"""The student: a Qwen3 of half a million random weights, with a tokenizer of its own, as a Hugging Face folder.
+"""Makes the student: a Qwen3 of half a million random weights, with a tokenizer of its own, as a Hugging Face folder.
 
     python examples/quickstart/student.py --seed 1 --out /tmp/student
 
-It has seen nothing: all that it will be able to do comes from the teacher's labels.
+It is untrained: everything that it will be able to do comes from the teacher's labels.
 """
 
 import argparse
@@ -31,20 +31,20 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
-# Names, numbers' digits and what glues them together are separate, so that a name is the same token in `tax.py`, ` tax` and `def tax`, and
-# to copy one is to copy one token. Glue that stands in every file or command is one token, which halves the length of a dialogue.
+# Names, digits and the glue between them are separate tokens, so that a name is the same token in `tax.py`, ` tax` and `def tax`, and
+# copying it is copying one token. Glue that occurs in every file or command is one token, which halves the length of a dialogue.
 _GLUE = r"(?:system|user|assistant)\n|python3 test\.py|\.py:|\(a, b\)(?:: return )?|def |sed -i '|/' |grep -n \"|\" \*\.py"
 _SPLIT = _GLUE + r"|[A-Za-z]+|[0-9]|[^A-Za-z0-9]+"
 
 
 def make(folder: Path, seed: int) -> int:
-    """Writes the folder, the same for the same seed; returns the number of parameters."""
+    """Write the folder, identical for the same seed; return the number of parameters."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch  # heavy, and only needed here
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    fast: Any = PreTrainedTokenizerFast  # transformers does not say what its constructors take
+    fast: Any = PreTrainedTokenizerFast  # transformers does not type its constructors
     causal: Any = Qwen3ForCausalLM
     tokenizer = fast(
         tokenizer_object=_tokenizer(),
@@ -82,11 +82,11 @@ def make(folder: Path, seed: int) -> int:
 
 
 def _let_heads_copy(model: Any) -> None:
-    """Starts every attention head as one that passes on what it looks at; where to look stays random.
+    """Initialise every attention head to pass on what it looks at; where to look stays random.
 
-    To repair code is to copy names from what was seen. From plain random weights this model needs thousands of steps before
-    it copies at all; with value and output projections that begin as each other's transpose it needs hundreds (in the
-    manner of mimetic initialisation, arXiv 2305.09828).
+    Repairing code means copying names from what was seen. From plain random weights this model needs thousands of steps before
+    it copies at all; with value and output projections initialised as each other's transpose it needs hundreds (similar to
+    mimetic initialisation, arXiv 2305.09828).
     """
     import torch
 
@@ -122,7 +122,7 @@ def _tokenizer() -> Any:
 
 
 def corpus() -> Iterator[str]:
-    """What commands and their outputs look like, with every name in every place where it can stand."""
+    """Yield texts like commands and their outputs, with every name in every place where it can occur."""
     for text in [SYSTEM, STATEMENT, TEST, RESTORE, SUBMIT, "system\n", "user\n", "assistant\n"]:
         yield from [text, text]
     for helper, (formula, _) in HELPERS.items():
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):  # libraries greet on it, and who calls this reads JSON
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print on it, and the caller reads JSON
         parameters = make(options.out, options.seed)
     print(json.dumps({"folder": str(options.out), "parameters": parameters}))
 

@@ -1,9 +1,9 @@
-"""Small software-repair tasks, generated from a seed: a folder with a few modules, one injected bug, a check that fails.
+"""Generates small software-repair tasks from a seed: a folder with a few modules, one injected bug, and a check that fails.
 
     python examples/quickstart/tasks.py --seed 1 --train 400 --held-out 100 --out tasks.jsonl
 
 The functions of a task call one of four helpers in `lib.py`, all arithmetic modulo 97. Mostly the bug is a call of the
-wrong helper, sometimes a constant with a wrong value. The check says what came out and what should have: a teacher
+wrong helper, sometimes a constant with a wrong value. The check prints the actual and the expected value: a teacher
 that can do the arithmetic knows the right helper at once. A tiny student cannot, so it must guess, test, and guess
 again: states that a teacher's own work never contains.
 """
@@ -23,7 +23,7 @@ HELPERS: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "mix": ("a * a * b + a", lambda a, b: (a * a * b + a) % MODULUS),
     "fold": ("a * b * b + 7 * b", lambda a, b: (a * b * b + 7 * b) % MODULUS),
 }
-"""Helper by name: its formula as it stands in `lib.py`, and the same as a function."""
+"""Helper by name: its formula as written in `lib.py`, and the same as a function."""
 
 # fmt: off
 MODULES = [
@@ -73,7 +73,7 @@ def is_held_out(module: str, name: str) -> bool:
 
 
 def generate(seed: int, count: int, *, held_out: bool) -> Iterator[Task]:
-    """`count` tasks of one split; the same seed gives the same tasks."""
+    """Yield `count` tasks of one split; the same seed gives the same tasks."""
     split = "heldout" if held_out else "train"
     for index in range(count):
         yield _task(random.Random(f"{seed}/{split}/{index}"), f"{split}-{seed}-{index:05d}", split)
@@ -83,7 +83,7 @@ def _task(rng: random.Random, task_id: str, split: str) -> Task:
     modules = rng.sample(MODULES, 3)
     functions = {module: _names(rng, module, FUNCTIONS, split, rng.randint(2, 3)) for module in modules}
     constants = {module: _names(rng, module, CONSTANTS, split, rng.randint(0, 1)) for module in modules}
-    # Names are unique in a task, so that a grep for one finds one place.
+    # Names are unique within a task, so that a grep for one finds one place.
     functions, constants = _unique(functions), _unique(constants)
     calls = {(m, f): rng.choice(list(HELPERS)) for m, names in functions.items() for f in names}
     values = {(m, c): rng.randint(10, 99) for m, names in constants.items() for c in names}
@@ -99,13 +99,13 @@ def _task(rng: random.Random, task_id: str, split: str) -> Task:
     files = {f"{module}.py": _module(rng, module, calls, values) for module in modules}
     files["lib.py"] = "".join(f"def {name}(a, b): return ({formula}) % {MODULUS}\n" for name, (formula, _) in HELPERS.items())
     files["test.py"] = _runner(visible)
-    # Copies, so that a repair that went wrong can start over.
+    # Copies, so that a failed repair can start over.
     files |= {f"{ORIGINALS}/{name}": text for name, text in files.items()}
     return Task(
         id=task_id,
         statement=STATEMENT,
         files=files,
-        # The check runs on other arguments than those that the agent sees, in a file that it never sees.
+        # The check runs on arguments other than those that the agent sees, in a file that it never sees.
         grading=ScriptGrading(files={"hidden_test.py": _runner(hidden)}, command="python3 hidden_test.py"),
         split=split,
     )
@@ -135,7 +135,7 @@ def _checks(rng: random.Random, calls: dict[tuple[str, str], str], values: dict[
 
 
 def _telling_arguments(rng: random.Random) -> tuple[int, int]:
-    """Arguments on which no two helpers agree."""
+    """Return arguments on which no two helpers agree."""
     while True:
         a, b = rng.randint(10, 99), rng.randint(10, 99)
         if len({function(a, b) for _, function in HELPERS.values()}) == len(HELPERS):
@@ -154,7 +154,7 @@ def _runner(checks: list[Check]) -> str:
 
 
 def write(path: Path, tasks: Iterator[Task]) -> None:
-    """One task a line."""
+    """Write one task per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(task.model_dump_json(exclude_none=True) + "\n" for task in tasks))
 

@@ -3,9 +3,9 @@
     python examples/quickstart/teacher.py --port 8971
 
 It is stateless: each answer follows from the request's messages alone, so it can label any state that any student has
-reached. It knows what the four helpers compute, and replays the conversation to find out what it may still believe: a
-test result holds until something changes, a line that grep showed holds until its file changes, and after a command whose effect
-it cannot tell it restores the files first.
+reached. It knows what the four helpers compute, and replays the conversation to determine what it still knows: a test
+result is valid until something changes, a line that grep showed until its file changes, and after a command of unknown
+effect it restores the files first.
 """
 
 import argparse
@@ -28,10 +28,10 @@ SUBMIT = "submit"
 _EDIT = re.compile(r"sed -i '\d+s/\w+/\w+/' (\w+\.py)")
 _SEARCH = re.compile(r'grep -n "(?:def (?=\w+")|(?=\w+ =))(\w+)(?: =)?" \*\.py')
 _SIMPLE = re.compile(r"[^;|&<>()$`\n]+")
-"""One command: nothing that redirects, chains or substitutes."""
+"""A single command: nothing that redirects, chains or substitutes."""
 _READERS = ("grep ", "cat ", "ls", "head ", "tail ")
 _NOT_RUN = re.compile(r"bash: (?:-c: )?line 1: .*(?:unexpected EOF|syntax error)|sed: -e expression", re.DOTALL)
-"""What bash and sed say when they could not even read a command."""
+"""Messages of bash and sed when they could not even parse a command."""
 _LINE = re.compile(r"^(\w+\.py):(\d+):(.*)$", re.MULTILINE)
 _FAIL = re.compile(r"FAIL (\w+)(?:\((\d+), (\d+)\))? got (\d+) want (\d+)")
 
@@ -47,17 +47,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What follows from a conversation about the files as they are now."""
+    """What a conversation implies about the files as they are now."""
 
     understood: bool = True
     """Whether every change since the last restore was a plain edit of a module."""
     verdict: str | None = None
     """Output of the test, if nothing changed since."""
     lines: Mapping[str, Line | None] = field(default_factory=dict)
-    """What grep showed, by name; None where it found nothing."""
+    """What grep showed, by name; None if it found nothing."""
 
     def after(self, command: str, output: str) -> "Knowledge":
-        """What is known once a command has printed its output."""
+        """Return what is known after a command has printed its output."""
         if command == TEST:
             return replace(self, verdict=output)
         if command == RESTORE:
@@ -81,7 +81,7 @@ def _changes_nothing(command: str, output: str) -> bool:
 
 
 def act(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The right next command at this state."""
+    """Return the right next command at this state."""
     known = Knowledge()
     for command, output in _turns(messages):
         known = known.after(command, output)
@@ -103,28 +103,28 @@ def _repair(verdict: str, lines: Mapping[str, Line | None]) -> str:
         return f'grep -n "def {name}" *.py' if a else f'grep -n "{name} =" *.py'
     line = lines[name]
     if line is None:
-        return RESTORE  # what the test calls stands nowhere
+        return RESTORE  # the name that the test uses is defined nowhere
     wrong, right = _call(int(a), int(b), int(got), int(want)) if a else (got, want)
     expected = f"def {name}(a, b): return {wrong}(a, b)" if a else f"{name} = {wrong}"
-    # A line that does not explain the failure, or a failure that no helper would mend: something else was changed.
+    # A line that does not explain the failure, or a failure that no helper would fix: something else was changed.
     return f"sed -i '{line.number}s/{wrong}/{right}/' {line.file}" if line.text == expected and wrong != right else RESTORE
 
 
 def _call(a: int, b: int, got: int, want: int) -> tuple[str, str]:
-    """The helper that a line calls and the one that it should; twice the same where they do not explain the failure."""
+    """Return the helper that a line calls and the right one; twice the same if they do not explain the failure."""
     by_result = {function(a, b): helper for helper, (_, function) in HELPERS.items()}
     wrong = by_result.get(got, "")
     return wrong, by_result.get(want, wrong)
 
 
 def _name(text: str) -> str:
-    """The name that a line defines."""
+    """Return the name that a line defines."""
     definition = re.match(r"(?:def )?(\w+)", text)
     return definition[1] if definition else ""
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Commands and what each printed. An answer without a command got an error message and changed nothing."""
+    """Return commands and what each printed. An answer without a command got an error message and changed nothing."""
     pairs = pairwise(messages)
     return [(_text(m), _text(n)) for m, n in pairs if m["role"] == "assistant" and n["role"] == "user"]
 
@@ -135,14 +135,14 @@ def _text(message: Mapping[str, Any]) -> str:
 
 
 def act_as_student(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A student for tests: mostly right, else wrong in one of the ways of students; the same at the same state, always."""
+    """Act as a student for tests: mostly right, otherwise wrong in typical ways; always the same at the same state."""
     state = json.dumps([(m["role"], _text(m)) for m in messages]).encode()
     rng = random.Random(hashlib.sha256(state).digest())
     return act(messages) if rng.random() < 0.6 else mistake(rng, messages)
 
 
 def mistake(rng: random.Random, messages: Sequence[Mapping[str, Any]]) -> str:
-    """A command that a half-trained student might well give."""
+    """Return a command that a half-trained student might plausibly give."""
     module, name, constant = rng.choice(MODULES), rng.choice(FUNCTIONS), rng.choice(CONSTANTS)
     helper, other = rng.sample(list(HELPERS), 2)
     past = [command for command, _ in _turns(messages)] or [TEST]
@@ -166,7 +166,7 @@ def mistake(rng: random.Random, messages: Sequence[Mapping[str, Any]]) -> str:
         right.replace(" ", "", 1),
         right[: rng.randint(1, len(right))],
     ]
-    if edit:  # the likeliest mistake: the right place, the wrong guess
+    if edit:  # the most likely mistake: the right place, the wrong guess
         guesses += [right.replace(right.split("/")[2], helper)] * len(guesses)
     return rng.choice(guesses)
 
@@ -211,7 +211,7 @@ async def _send(response: web.StreamResponse, event: dict[str, Any]) -> None:
 
 
 def _usage(messages: Sequence[Mapping[str, Any]], content: str) -> dict[str, int]:
-    """Tokens as words and marks: a scripted policy has no tokenizer."""
+    """Count words and punctuation as tokens: a scripted policy has no tokenizer."""
     prompt = sum(len(re.findall(r"\w+|[^\w\s]", _text(m))) for m in messages)
     completion = len(re.findall(r"\w+|[^\w\s]", content))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,8 +1,8 @@
-"""Plan before paying: what a run takes on stated hardware, from its resource alone.
+"""Estimates what a run takes on given hardware, from its resource alone, before any money is spent.
 
-Tokens, teacher calls, memory of a GPU by part, steps, hours and GPU-hours, and what does not fit with the field to change. Formulas over
-frozen data: nothing here does I/O or imports torch. Every formula names its source; `docs/estimate.md` has them together, and compares
-what they say with published figures (`python -m dagger_operator.estimate`).
+Tokens, teacher calls, GPU memory by part, steps, hours and GPU-hours, and what does not fit with the field to change. Formulas over frozen
+data: nothing here does I/O or imports torch. Every formula names its source; `docs/estimate.md` lists them all, and compares their
+results with published figures (`python -m dagger_operator.estimate`).
 """
 
 from dagger_operator.estimate.assumptions import Assumptions

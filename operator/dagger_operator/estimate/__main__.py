@@ -1,4 +1,4 @@
-"""`python -m dagger_operator.estimate`: the formulas against published figures, as `docs/estimate.md` shows them."""
+"""`python -m dagger_operator.estimate`: compares the formulas with published figures, as shown in `docs/estimate.md`."""
 
 from dagger_operator.estimate.published import table
 

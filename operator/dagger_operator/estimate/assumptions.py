@@ -1,4 +1,4 @@
-"""What a resource does not say: how long conversations are, and how well hardware is used."""
+"""Inputs of the estimate that the resource does not state: how long conversations are, and how well hardware is used."""
 
 import math
 import re
@@ -11,36 +11,36 @@ from dagger_operator.api import InvalidRun, Problem, RunSpec, SourceType
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Every number that the estimate takes on trust; each is an option of `daggerctl estimate` and stands in its output."""
+    """Every number that the estimate assumes; each is an option of `daggerctl estimate` and appears in its output."""
 
     turns: int
     """Turns of a rollout; default half of `scaffold.maxTurns`."""
     first_tokens: int
     """Tokens before the first turn: system, tools, task; default 4,000, at most a sixteenth of `end_tokens`."""
     end_tokens: int
-    """Tokens of the conversation at the end of a rollout; default what training and servers take."""
+    """Tokens of the conversation at the end of a rollout; default the maximum that training and servers accept."""
     turn_tokens: int
-    """Tokens that a policy writes in a turn; default 300, at most a third of what a turn adds."""
+    """Tokens that a policy writes per turn; default 300, at most a third of what a turn adds."""
     held_out: int
     """Tasks of an evaluation; default `tasks.heldOut.count`, or the size of the benchmark."""
     utilisation: float = 0.32
-    """Share of peak FLOP/s in training, recomputation counted. Source: 26.6 % MFU of prime-rl's Qwen3-4B SFT at 16K on 8 H100 is 32 %
+    """Share of peak FLOP/s in training, including recomputation. Source: 26.6 % MFU of prime-rl's Qwen3-4B SFT at 16K on 8 H100 is 32 %
     when attended pairs and recomputation are counted as here."""
     prefill_utilisation: float = 0.4
-    """Share of peak FLOP/s of a server at work on prompts. No source: an assumption."""
+    """Share of peak FLOP/s of a server in prefill. No source: an assumption."""
     decode_efficiency: float = 0.6
-    """Share of memory bandwidth of a server that writes. No source: an assumption."""
+    """Share of memory bandwidth of a server in decoding. No source: an assumption."""
     cached: float = 0.95
-    """Share of a known prefix that a server still has, where its KV cache holds all rollouts in flight; where it does not, less in
-    proportion."""
+    """Share of a known prefix that is still in a server's KV cache if the cache holds all rollouts in flight; otherwise
+    proportionally less."""
     command_seconds: float = 5.0
-    """A command in a sandbox. No source: an assumption; measure yours."""
+    """Duration of a command in a sandbox. No source: an assumption; measure yours."""
     rollout_seconds: float = 120.0
-    """Start of a sandbox and grading, for each rollout. No source: an assumption."""
+    """Starting a sandbox and grading, per rollout. No source: an assumption."""
     endpoint_seconds: float = 10.0
-    """A turn of a policy behind an endpoint. No source: an assumption."""
+    """Duration of a turn of a policy behind an endpoint. No source: an assumption."""
     change_seconds: float = 180.0
-    """Start of training, and of servers with new weights; where GPUs are time-shared, of servers anew."""
+    """Starting training, and servers with new weights; if GPUs are time-shared, also restarting servers."""
 
     @property
     def turn_growth(self) -> float:
@@ -49,7 +49,7 @@ class Assumptions:
 
     @classmethod
     def of(cls, spec: RunSpec, **given: Any) -> Self:
-        """Defaults for a run; `given` are those that were stated. Raises `InvalidRun` where they contradict each other or the run."""
+        """Return the defaults for a run, overridden by `given`. Raises `InvalidRun` if values contradict each other or the run."""
         stated = {name: value for name, value in given.items() if value is not None}
         turns = stated.get("turns", max(1, spec.scaffold.max_turns // 2))
         lengths = [spec.training.max_sequence_tokens]
@@ -64,7 +64,7 @@ class Assumptions:
         return made
 
     def _refuse_nonsense(self, most: Mapping[str, tuple[int, str]]) -> None:
-        """`most`: what the run allows, and the field that says so."""
+        """`most`: the largest value that the run allows, and the field that sets it."""
         seconds = [field.name for field in fields(self) if field.name.endswith("_seconds")]
         problems = [
             Problem(option(field.name), f"got {value}", "write a number above 0")
@@ -96,12 +96,12 @@ class Assumptions:
 
 
 def option(name: str) -> str:
-    """The option of `daggerctl estimate` that states an assumption."""
+    """Return the option of `daggerctl estimate` that sets an assumption."""
     return f"--{name.replace('_', '-')}"
 
 
 def _most(spec: RunSpec) -> dict[str, tuple[int, str]]:
-    """The largest number that a run allows for an assumption, and the field that says so."""
+    """Return the largest number that a run allows for each assumption, and the field that sets it."""
     served = {"student": spec.student.served, "teacher": spec.teacher.serving}
     contexts = [(serving.max_model_len, f"{role}.serving.maxModelLen") for role, serving in served.items() if serving is not None]
     writes = [
@@ -117,7 +117,7 @@ def _most(spec: RunSpec) -> dict[str, tuple[int, str]]:
 
 
 _BENCHMARKS = {SourceType.SWE_BENCH: 500, SourceType.SWE_GYM: 2438}
-"""Tasks of SWE-bench Verified and of SWE-Gym."""
+"""Number of tasks in SWE-bench Verified and in SWE-Gym."""
 
 
 def _held_out(spec: RunSpec) -> int:

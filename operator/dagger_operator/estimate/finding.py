@@ -1,11 +1,11 @@
-"""Something about a run that its owner should change."""
+"""Something in a run that its owner should change."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that does not fit, or that wastes much."""
+    """One thing that does not fit, or that is wasteful."""
 
     field: str
     value: str

@@ -1,4 +1,4 @@
-"""What of a run does not fit its hardware, and what to write instead."""
+"""Finds what in a run does not fit its hardware, and what to write instead."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from dagger_operator.estimate.waste import idle, in_flight, parted
 from dagger_operator.estimate.workload import Conversation
 
 Change = tuple[str, str, Setup]
-"""Field, value to write, and what the settings then are."""
+"""Field, value to write, and the resulting settings."""
 
 
 def findings(
@@ -29,8 +29,8 @@ def findings(
     talk: Conversation,
     wanted: Mapping[str, int],
 ) -> tuple[Finding, ...]:
-    """All of them, the fatal ones first. `needs` are those of pods on GPUs, with the field of their settings; `wanted`
-    conversations in flight at once, by policy."""
+    """Return all findings, fatal ones first. `needs` are those of pods on GPUs, with the field of their settings; `wanted` is the number of
+    concurrent conversations by policy."""
     found = list(_training(spec, gpu, shape, memory)) if memory is not None else []
     pools = {role: pool for role, pool in (("student", student), ("teacher", teacher)) if pool is not None}
     for role, pool in pools.items():
@@ -45,12 +45,12 @@ def findings(
 
 
 MARGIN = 0.9
-"""Share of a GPU that remedies aim at: the formulas are up to an eighth below what others measured (`docs/estimate.md`)."""
+"""Share of a GPU's memory that remedies aim at: the formulas are up to an eighth below what others measured (`docs/estimate.md`)."""
 
 
 def _training(spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory) -> Iterator[Finding]:
     setup = Setup.of(spec.training)
-    sharded = replace(setup, stage=max(1, setup.stage))  # what is wrong without ZeRO is told below
+    sharded = replace(setup, stage=max(1, setup.stage))  # problems without ZeRO are reported below
     if (at_first := before_sharding(shape, sharded)) > gpu.memory:
         value = f"takes {at_first / GIB:.1f} GiB of a GPU's {gpu.memory / GIB:.1f} before the first step"
         why = "every GPU has the weights whole for once, also with ZeRO-3, which shards them then"
@@ -69,7 +69,7 @@ def _training(spec: RunSpec, gpu: Gpu, shape: Shape, memory: Memory) -> Iterator
 
 
 def _remedy(spec: RunSpec, gpu: Gpu, shape: Shape) -> str:
-    """The first single change that suffices, or else several, one after the other; what costs least time first."""
+    """Return the first single change that suffices, otherwise several in sequence; those that cost least time come first."""
     room = MARGIN * gpu.memory
     start = Setup.of(spec.training)
     for field, value, setup in _changes(spec, shape, start):
@@ -122,7 +122,7 @@ def _serving(role: str, pool: Pool) -> Iterator[Finding]:
 
 
 def _too_small(field: str, pool: Pool) -> Finding:
-    """vLLM does not start where its KV cache cannot hold one sequence of `maxModelLen`."""
+    """Return the finding for a KV cache that cannot hold one sequence of `maxModelLen`: vLLM would not start."""
     asked = pool.serving.max_model_len
     room = f"beside {pool.weights / GIB:.1f} GiB of weights a GPU has room for {pool.kv_tokens:,.0f} tokens"
     why = f"{room}, and one sequence may have {asked:,}"

@@ -1,4 +1,4 @@
-"""A stated GPU."""
+"""GPUs known to the estimate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the formulas need to know of one GPU."""
+    """Properties of one GPU that the formulas need."""
 
     name: str
     memory: float
-    """Bytes that CUDA reports, which is a little less than the label says."""
+    """Bytes that CUDA reports, which is a little less than the nominal size."""
     flops: float
-    """Dense BF16 FLOP/s of the tensor cores; data sheets often show twice as many, with sparsity."""
+    """Dense BF16 FLOP/s of the tensor cores; data sheets often state twice as much, with sparsity."""
     bandwidth: float
     """Bytes per second between memory and processor."""
 
@@ -35,6 +35,6 @@ GPUS: Mapping[str, Gpu] = {
         _gpu("A6000", 47.4, 155, 0.768),
     )
 }
-"""FLOP/s and bandwidth: NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM, HGX B200, L40S, RTX A6000), sparsity taken out.
-Memory of H100, H200, B200 and A6000: peak in GiB by peak in percent, as in prime-rl's stored benchmarks (`benchmarks/baselines`); of the
-others what PyTorch's out-of-memory messages name as total capacity."""
+"""FLOP/s and bandwidth: NVIDIA's data sheets (A100 SXM, H100 SXM, H200 SXM, HGX B200, L40S, RTX A6000), without sparsity.
+Memory of H100, H200, B200 and A6000: peak in GiB divided by peak in percent, from prime-rl's stored benchmarks (`benchmarks/baselines`);
+of the others the total capacity stated in PyTorch's out-of-memory messages."""

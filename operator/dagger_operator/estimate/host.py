@@ -1,4 +1,4 @@
-"""What a training node and a serving pod take beside GPUs: host memory, and disk (ephemeral storage)."""
+"""Host resources of a training node and a serving pod: memory, and disk (ephemeral storage)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from dagger_operator.estimate.memory import Memory, Setup
 from dagger_operator.estimate.models import Shape
 
 PROCESS = 4 * GIB
-"""Of a process that works on a GPU: libraries, CUDA's host side, pinned buffers. No source: an assumption."""
+"""Bytes of a process that uses a GPU: libraries, CUDA's host side, pinned buffers. No source: an assumption."""
 OTHER = 4 * GIB
-"""On disk: kernels that are compiled there, logs, temporary files. No source: an assumption."""
+"""Bytes on disk of compiled kernels, logs, temporary files. No source: an assumption."""
 STORED = 2
-"""Bytes of a stored parameter: BF16, as the paper's models have it."""
+"""Bytes of a stored parameter: BF16, as in the paper's models."""
 TOKEN = 4
 """Bytes of a label's token in the trainer (`training/strand.py`)."""
 
@@ -25,46 +25,46 @@ class TrainingNode:
 
     processes: float
     labels: float
-    """Every rank holds all labels, and of each one's state what the state before it has not."""
+    """Every rank holds all labels, and of each label's state only what the state before it lacks."""
     loading: float
-    """Every rank loads the weights whole before DeepSpeed shares them out, all at the same time. At most: pages of a file in the same
-    type may be shared."""
+    """Every rank loads the whole weights before DeepSpeed shards them, all at the same time. An upper bound: pages of a file of the same
+    dtype may be shared."""
     offloaded: float
     gathered: float
-    """The trained weights on rank 0, in FP32 and in the type in which they are stored."""
+    """The trained weights on rank 0, in FP32 and in the stored dtype."""
     weights: float
-    """On disk, from here on: the student that training starts from."""
+    """On disk, like the fields below: the student that training starts from."""
     checkpoint: float
-    """What a node writes of one, or reads to go on from it: its ranks' files and the first node's."""
+    """What a node writes of a checkpoint, or reads to resume from it: its ranks' files and the first node's."""
     export: float
     other: float
     whole_checkpoint: float
-    """Of all nodes."""
+    """The checkpoint of all nodes."""
 
     @property
     def memory(self) -> float:
-        """At the fullest of three moments: labels are exchanged, weights are loaded, trained weights are gathered."""
+        """Bytes of memory at the fullest of three moments: labels are exchanged, weights are loaded, trained weights are gathered."""
         return self.processes + self.labels + max(self.labels, self.loading, self.offloaded + self.gathered)
 
     @property
     def disk(self) -> float:
-        """A checkpoint is gone before the student is written."""
+        """Bytes of disk: a checkpoint is deleted locally before the student is written."""
         return self.weights + max(self.checkpoint, self.export) + self.other
 
     @property
     def disk_cut_anew(self) -> float:
-        """Where training goes on with another number of ranks: every node has the checkpoint, its pieces, and what is put together of
-        them (`deepspeed/checkpoint/ds_to_universal.py`, 0.19)."""
+        """Bytes of disk to resume with another number of ranks: every node has the checkpoint, its pieces, and the reassembled whole
+        (`deepspeed/checkpoint/ds_to_universal.py`, 0.19)."""
         return self.weights + 3 * self.whole_checkpoint + self.other
 
 
 @dataclass(frozen=True)
 class ServingPod:
-    """Bytes of one pod of a policy, by part. Weights go through the page cache, which the kernel takes back."""
+    """Bytes of one pod of a policy, by part. Weights pass through the page cache, which the kernel can reclaim."""
 
     processes: float
     weights: float
-    """On disk: of a student two versions, as the next one comes while the old one answers; of a folder none, it is read in its place."""
+    """On disk: two versions of a student, as the next one is loaded while the old one serves; none of a folder, which is read in place."""
     other: float
 
     @property
@@ -80,11 +80,11 @@ Need = TrainingNode | ServingPod
 
 
 def training_node(shape: Shape, training: Training, memory: Memory, label_tokens: float) -> TrainingNode:
-    """`memory` is that of a rank, `label_tokens` what is held of all labels of the largest round."""
+    """Return the needs of a node. `memory` is that of a rank, `label_tokens` the tokens held for all labels of the largest round."""
     setup, ranks, nodes = Setup.of(training), training.processes_per_node, training.nodes
     adapters = shape.adapters(setup.adapter_rank)
     trained = adapters or shape.parameters
-    # FP32 weights and both of Adam's moments: dealt out to ranks, but for what each has whole.
+    # FP32 weights and both of Adam's moments: sharded over the ranks, except for what each rank holds whole.
     dealt, first = 12 * trained, 0.0
     if setup.stage in (1, 2):
         first = (2 if setup.bf16 else 4) * trained
@@ -105,17 +105,17 @@ def training_node(shape: Shape, training: Training, memory: Memory, label_tokens
 
 
 def serving_pod(shape: Shape, serving: Serving, versions: int) -> ServingPod:
-    """A process for each GPU, vLLM's engine and its HTTP server; so many versions of the weights are on its disk at a time."""
+    """Return the needs of a pod: a process per GPU, vLLM's engine and its HTTP server; `versions` of the weights are on disk at a time."""
     return ServingPod(processes=(serving.gpus + 2) * PROCESS, weights=versions * STORED * shape.parameters, other=OTHER)
 
 
 def is_folder(model: str) -> bool:
-    """Whether a `model` is a path, of which a server copies nothing."""
+    """Whether a `model` is a path, of which a server makes no copy."""
     return model.startswith(("/", ".", "~", "file://"))
 
 
 def too_little(field: str, given: Resources, need: Need) -> Iterator[Finding]:
-    """Of what the spec sets aside or allows, what is less than is needed. A request alone is no limit: a node may have more."""
+    """Report requests and limits below what is needed. A request alone is not a limit: a node may have more."""
     for name, size in (("memory", need.memory), ("ephemeral-storage", need.disk)):
         for kind, amounts, why in (
             ("requests", given.requests, "less than it takes, so it may come to a node that has no more"),
@@ -127,7 +127,7 @@ def too_little(field: str, given: Resources, need: Need) -> Iterator[Finding]:
 
 
 def whole_gib(size: float) -> str:
-    """At least so much, as Kubernetes writes it."""
+    """Return at least this many bytes in the notation of Kubernetes."""
     return f"{-(-size // GIB):.0f}Gi"
 
 
@@ -135,6 +135,6 @@ _SUFFIXES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "Ki"
 
 
 def amount(quantity: str) -> float:
-    """What a quantity of Kubernetes says, such as `16Gi`."""
+    """Return the value of a Kubernetes quantity such as `16Gi`."""
     digits = quantity.rstrip("".join(_SUFFIXES))
     return float(digits) * _SUFFIXES.get(quantity.removeprefix(digits), 1.0)

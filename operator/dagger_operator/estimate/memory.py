@@ -1,4 +1,4 @@
-"""Memory of a GPU in training, by part, as DeepSpeed 0.19 and this trainer use it."""
+"""GPU memory in training, by part, as DeepSpeed 0.19 and this trainer use it."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from dagger_operator.estimate.hardware import GIB
 from dagger_operator.estimate.models import Shape
 
 CONTEXT = 1.2 * GIB
-"""What CUDA, NCCL and libraries hold beside PyTorch: 44.69 GiB in use with 43.48 GiB PyTorch's, in the out-of-memory message of prime-rl's
-Qwen3-0.6B SFT at 65K on an H100 (`benchmarks/baselines`)."""
+"""Memory that CUDA, NCCL and libraries hold besides PyTorch: 44.69 GiB in use of which 43.48 GiB PyTorch's, in the out-of-memory message
+of prime-rl's Qwen3-0.6B SFT at 65K on an H100 (`benchmarks/baselines`)."""
 WITHOUT_ZERO = 500_000_000
-"""Gradients that are reduced at a time without ZeRO, after the last pass: DeepSpeed's own."""
+"""Gradients that are reduced at a time without ZeRO, after the last pass: DeepSpeed's default."""
 LIVE = 1_050_000_000
 """Parameters that ZeRO-3 keeps gathered: defaults of `stage3_max_live_parameters` and `stage3_prefetch_bucket_size`."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What of a run's training settings sets its memory."""
+    """The training settings of a run that determine its memory."""
 
     stage: int
     ranks: int
@@ -28,11 +28,11 @@ class Setup:
     tokens: float
     """Tokens of a forward pass on one rank."""
     adapter_rank: int = 0
-    """Of `training.lora`, taken to be on all linear layers; 0 trains all weights."""
+    """Rank of `training.lora`, assumed to cover all linear layers; 0 trains all weights."""
 
     @classmethod
     def of(cls, training: Training) -> "Setup":
-        """A pass holds `microBatchTokens`, or one longer sequence, shared by `sequenceParallel` ranks."""
+        """Return a run's settings. A pass holds `microBatchTokens`, or one longer sequence, shared by `sequenceParallel` ranks."""
         longest = max(training.micro_batch_tokens, training.max_sequence_tokens)
         return cls(
             stage=training.deepspeed.zero_stage,
@@ -47,7 +47,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by part, when most is in use."""
+    """Bytes on one GPU by part, at the peak."""
 
     weights: float
     gradients: float
@@ -55,9 +55,9 @@ class Memory:
     activations: float
     """What the forward pass keeps for the backward pass."""
     layer: float
-    """Of one layer in its backward pass: recomputed activations, and gradients of activations. 0 when the head is at work."""
+    """One layer in its backward pass: recomputed activations, and gradients of activations. 0 if the peak is in the head."""
     logits: float
-    """0 when a layer is at work; what reducing the head's gradient takes, where that is more."""
+    """0 if the peak is in a layer; otherwise, if larger, what reducing the head's gradient takes."""
     buffers: float
     """Communication, gathered weights, CUDA's context."""
     host: float = 0.0
@@ -70,11 +70,11 @@ class Memory:
 
 
 def kept_by_a_layer(shape: Shape, width: int) -> float:
-    """Bytes that one layer keeps of each token, `width` bytes a number (Korthikanti et al. 2022 for the method, arXiv 2205.05198).
+    """Return the bytes that one layer keeps per token, with `width` bytes per number (method: Korthikanti et al. 2022, arXiv 2205.05198).
 
-    Each of two norms: its input in FP32, the normalised input, the output. Norms of queries and keys the same. Attention that writes
-    no scores: q, k, v and output. SwiGLU: gate, its activation, up, their product; of experts the visited ones, and their inputs and
-    outputs.
+    Two norms, each with its input in FP32, the normalised input, and the output. Norms of queries and keys likewise. Attention that
+    stores no scores: q, k, v and output. SwiGLU: gate, its activation, up, their product; with experts only the active ones, and their
+    inputs and outputs.
     """
     norm = 4 + 2 * width
     experts = max(1, shape.active_experts)
@@ -84,29 +84,29 @@ def kept_by_a_layer(shape: Shape, width: int) -> float:
 
 
 def in_a_layer(shape: Shape, width: int) -> float:
-    """Bytes of each token in one layer's backward pass: what it keeps, and the gradients of gate, up and their product."""
+    """Return the bytes per token in one layer's backward pass: what it keeps, and the gradients of gate, up and their product."""
     return kept_by_a_layer(shape, width) + 3 * width * shape.intermediate * max(1, shape.active_experts)
 
 
 def activations(shape: Shape, width: int, checkpointing: bool) -> float:
-    """Bytes of each token that the forward pass keeps: each layer's input alone, or all that a layer needs."""
+    """Return the bytes per token that the forward pass keeps: only each layer's input, or all that a layer needs."""
     return shape.layers * (width * shape.hidden if checkpointing else kept_by_a_layer(shape, width))
 
 
 def logits(shape: Shape, rows: float, copies: int = 3) -> float:
-    """Bytes of logits when most exist. FP32 copies in the backward pass of torch's cross-entropy: log-probabilities, their gradient,
+    """Return the bytes of logits at the peak. FP32 copies in the backward pass of torch's cross-entropy: log-probabilities, their gradient,
     the logits' gradient."""
     return 4 * copies * rows * shape.vocabulary
 
 
 def training_memory(shape: Shape, setup: Setup) -> Memory:
-    """Memory of one rank at the fuller of two moments: the head's backward pass, or that of the layer before it.
+    """Return the memory of one rank at the larger of two moments: the head's backward pass, or that of the layer before it.
 
-    States as in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3), with what `training/engine.py` configures: weights in BF16,
-    and in FP32 with both of Adam's moments in the optimiser; gradients summed in FP32, which ZeRO-1 does whole on each rank. Without ZeRO
-    all is FP32, with BF16 copies under autocast. Offloaded are the optimiser and with ZeRO-3 gradients; with ZeRO-2 those of FP32 alone,
-    since sums in another precision than the weights' stay on the GPU (DeepSpeed 0.19, `_use_compact_grad_partition_buffer`). Where
-    adapters are trained, only they have gradients and a part in the optimiser.
+    States as in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3), configured as in `training/engine.py`: weights in BF16, and
+    in FP32 with both of Adam's moments in the optimiser; gradients accumulated in FP32, which ZeRO-1 keeps whole on each rank. Without
+    ZeRO all is FP32, with BF16 copies under autocast. Offloading moves the optimiser and with ZeRO-3 gradients; with ZeRO-2 only those of
+    FP32 training, since sums in another precision than the weights' stay on the GPU (DeepSpeed 0.19,
+    `_use_compact_grad_partition_buffer`). If adapters are trained, only they have gradients and optimiser state.
     """
     adapters, width = shape.adapters(setup.adapter_rank), 2 if setup.bf16 else 4
     number = shape.parameters + adapters
@@ -119,7 +119,7 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
     kept = setup.tokens * activations(shape, width, setup.checkpointing)
     moments = {"layer": setup.tokens * (in_a_layer(shape, width) - (0 if setup.checkpointing else kept_by_a_layer(shape, width)))}
     largest, head = (0, 0) if adapters else (shape.matrix, shape.head)
-    on_its_way = _reducing(head) - _reducing(largest) if setup.stage > 1 else 0  # with ZeRO-1 it is when all passes are over
+    on_its_way = _reducing(head) - _reducing(largest) if setup.stage > 1 else 0  # ZeRO-1 reduces after all passes
     moments["logits"] = max(logits(shape, min(TARGETS_AT_ONCE, setup.tokens)), on_its_way)
     fuller = max(moments, key=lambda part: moments[part])
     return Memory(
@@ -135,13 +135,13 @@ def training_memory(shape: Shape, setup: Setup) -> Memory:
 
 
 def before_sharding(shape: Shape, setup: Setup) -> float:
-    """Bytes on one GPU before its first step: DeepSpeed puts all weights there before ZeRO-3 shards them (0.19,
-    `_configure_distributed_model`), so they have to fit for once on however many GPUs."""
+    """Return the bytes on one GPU before its first step: DeepSpeed puts all weights there before ZeRO-3 shards them (0.19,
+    `_configure_distributed_model`), so they must fit once, however many GPUs there are."""
     return CONTEXT + (2 if setup.bf16 and setup.stage else 4) * (shape.parameters + shape.adapters(setup.adapter_rank))
 
 
 def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) -> float:
-    """What reduction takes in a layer's backward pass, and gathered weights."""
+    """Return what reduction takes in a layer's backward pass, plus gathered weights."""
     if setup.stage == 0:
         return (width if setup.bf16 else 0) * number + 4 * min(trained, WITHOUT_ZERO)
     gathered = width * min(number, LIVE) if setup.stage == 3 and setup.ranks > 1 else 0
@@ -149,5 +149,5 @@ def _buffers(number: int, trained: int, largest: int, width: int, setup: Setup) 
 
 
 def _reducing(gradient: int) -> float:
-    """The bucket, allocated whole, and what is reduced at a time, that is it or a larger gradient: once more, and in FP32."""
+    """Return the bytes of the bucket, allocated whole, and of what is reduced at once (it or a larger gradient): a copy, and in FP32."""
     return 4 * REDUCED_AT_ONCE + 8 * max(REDUCED_AT_ONCE, gradient)

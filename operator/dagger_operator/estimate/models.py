@@ -1,4 +1,4 @@
-"""The shape of a model: its parameters, and what one token of it costs."""
+"""The shape of a model: its parameters, and the cost of one token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dagger_operator.api.context import longest_context
 
 
 class UnknownShape(ValueError):
-    """A model whose shape cannot be read: `problem` is what is wrong with its config, `remedy` what to do."""
+    """A model whose shape cannot be read: `problem` states what is wrong with its config, `remedy` what to do."""
 
     def __init__(self, problem: str, remedy: str) -> None:
         self.problem, self.remedy = problem, remedy
@@ -19,7 +19,7 @@ class UnknownShape(ValueError):
 class Shape:
     """A decoder with grouped-query attention, SwiGLU and RMSNorm: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE.
 
-    Names are those of Hugging Face's `config.json`. Biases are left out: Qwen2 alone has some, under 0.1 % of its parameters.
+    Names are those of Hugging Face's `config.json`. Biases are ignored: only Qwen2 has some, under 0.1 % of its parameters.
     """
 
     layers: int
@@ -31,18 +31,18 @@ class Shape:
     head_dim: int
     vocabulary: int
     tied: bool = False
-    """Whether embedding and head are one matrix."""
+    """Whether embedding and head share one matrix."""
     qk_norm: bool = True
     """RMSNorm over each head's queries and keys (Qwen3)."""
     experts: int = 0
-    """Experts of each layer; 0 is a dense model."""
+    """Experts per layer; 0 for a dense model."""
     active_experts: int = 0
-    """Experts that a token visits."""
+    """Experts that a token is routed to."""
     positions: int | None = None
     """The longest context that vLLM serves."""
     hybrid: bool = False
-    """Whether it thinks unless its chat template is told not to. Such a template writes an empty thought before the turn that is to be
-    said and leaves it out once that is history: no label has the tokens of the turn that was taken."""
+    """Whether it thinks unless its chat template is told not to. Such a template writes an empty thought before the turn to be generated
+    and omits it once the turn is history: no label has the same tokens as the turn that was taken."""
 
     @property
     def q_width(self) -> int:
@@ -66,7 +66,7 @@ class Shape:
 
     @property
     def matrix(self) -> int:
-        """Parameters of a layer's largest matrix; gate and up of all experts are one."""
+        """Parameters of a layer's largest matrix; gate and up of all experts count as one."""
         return self.hidden * max(self.q_width, self.intermediate * max(1, 2 * self.experts))
 
     @property
@@ -76,24 +76,24 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All parameters; equals the number that the published checkpoints hold."""
+        """Number of all parameters; equals that of the published checkpoints."""
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         layer = self.attention + self.mlp * max(1, self.experts) + self.hidden * self.experts + norms
         return self.layers * layer + self.hidden + self.head * (1 if self.tied else 2)
 
     def adapters(self, rank: int) -> int:
-        """Parameters of low-rank adapters of all linear layers in the decoder; experts, each kind of them one tensor, get none."""
+        """Return the parameters of adapters on all linear layers of the decoder; experts, stored as one tensor per kind, get none."""
         attention = 2 * (self.hidden + self.q_width) + 2 * (self.hidden + self.kv_width)
         return self.layers * rank * (attention + (0 if self.experts else 3 * (self.hidden + self.intermediate)))
 
     @property
     def body(self) -> int:
-        """Parameters that multiply each token outside of the head: of experts only those that a token visits, and the router."""
+        """Parameters outside the head that multiply each token: of experts only the active ones, and the router."""
         return self.layers * (self.attention + self.mlp * (self.active_experts or 1) + self.hidden * self.experts)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV cache of one token over all layers: key and value, two bytes each (BF16)."""
+        """Bytes of KV cache per token over all layers: key and value, two bytes each (BF16)."""
         return self.layers * 2 * self.kv_width * 2
 
 
@@ -111,9 +111,9 @@ KNOWN: Mapping[str, Shape] = {
 
 
 def shape_of(config: Mapping[str, Any], chat_template: str = "") -> Shape:
-    """The shape that a Hugging Face `config.json` describes; its chat template says whether it is a hybrid thinking model.
+    """Return the shape that a Hugging Face `config.json` describes; the chat template shows whether it is a hybrid thinking model.
 
-    Raises `UnknownShape` where a number is missing, or where layers are not all of the kind that `Shape` describes.
+    Raises `UnknownShape` if a number is missing, or if any layer is not of the kind that `Shape` describes.
     """
     kinds = {str(kind) for kind in config.get("layer_types") or []} - {"full_attention", "sliding_attention"}
     if kinds:

@@ -1,7 +1,7 @@
-"""What the formulas say of setups whose figures others published.
+"""Compares the formulas with figures that others published.
 
 prime-rl: `benchmarks/baselines` of PrimeIntellect-ai/prime-rl at commit 559b4477, measured in January 2026: full fine-tuning under FSDP,
-every layer recomputed, one sequence in a micro-batch. It counts MFU in its own way (`src/prime_rl/trainer/perf.py`): attention as
+every layer recomputed, one sequence per micro-batch. It counts MFU in its own way (`src/prime_rl/trainer/perf.py`): attention as
 wide as `hidden` and without the mask, so half of its pairs do not exist.
 """
 
@@ -26,13 +26,13 @@ class Benchmark:
     kind: str
     """SFT has all logits at once, RL a chunked head."""
     tokens: int
-    """Of a sequence."""
+    """Tokens per sequence."""
     throughput: float
-    """Tokens per second of all GPUs."""
+    """Tokens per second over all GPUs."""
     mfu: float
     """As prime-rl counts it."""
     peak: float
-    """GiB of one GPU, PyTorch's own."""
+    """GiB on one GPU, PyTorch's own."""
 
     @property
     def shape(self) -> Shape:
@@ -43,7 +43,7 @@ class Benchmark:
 
     @property
     def throughput_at_its_mfu(self) -> float:
-        """Tokens per second that its MFU means, counted as prime-rl does."""
+        """Tokens per second that follow from its MFU, counted as prime-rl does."""
         return self.mfu * self.gpus * GPUS[self.gpu].flops / prime_rl_flops(self.shape, self.tokens)
 
     @property
@@ -54,19 +54,19 @@ class Benchmark:
 
     @property
     def peak_by_formula(self) -> float:
-        """GiB, where FSDP shards FP32 weights, gradients and moments, and gathers the head and two layers in BF16."""
+        """GiB with FSDP: FP32 weights, gradients and moments are sharded, and the head and two layers are gathered in BF16."""
         shape = self.shape
         gathered = 2 * (shape.head + 2 * (shape.attention + shape.mlp * max(1, shape.experts)))
         kept = self.tokens * activations(shape, 2, checkpointing=True)
         moments = [self.tokens * in_a_layer(shape, 2)]
         if self.kind == "SFT":
-            # Beside the three copies of the backward pass it holds on to the logits, in BF16 and in FP32.
+            # Besides the three copies of the backward pass it keeps the logits, in BF16 and in FP32.
             moments.append(logits(shape, self.tokens, copies=4) + 2 * self.tokens * shape.vocabulary)
         return (16 * shape.parameters / self.gpus + gathered + kept + max(moments)) / GIB
 
 
 def prime_rl_flops(shape: Shape, tokens: int) -> float:
-    """FLOP of a token in training as prime-rl counts them."""
+    """Return the FLOP per token in training as prime-rl counts them."""
     return 6 * (shape.body + shape.head) + 12 * shape.layers * shape.hidden * tokens
 
 
@@ -84,11 +84,11 @@ PRIME_RL = (
     Benchmark(1, "H100-80GB", "Qwen3-0.6B", "RL", 65536, 10147, 0.26805, 19.56),
     Benchmark(1, "A6000", "Qwen3-0.6B", "SFT", 8192, 6604, 0.13534, 31.21),
 )
-"""All that are on GPUs and models that are known here, without LoRA and offloading. Prime-rl counts an A6000 as an A100, 312 TFLOP/s."""
+"""All results on GPUs and models known here, without LoRA and offloading. Prime-rl counts an A6000 as an A100, 312 TFLOP/s."""
 
 
 def table() -> Iterator[str]:
-    """The comparison as Markdown, a line at a time."""
+    """Yield the comparison as lines of Markdown."""
     yield "| setup (prime-rl) | tokens/s | at its MFU | at our default | peak GiB | by formula |"
     yield "|---|---:|---:|---:|---:|---:|"
     for one in PRIME_RL:

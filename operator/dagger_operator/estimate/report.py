@@ -12,7 +12,7 @@ from dagger_operator.estimate.serving import Pool
 
 
 def as_data(estimate: Estimate) -> dict[str, Any]:
-    """Names in camelCase as in the resource; bytes, seconds and tokens as numbers. Nothing that is not known is there as a number."""
+    """Return an estimate with camelCase names as in the resource; bytes, seconds and tokens as numbers. Unknown values are not numbers."""
     return {
         "gpu": _plain(estimate.gpu),
         "assumed": _plain(estimate.assumed),

@@ -19,7 +19,7 @@ from dagger_operator.estimate.workload import Conversation, Tokens, teacher_shar
 
 
 def estimate(spec: RunSpec, gpu: Gpu, student: Shape, teacher: Shape | None, assumed: Assumptions) -> Estimate:
-    """Everything about a run; `teacher` is None for an endpoint."""
+    """Return the estimate of a run; `teacher` is None for an endpoint."""
     return _Planner(spec, gpu, student, teacher, assumed).estimate()
 
 
@@ -104,8 +104,8 @@ class _Planner:
         return self.spec.tasks.count_at(number) * self.spec.tasks.rollouts_per_task
 
     def _training(self, number: int) -> tuple[int, Tokens, Tokens]:
-        """Optimiser steps of a round, and what passes through the model in all of them: the trajectories of its aggregation, as often
-        as epochs or `steps` say."""
+        """Return the optimiser steps of a round, and what passes through the model in all of them: the trajectories of its aggregation,
+        as often as `epochs` or `steps` require."""
         training = self.spec.training
         if not self.trains:
             return 0, Tokens(), Tokens()
@@ -122,11 +122,11 @@ class _Planner:
         return steps, trees * times, self.per_label * (trajectories * times)
 
     def _aggregated(self, number: int) -> range:
-        """Rounds whose trajectories a round trains on."""
+        """Return the rounds whose trajectories a round trains on."""
         return range(number if self.spec.training.aggregation is Aggregation.CURRENT_ROUND_ONLY else 1, number + 1)
 
     def _label_tokens(self) -> float:
-        """Of all labels of the largest round: each trajectory's last state, and the labels."""
+        """Return the tokens held for all labels of the largest round: each trajectory's last state, and the labels."""
         rounds = range(1, self.spec.rounds + 1)
         held = self.talk.trees(teacher_share=0.0, most_tokens=math.inf).tokens
         return held * max(sum(map(self._rollouts, self._aggregated(number))) for number in rounds)
@@ -140,7 +140,7 @@ class _Planner:
         return took + self.assumed.change_seconds
 
     def _seconds(self) -> dict[Step, float | None]:
-        """Of every step; None where it is not known."""
+        """Return the seconds of every step; None if unknown."""
         took: dict[Step, float | None] = {}
         for span in spans(self.spec):
             took |= {step: self._pace(step) for step in span.steps}
@@ -150,7 +150,7 @@ class _Planner:
         return took
 
     def _together(self, rollout: Step, evaluation: Step) -> tuple[float | None, float | None]:
-        """Of the evaluation and the first of the steps beside it; the others ask no student, or are taken as if they did not."""
+        """Return the seconds of `rollout`, the first step of a span, and of `evaluation` beside the span; later steps count as no load."""
         alone = self._pace(rollout), self._pace(evaluation)
         slowed = self._pace(rollout, self._load(evaluation)), self._pace(evaluation, self._load(rollout))
         if alone[0] is None or alone[1] is None or slowed[0] is None or slowed[1] is None:
@@ -158,7 +158,7 @@ class _Planner:
         return side_by_side(Pace(alone[0], slowed[0]), Pace(alone[1], slowed[1]))
 
     def _pace(self, step: Step, beside: Load = NOTHING) -> float | None:
-        """Seconds of one step, while others ask so much of the student."""
+        """Return the seconds of one step while other steps put the load `beside` on the student."""
         student, teacher = self._on_cpu(self.spec.student.served), self._on_cpu(self.spec.teacher.serving)
         match step.stage:
             case StageName.ROLLOUT:
@@ -175,7 +175,7 @@ class _Planner:
         return 0.0
 
     def _load(self, step: Step) -> Load:
-        """What a step asks of the student."""
+        """Return the load of a step on the student."""
         match step.stage:
             case StageName.ROLLOUT:
                 return self.acting.rollout_load(self._rollouts(step.round), self.shares[step.round - 1])
@@ -184,7 +184,7 @@ class _Planner:
         return NOTHING
 
     def _in_flight(self) -> dict[str, int]:
-        """Conversations at once, by the policy that is to keep their prefixes."""
+        """Return the number of concurrent conversations, by the policy that should keep their prefixes."""
         student = max(
             self._load(span.steps[0]).in_flight + (self._load(span.beside).in_flight if span.beside else 0) for span in spans(self.spec)
         )

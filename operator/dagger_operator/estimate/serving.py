@@ -10,8 +10,8 @@ from dagger_operator.estimate.hardware import GIB, Gpu
 from dagger_operator.estimate.models import Shape
 
 WORKSPACE = 3 * GIB
-"""Of each GPU, what vLLM keeps for the activations of a step of 8,192 tokens, logits of its sampler and CUDA graphs. No source: an
-assumption; a server's own log names its KV cache."""
+"""Bytes per GPU that vLLM keeps for the activations of a step of 8,192 tokens, logits of its sampler and CUDA graphs. No source: an
+assumption; a server's own log states its KV cache."""
 UTILISATION = 0.9
 """vLLM's default `--gpu-memory-utilization`."""
 
@@ -36,17 +36,17 @@ class Pool:
 
     @property
     def weights(self) -> float:
-        """Bytes of BF16 weights on each GPU: tensor and pipeline parallelism share them out."""
+        """Bytes of BF16 weights per GPU: sharded by tensor and pipeline parallelism."""
         return 2 * self.shape.parameters / self.gpus_of_a_replica
 
     @property
     def kv_memory(self) -> float:
-        """Bytes of each GPU that are left for KV cache; below 0 where the weights do not fit."""
+        """Bytes per GPU left for KV cache; below 0 if the weights do not fit."""
         return self.gpu.memory * self.utilisation - self.weights - WORKSPACE
 
     @property
     def kv_of_a_token(self) -> float:
-        """Bytes on each GPU; a head of keys is not cut, so tensor parallelism beyond `kv_heads` copies it (PagedAttention, arXiv
+        """Bytes per GPU; a key head is not split, so tensor parallelism beyond `kv_heads` copies it (PagedAttention, arXiv
         2309.06180, section 3)."""
         return self.shape.kv_bytes / (min(self.serving.gpus, self.shape.kv_heads) * self.serving.nodes)
 
@@ -62,7 +62,7 @@ class Pool:
 
     @property
     def utilisation(self) -> float:
-        """Share of memory that vLLM takes: its default, or what `extraArgs` say."""
+        """Share of memory that vLLM uses: its default, or the value in `extraArgs`."""
         given = self.serving.argument("--gpu-memory-utilization")
         if given is None:
             return UTILISATION
@@ -76,8 +76,8 @@ class Pool:
         return share
 
     def call_seconds(self, calls: float, new_tokens: float, context: float) -> float:
-        """How long one replica takes for `calls` turns at once, after a context of so many tokens, of which `new_tokens` a call are not
-        cached: prompts first, then all write together."""
+        """Return how long one replica takes for `calls` concurrent turns after `context` tokens, of which `new_tokens` per call are not
+        cached: prompts first, then all generate together."""
         if calls <= 0:
             return 0.0
         prompts = forward(self.shape, calls * new_tokens, calls * new_tokens * context, calls)
@@ -86,8 +86,8 @@ class Pool:
         return prefill + calls / together * self.assumed.turn_tokens * self.token_seconds(min(calls, together), context)
 
     def token_seconds(self, batch: float, context: float) -> float:
-        """A token for each of `batch` sequences: weights and KV cache are read once (memory-bound decoding; Pope et al. 2022, arXiv
-        2211.05102, section 2), or computing takes longer."""
+        """Return the time of one token for each of `batch` sequences: weights and KV cache are read once (memory-bound decoding; Pope et
+        al. 2022, arXiv 2211.05102, section 2), or computing if that takes longer."""
         gpus = self.gpus_of_a_replica
         read = 2 * self._weights_touched(batch) + batch * context * self.kv_of_a_token * gpus
         computed = forward(self.shape, batch, batch * context, batch)
@@ -97,16 +97,16 @@ class Pool:
         )
 
     def _weights_touched(self, batch: float) -> float:
-        """Parameters that a step reads: the embedding's rows are few, and of experts those that any token visits."""
+        """Return the parameters that a step reads: few rows of the embedding, and only the experts that some token is routed to."""
         shape = self.shape
         touched = 1 - (1 - shape.active_experts / shape.experts) ** max(1.0, batch) if shape.experts else 1.0
         return shape.layers * (shape.attention + shape.mlp * max(1, shape.experts) * touched) + shape.head
 
     def cached(self, in_flight: float, context: float) -> float:
-        """Share of a known prefix that is still there, with so many rollouts in flight over all replicas."""
+        """Return the share of a known prefix that is still cached, with `in_flight` rollouts over all replicas."""
         needed = in_flight / self.serving.replicas * context
         return self.assumed.cached * min(1.0, self.kv_tokens / max(1.0, needed))
 
     def holds(self, context: float) -> int:
-        """Rollouts of so many tokens that all replicas hold at once."""
+        """Return how many rollouts of `context` tokens all replicas hold at once."""
         return math.floor(self.kv_tokens / context) * self.serving.replicas

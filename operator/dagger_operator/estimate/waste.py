@@ -1,4 +1,4 @@
-"""What of a run works, and costs much more than it has to."""
+"""Finds what in a run works, but costs much more than necessary."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ from dagger_operator.estimate.workload import Conversation, teacher_share
 
 
 def in_flight(spec: RunSpec, pools: Mapping[str, Pool], talk: Conversation, wanted: Mapping[str, int]) -> Iterator[Finding]:
-    """Rollouts beyond the KV cache lose their prefix between turns, and read it again at each (Concur, arXiv 2601.22705). `wanted` are
-    those in flight at once, by the policy that is to keep their prefixes."""
+    """Report rollouts beyond the KV cache: they lose their prefix between turns, and recompute it at each (Concur, arXiv 2601.22705).
+    `wanted` is the number in flight at once, by the policy that should keep their prefixes."""
     rollouts = spec.rollouts
     held = {role: pool.holds(talk.mean_state) for role, pool in pools.items()}
     role = max(held, key=lambda role: wanted[role] / max(1, held[role]), default=None)
@@ -35,7 +35,7 @@ def in_flight(spec: RunSpec, pools: Mapping[str, Pool], talk: Conversation, want
 
 
 def parted(spec: RunSpec, gpu: Gpu, shape: Shape, talk: Conversation) -> Iterator[Finding]:
-    """Trees above `microBatchTokens` are parted, and each part repeats the trunk."""
+    """Report trees above `microBatchTokens`: they are split, and each part repeats the trunk."""
     training, setup = spec.training, Setup.of(spec.training)
     share = min(teacher_share(spec.mixing, number, talk.turns) for number in range(1, spec.rounds + 1))
     whole = talk.trees(share, float("inf"))
@@ -51,7 +51,7 @@ def parted(spec: RunSpec, gpu: Gpu, shape: Shape, talk: Conversation) -> Iterato
 
 
 def idle(spec: RunSpec, talk: Conversation) -> Iterator[Finding]:
-    """A step has fewer trees than there are ranks to compute them."""
+    """Report steps with fewer trees than there are ranks to compute them."""
     training = spec.training
     groups = training.nodes * training.processes_per_node // training.sequence_parallel
     labels = training.batch_size if training.batch_unit is BatchUnit.LABELS else None

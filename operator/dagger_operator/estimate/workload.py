@@ -1,4 +1,4 @@
-"""Tokens: a conversation that grows turn by turn, as one sequence for each label, and as trees."""
+"""Tokens of a conversation that grows turn by turn, as one sequence per label, and as trees."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dagger_operator.api import Mixing, MixingStrategy
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is trained on, of one trajectory or many."""
+    """Training work of one trajectory or many."""
 
     tokens: float = 0.0
     """Tokens that pass through the model."""
     pairs: float = 0.0
-    """Pairs of a token and one that it sees: what attention computes."""
+    """Pairs of a token and a token that it sees: what attention computes."""
     targets: float = 0.0
     """Tokens with loss."""
     sequences: float = 0.0
@@ -28,24 +28,24 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rollout whose every turn adds as many tokens: before turn t there are `first + (t - 1) * growth`."""
+    """A rollout in which every turn adds the same number of tokens: before turn t there are `first + (t - 1) * growth`."""
 
     turns: int
     first: float
     growth: float
-    """Tokens that a turn adds: the action, and what it made the sandbox say."""
+    """Tokens that a turn adds: the action and the resulting observation."""
     label: float
     """Tokens of a policy's turn, as action and as label."""
     labels_branch: bool = False
-    """Whether a label never has the tokens of the turn that was taken, though it is the same turn (`Shape.hybrid`)."""
+    """Whether a label never has the same tokens as the turn that was taken, even if it is the same turn (`Shape.hybrid`)."""
 
     def state(self, turn: int) -> float:
-        """Tokens before turn 1, 2, ..."""
+        """Return the number of tokens before turn 1, 2, ..."""
         return self.first + (turn - 1) * self.growth
 
     @property
     def mean_state(self) -> float:
-        """Tokens before a turn, on average."""
+        """Average number of tokens before a turn."""
         return self.first + (self.turns - 1) * self.growth / 2
 
     @property
@@ -54,18 +54,18 @@ class Conversation:
         return self.turns * self.mean_state
 
     def per_label(self) -> Tokens:
-        """One causal sequence for each label: the state, then the label."""
+        """Return the work with one causal sequence per label: the state, then the label."""
         total = Tokens()
         for turn in range(1, self.turns + 1):
             total += _causal(self.state(turn) + self.label, self.label)
         return total
 
     def trees(self, teacher_share: float, most_tokens: float, labels_of_a_step: int | None = None) -> Tokens:
-        """The same labels as trunks with branches, none above `most_tokens`.
+        """Return the work of the same labels as trunks with branches, none above `most_tokens`.
 
         Where the teacher acted, its label lies on the trunk, unless labels always branch off; the label of the last state ends it. A
-        tree that would be longer is parted, the latest turns first (`training/packing.py`). With `labels_of_a_step` optimiser steps cut
-        trajectories every so many labels, and each part repeats the trunk.
+        longer tree is split, the latest turns first (`training/packing.py`). With `labels_of_a_step`, optimiser steps split trajectories
+        after this many labels, and each part repeats the trunk.
         """
         total = Tokens()
         branching = 1.0 if self.labels_branch else 1 - teacher_share
@@ -94,7 +94,7 @@ def _groups(turns: int, size: int | None) -> Iterator[tuple[int, int]]:
 
 
 def teacher_share(mixing: Mixing, round_number: int, turns: int) -> float:
-    """Share of turns in which the teacher acts: beta, or what is left of `turns` after a prefix drawn from 0 to T_max."""
+    """Return the share of turns in which the teacher acts: beta, or what remains of `turns` after a prefix drawn from 0 to T_max."""
     if mixing.strategy is MixingStrategy.PER_TURN:
         return mixing.beta_at(round_number)
     most = mixing.max_prefix_at(round_number)

@@ -18,7 +18,7 @@ STAGE = EvaluationResult.stage
 
 
 async def evaluate(stage: Stage) -> None:
-    """Ends when the round's evaluation exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
+    """Run until the round's evaluation exists. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     spec = stage.run.spec
     if await read_result(stage.store, stage.round, EvaluationResult) is not None:
         return

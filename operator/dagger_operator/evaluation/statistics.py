@@ -12,12 +12,12 @@ from dagger_operator.store.results import EvaluationResult
 
 
 class Comparison(BaseModel):
-    """A policy, the candidate, beside another, the reference, on the tasks that both were graded on."""
+    """Comparison of a policy, the candidate, with another, the reference, on the tasks on which both were graded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     tasks: int
-    """Tasks that both were graded on."""
+    """Number of tasks on which both were graded."""
     candidate_rate: float
     reference_rate: float
     difference: float
@@ -26,15 +26,15 @@ class Comparison(BaseModel):
     """Percentile interval of the difference, by paired bootstrap over tasks."""
     confidence: float
     only_candidate: int
-    """Tasks that the candidate alone resolved."""
+    """Tasks that only the candidate resolved."""
     only_reference: int
-    """Tasks that the reference alone resolved."""
+    """Tasks that only the reference resolved."""
     p_value: float
     """McNemar's exact test, two-sided."""
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; (0, 1) where nothing was tried (Wilson 1927; Newcombe 1998, method 3)."""
+    """Return Wilson's score interval of a proportion; (0, 1) without trials (Wilson 1927; Newcombe 1998, method 3)."""
     if not 0 <= successes <= trials:
         raise ValueError(f"successes {successes} do not lie in 0..trials {trials}")
     z = _z(confidence)
@@ -43,12 +43,12 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     rate, spread = successes / trials, z * z / trials
     centre = (rate + spread / 2) / (1 + spread)
     half = z / (1 + spread) * sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
-    # At the ends the interval touches them; rounding must not leave a hair between.
+    # At 0 and 1 the interval touches the bound; rounding must not leave a gap.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p-value of McNemar's exact test: both policies resolve a discordant task equally often under the null."""
+    """Return the two-sided p-value of McNemar's exact test: under the null both policies resolve a discordant task equally often."""
     if only_first < 0 or only_second < 0:
         raise ValueError(f"counts of tasks are not negative: {only_first}, {only_second}")
     discordant = only_first + only_second
@@ -59,7 +59,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def paired_bootstrap(
     differences: Sequence[float], confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of per-task differences, tasks being resampled. The same seed gives the same interval."""
+    """Return the percentile interval of the mean of per-task differences, resampling tasks. The same seed gives the same interval."""
     _z(confidence)
     if not differences:
         raise ValueError("no differences: a paired comparison needs at least one task that both policies were graded on")
@@ -70,7 +70,7 @@ def paired_bootstrap(
 
 
 def compare(candidate: EvaluationResult, reference: EvaluationResult, *, confidence: float = 0.95, seed: int = 0) -> Comparison:
-    """Compares two evaluations on their common tasks. Raises `ValueError` where they have none."""
+    """Compare two evaluations on their common tasks. Raises `ValueError` if they have none."""
     by_candidate, by_reference = set(candidate.resolved_tasks), set(reference.resolved_tasks)
     common = sorted((by_candidate | set(candidate.unresolved_tasks)) & (by_reference | set(reference.unresolved_tasks)))
     differences = [float(task in by_candidate) - float(task in by_reference) for task in common]

@@ -1,4 +1,4 @@
-"""What an evaluation found, from its finished rollouts: pure."""
+"""Computes an evaluation's result from its finished rollouts: pure."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from dagger_operator.store.results import EvaluationResult
 
 
 def evaluation_result(policy: str, trajectories: Sequence[Trajectory], *, confidence: float, seconds: float) -> EvaluationResult:
-    """Rollouts that infrastructure broke are no measurement: they are counted apart and are no part of any rate."""
+    """Return the result. Rollouts that infrastructure broke are no measurement: they are counted separately and enter no rate."""
     graded = [trajectory for trajectory in trajectories if trajectory.outcome is not Outcome.INFRASTRUCTURE_FAILURE]
     resolved = {trajectory.task_id for trajectory in graded if trajectory.outcome is Outcome.RESOLVED}
     low, high = wilson(len(resolved), len(graded), confidence)

@@ -1,4 +1,4 @@
-"""Container `agent` of a serving pod: the reverse proxy in front of vLLM, which keeps it on the version that should be served."""
+"""Container `agent` of a serving pod: the reverse proxy in front of vLLM, which keeps vLLM on the version that should be served."""
 
 import asyncio
 import sys
@@ -20,13 +20,13 @@ from dagger_operator.store.policies import PolicyManifest, load_policy, pointed
 from dagger_operator.store.stage import Stage, main
 
 _LOOK_SECONDS = 1.0
-"""Between two looks at the pointer and at vLLM."""
+"""Interval between checks of the pointer and of vLLM."""
 
 log = structlog.get_logger()
 
 
 async def serve(stage: Stage) -> None:
-    """Runs until it is cancelled. Listens on `POD_IP`, port `AGENT_PORT`."""
+    """Run until cancelled. Listens on `POD_IP`, port `AGENT_PORT`."""
     spec = stage.run.spec
     student = role(stage) is Role.STUDENT
     serving = spec.student.served if student else spec.teacher.serving
@@ -43,7 +43,7 @@ async def serve(stage: Stage) -> None:
         return await _provided(stage, shared, version) if student else Weights(version, digest=version, tensors=frozenset())
 
     replica = Replica(engine, shared, gate, metrics, wanted=wanted, provide=provide, drain_seconds=slow_seconds)
-    # A client that hangs up ends its request to vLLM too, which then stops generating.
+    # A client that disconnects also cancels its request to vLLM, which then stops generating.
     runner = web.AppRunner(
         Proxy(engine, gate, replica, metrics).application(), access_log=None, handler_cancellation=True, shutdown_timeout=5
     )
@@ -58,7 +58,7 @@ async def serve(stage: Stage) -> None:
 
 
 async def _provided(stage: Stage, shared: Shared, version: str) -> Weights:
-    """A student's version in the shared folder. One that is there whole needs no storage."""
+    """Put a student's version into the shared folder. A complete one that is already there needs no storage."""
     folder = shared.folder(version)
     try:
         manifest = PolicyManifest.model_validate_json(await asyncio.to_thread(Path.read_bytes, folder / "manifest.json"))

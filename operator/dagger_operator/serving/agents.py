@@ -1,4 +1,4 @@
-"""The policy agents of a server's replicas, as a stage sees them from outside."""
+"""The agents of a server's replicas, as seen by a stage from outside."""
 
 import asyncio
 import ipaddress
@@ -18,7 +18,7 @@ _ANSWER_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """What `GET /policy` of one agent says."""
+    """Answer of one agent to `GET /policy`."""
 
     url: str
     """Base URL, without `/v1`."""
@@ -36,7 +36,7 @@ class AgentStatus:
 
 
 async def addresses(urls: str) -> tuple[str, ...]:
-    """Every replica's base URL: from a list with commas, or by looking up the one host name that stands for all of them."""
+    """Return every replica's base URL: from a comma-separated list, or by looking up the one host name that stands for all of them."""
     given = tuple(url.strip().rstrip("/") for url in urls.split(",") if url.strip())
     if len(given) != 1 or _is_address(URL(given[0])):
         return given
@@ -57,8 +57,8 @@ async def wait_for(
     tell: Tell = silent,
     look_seconds: float = _LOOK_SECONDS,
 ) -> tuple[bool, tuple[AgentStatus, ...]]:
-    """Looks until so many replicas are all `done`, or the time is over: whether they are, and what they said last. `tell` hears how
-    many are."""
+    """Poll until `replicas` replicas are all `done`, or until the timeout. Return whether they are, and their last statuses. `tell` is
+    called with the number that are done."""
     deadline = time.monotonic() + seconds
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_SECONDS)) as session:
         while True:
@@ -72,7 +72,7 @@ async def wait_for(
 
 
 def said(found: Sequence[AgentStatus], replicas: int) -> str:
-    """For messages: how many there are, and what each said."""
+    """Format for messages: how many replicas answer, and the status of each."""
     return f"{len(found)} of {replicas} replicas can be reached" + "".join(f"; {status}" for status in found)
 
 

@@ -1,4 +1,4 @@
-"""Asking a policy as a stranger would: every way in which an endpoint can fail becomes a `StageFailure` that says what to change."""
+"""Queries a policy like any client: every way in which an endpoint can fail becomes a `StageFailure` that says what to change."""
 
 import asyncio
 import json
@@ -23,23 +23,23 @@ _LONGEST_WAIT = 30.0
 
 @dataclass(frozen=True)
 class Policy:
-    """One replica of a policy, and how it is asked."""
+    """One replica of a policy, and how to query it."""
 
     role: Role
     url: str
-    """Base URL that ends before `/chat/completions`."""
+    """Base URL, up to but without `/chat/completions`."""
     token: str | None = field(repr=False)
     model: str
     sampling: Sampling
     served: bool
-    """By vLLM behind an agent of ours."""
+    """Whether it is served by vLLM behind our agent."""
     request_seconds: float
-    """Deadline of one request."""
+    """Timeout of one request."""
     patience_seconds: float
-    """How long what may pass (no connection, 429, 5xx) is borne."""
+    """How long to retry transient errors (no connection, 429, 5xx)."""
     max_tokens_parameter: MaxTokensParameter = MaxTokensParameter.MAX_TOKENS
     top_logprobs: int = 0
-    """Log-probabilities that it is asked for at each token."""
+    """Number of log-probabilities to request for each token."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Answer:
     usage: Json
     seconds: float
     logprobs: TopLogprobs | None
-    """What it told of its tokens, where it was asked."""
+    """Log-probabilities of its tokens, if requested."""
 
     @property
     def thinks(self) -> bool:
-        """Whether there are thoughts in it: in its text, or where a server's reasoning parser puts them."""
+        """Whether it contains thoughts: in its text, or where a server's reasoning parser puts them."""
         said = self.message.get("content") or ""
-        return _has_thoughts(self.message) or "<think>" in said or "</think>" in said  # a prompt may open it, and the limit cut its end
+        return _has_thoughts(self.message) or "<think>" in said or "</think>" in said  # a prompt may open it, and the limit cut off its end
 
 
 class Asker:
@@ -68,7 +68,7 @@ class Asker:
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {policy.token}"} if policy.token else None,
             timeout=aiohttp.ClientTimeout(total=policy.request_seconds, sock_connect=_CONNECT_SECONDS),
-            # Endpoints may lie beyond a proxy (HTTPS_PROXY); our own servers never do.
+            # Endpoints may be behind a proxy (HTTPS_PROXY); our own servers never are.
             trust_env=not policy.served,
         )
 
@@ -79,7 +79,7 @@ class Asker:
         await self._session.close()
 
     async def models(self) -> list[Json] | None:
-        """What `/models` lists; None where the endpoint does not offer it."""
+        """Return the entries of `/models`; None if the endpoint does not offer it."""
         status, text = await self._request("GET", "/models", None, needed=False)
         if status != 200:
             return None
@@ -90,7 +90,7 @@ class Asker:
         return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else None
 
     async def chat(self, messages: list[Json], **more: Any) -> Answer:
-        """One turn, with the run's own sampling unless `more` says otherwise."""
+        """Request one turn, with the run's own sampling unless `more` overrides it."""
         started = time.monotonic()
         status, text = await self._request("POST", "/chat/completions", self._body(messages, more))
         if status != 200:
@@ -98,7 +98,7 @@ class Asker:
         return self._answer(text, time.monotonic() - started)
 
     async def streamed(self, messages: list[Json]) -> str | None:
-        """Streams a turn; None where that works, otherwise what is wrong."""
+        """Stream a turn; return None if that works, otherwise what is wrong."""
         status, text = await self._request("POST", "/chat/completions", self._body(messages, {"stream": True}))
         if status != 200:
             return f"refused with status {status}: {self._said(text)}"
@@ -112,7 +112,7 @@ class Asker:
         return None if any(choice.get("finish_reason") for choice in choices) else "no event holds a finish_reason"
 
     def fail(self, reason: str, message: str, *, permanent: bool = True) -> NoReturn:
-        """Raises a `StageFailure` about this policy."""
+        """Raise a `StageFailure` about this policy."""
         where = f"{self.policy.role} {self.policy.model!r} at {self.policy.url}"
         raise StageFailure(f"{self.policy.role.capitalize()}{reason}", f"{where}: {self._without_secret(message)}", permanent=permanent)
 
@@ -125,7 +125,7 @@ class Asker:
         return {"model": self.policy.model, "messages": messages, **body, **logprobs.asked(self.policy.top_logprobs), **more}
 
     async def _request(self, method: str, path: str, body: Json | None, *, needed: bool = True) -> tuple[int, str]:
-        """Status and text; what may pass is tried again with back-off, until patience ends. Not `needed`: any status will do."""
+        """Return status and text; transient errors are retried with back-off while patience lasts. Not `needed`: any status is accepted."""
         deadline, wait = time.monotonic() + self.policy.patience_seconds, 0.5
         while True:
             retry_after = 0.0
@@ -199,13 +199,13 @@ class Asker:
         return Answer(message, reason, found.get("usage") or {}, seconds, logprobs.told(choice, self.policy.top_logprobs))
 
     def _said(self, text: str) -> str:
-        """The beginning of a body, or the message of an error in it."""
+        """Return the message of an error in a body, otherwise the body's beginning."""
         try:
             error = json.loads(text)["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
         except (ValueError, KeyError, TypeError):
             pass
-        # The secret goes first: of one that is cut the first part would stay.
+        # Remove the secret before truncating, which could otherwise leave its first part.
         return " ".join(self._without_secret(text).split())[:300] or "an empty body"
 
     def _without_secret(self, text: str) -> str:
@@ -213,12 +213,12 @@ class Asker:
 
 
 def _has_thoughts(message: Json) -> bool:
-    """Whether a reasoning parser found any; a turn that was cut off while it thought has nothing else."""
+    """Whether a reasoning parser found any; a turn that was cut off while thinking has nothing else."""
     return bool(message.get("reasoning") or message.get("reasoning_content"))
 
 
 def _seconds(header: str | None) -> float:
-    """Of a Retry-After header (seconds or a date); 0 where there is none that can be read."""
+    """Return the seconds of a Retry-After header (seconds or a date); 0 if it is missing or unreadable."""
     if header is None:
         return 0.0
     try:

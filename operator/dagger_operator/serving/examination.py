@@ -1,4 +1,4 @@
-"""What a policy is asked before round 1: as the rollouts will ask it, with the run's own sampling."""
+"""Checks of a policy before round 1: it is queried as the rollouts will query it, with the run's own sampling."""
 
 import json
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ from dagger_operator.serving.tokens import token_flaw
 from dagger_operator.store.stage import Stage, StageFailure
 
 ENDPOINT_PATIENCE_SECONDS = 120.0
-"""How long an endpoint that cannot be reached, is overloaded or fails is borne."""
+"""How long to retry an endpoint that is unreachable, overloaded or failing."""
 _SERVED_REQUEST_SECONDS = 300.0
 _TOOL_TRIES = 3
 _WITHOUT_THOUGHTS = """student.serving.extraArgs ["--default-chat-template-kwargs", '{"enable_thinking": false}']"""
@@ -28,20 +28,20 @@ _TOOL: Json = {
 
 
 class Examination:
-    """Of one policy."""
+    """The checks of one policy."""
 
     def __init__(self, stage: Stage, role: Role, version: str, student: str) -> None:
-        """`student`: version of the one that is to learn."""
+        """`student`: version of the student that will be trained."""
         self._stage, self._role, self._version, self._student = stage, role, version, student
         self._top_logprobs = stage.run.spec.labels.top_logprobs if role is Role.TEACHER else 0
         self._spec: Student | Teacher = stage.run.spec.student if role is Role.STUDENT else stage.run.spec.teacher
         self._serving: Serving | None = self._spec.served if isinstance(self._spec, Student) else self._spec.serving
         self._checks: dict[str, str] = {}
         self.context = 0
-        """Context length in tokens; 0 where it is not known."""
+        """Context length in tokens; 0 if unknown."""
 
     async def run(self) -> dict[str, str]:
-        """Check by name, with what was found."""
+        """Run all checks and return the findings by name of the check."""
         policies = await self._replicas()
         async with Asker(policies[0]) as asker:
             await self._known(asker)
@@ -83,7 +83,7 @@ class Examination:
         )
 
     async def _served(self, urls: str, serving: Serving) -> tuple[AgentStatus, ...]:
-        """Every replica, once all of them serve the version that they should, with the same weights."""
+        """Return every replica, once all of them serve the expected version with the same weights."""
         agents = ",".join(url.removesuffix("/v1") for url in (part.strip().rstrip("/") for part in urls.split(",")))
         deadline, version = serving.startup_deadline_seconds, self._version
         done, found = await wait_for(agents, serving.replicas, seconds=deadline, done=lambda status: status.serves(version))
@@ -105,7 +105,7 @@ class Examination:
         return found
 
     async def _known(self, asker: Asker) -> None:
-        """The model is listed, where anything is, and its context has room for a turn."""
+        """Check that the model is listed, if any is, and that its context has room for a turn."""
         listed = await asker.models()
         model = asker.policy.model
         names = [str(entry.get("id")) for entry in listed or []]
@@ -152,7 +152,7 @@ class Examination:
             asker.fail("Garbled", f"finish_reason is {answer.finish_reason!r}, which is neither stop, length nor tool_calls")
 
     def _thinks(self, answer: Answer) -> None:
-        """Of a student that learns: its labels have thoughts only where the teacher thinks too."""
+        """Warn about a student to be trained that thinks: its labels contain thoughts only if the teacher thinks too."""
         if self._role == "student" and self._serving is not None and answer.thinks:
             self._checks["thinking"] = (
                 f"warning: it thinks before it answers, and labels teach that only where the teacher does: write {_WITHOUT_THOUGHTS}"
@@ -176,7 +176,7 @@ class Examination:
         self._checks["streaming"] = f"warning: {wrong}; this scaffold does not need it" if wrong else "works"
 
     async def _calls_tools(self, asker: Asker) -> None:
-        """A tool is called with arguments that can be read, and its result is understood."""
+        """Check that a tool is called with readable arguments, and that its result is accepted."""
         wrong = ""
         for _ in range(_TOOL_TRIES):
             answer = await asker.chat(_TOOL_QUESTION, tools=[_TOOL])
@@ -197,7 +197,7 @@ class Examination:
         self._checks["tools"] = f"warning: {wrong}; an untrained student may not"
 
     async def _agree(self, policies: list[Policy]) -> None:
-        """The weights are the same already; answers may still differ where replicas run on different hardware."""
+        """Compare the replicas' answers: with the same weights, they may still differ on different hardware."""
         answers = set()
         for policy in policies:
             async with Asker(policy) as asker:
@@ -207,7 +207,7 @@ class Examination:
 
 
 def _tool_call_flaw(message: Json) -> str:
-    """What is wrong with the first tool call of a message; empty where it can be executed."""
+    """Return what is wrong with the first tool call of a message; empty if it can be executed."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list) or not calls:
         return "it answered without a tool call"

@@ -1,4 +1,4 @@
-"""Who may pass to vLLM: nobody while weights change, and everybody who passed is counted until done."""
+"""Controls which requests reach vLLM: none while weights change; each admitted request is counted until it is done."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class GateClosed(Exception):
-    """No request may pass now."""
+    """No request is admitted now."""
 
 
 class Gate:
-    """Open for one version at a time: whoever passes while it is open is answered by that version."""
+    """Open for one version at a time: a request admitted while it is open is answered by that version."""
 
     def __init__(self) -> None:
         self._version: str | None = None
@@ -25,12 +25,12 @@ class Gate:
 
     @property
     def inside(self) -> int:
-        """Requests under way."""
+        """Number of requests in progress."""
         return self._inside
 
     @contextmanager
     def passing(self) -> Iterator[str]:
-        """One request's way through, with the version that answers it. Raises `GateClosed`."""
+        """Admit one request; yields the version that answers it. Raises `GateClosed`."""
         if self._version is None:
             raise GateClosed
         self._inside += 1
@@ -49,5 +49,5 @@ class Gate:
         self._version = None
 
     async def drained(self) -> None:
-        """Waits until nobody is inside."""
+        """Wait until no request is in progress."""
         await self._empty.wait()

@@ -1,4 +1,4 @@
-"""The agent's own metrics (docs/metrics.md); vLLM's follow them on `/metrics`."""
+"""The agent's own metrics (docs/metrics.md); on `/metrics` they are followed by vLLM's."""
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
@@ -18,7 +18,7 @@ class AgentMetrics:
             registry=self._registry,
         )
         self._policy = Gauge("dagger_agent_policy_info", "1 for the version that was verified last.", ["version"], registry=self._registry)
-        self._requests.labels(200)  # a counter that appears at 1 has no increase
+        self._requests.labels(200)  # a counter that first appears at 1 shows no increase
         for how in ("InPlace", "Restart"):
             self._swaps.labels(how)
         inside = Gauge("dagger_agent_requests_in_flight", "Requests for a turn under way.", registry=self._registry)
@@ -28,7 +28,7 @@ class AgentMetrics:
         self._requests.labels(code).inc()
 
     def swapped(self, how: str, seconds: float) -> None:
-        """`how`: InPlace or Restart (then until the restart was asked for)."""
+        """`how`: InPlace or Restart (`seconds` then ends at the request to restart)."""
         self._swaps.labels(how).observe(seconds)
 
     def serves(self, version: str) -> None:
@@ -36,5 +36,5 @@ class AgentMetrics:
         self._policy.labels(version).set(1)
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Where a model comes from, and whether what came can be served: a folder, a URL below the run's storage, or a Hugging Face id."""
+"""Resolves, fetches and checks models: a folder, a URL below the run's storage, or a Hugging Face id."""
 
 import asyncio
 import hashlib
@@ -25,7 +25,7 @@ Field = Literal["student.model", "teacher.model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
-"""What serving and training read; other formats of the same weights stay where they are."""
+"""Files that serving and training read; other formats of the same weights are not copied."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Stored:
-    """A folder below the run's prefix of the storage."""
+    """A folder below the run's prefix in storage."""
 
     key: str
 
@@ -44,14 +44,14 @@ class Stored:
 class Hub:
     id: str
     revision: str | None = None
-    """Commit; None is the newest."""
+    """Commit; None for the newest."""
 
 
 Source = Folder | Stored | Hub
 
 
 def source(model: str, store: Store, field: Field) -> Source:
-    """What a `model` field points at. Raises `StageFailure` ModelNotFound where it can be none of the three."""
+    """Return what a `model` field refers to. Raises `StageFailure` ModelNotFound if it is none of the three."""
     if "://" in model and not model.startswith("file://"):
         prefix = store.url.rstrip("/") + "/"
         if model.startswith(prefix):
@@ -73,8 +73,8 @@ def _claims(field: Field) -> str:
 
 
 async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Tell = silent) -> Path:
-    """The folder that holds the model: the origin's own, or `into`. A second call goes on where the first stopped. `tell` hears of the
-    bytes that come."""
+    """Return the folder that holds the model: the origin's own, or `into`. A second call resumes where the first stopped. `tell` is called
+    with the number of bytes received."""
     match origin:
         case Folder(path):
             return path
@@ -98,7 +98,7 @@ async def fetch(origin: Source, store: Store, into: Path, field: Field, tell: Te
 
 
 async def commit(origin: Hub, field: Field) -> str:
-    """The commit that a Hugging Face id stands for now."""
+    """Return the commit that a Hugging Face id currently refers to."""
     return await asyncio.to_thread(_commit, origin, field)
 
 
@@ -134,7 +134,7 @@ def _download(origin: Hub, into: Path, field: Field) -> Path:
 
 
 def _size(origin: Hub, field: Field) -> int:
-    """Bytes of the files that are wanted of a model."""
+    """Return the size in bytes of the model's files that are wanted."""
     _needs_hub(origin, field)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -147,7 +147,7 @@ def _size(origin: Hub, field: Field) -> int:
 
 
 def _bytes_below(folder: Path) -> int:
-    """What has come, files under way included (the hub's client keeps them in a hidden folder)."""
+    """Return the bytes received, including partial files (the hub's client keeps them in a hidden folder)."""
     size = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # renamed meanwhile
@@ -171,7 +171,7 @@ def _refuse(origin: Hub, field: Field, error: Exception) -> NoReturn:
 
 
 def check_model(folder: Path, field: Field, serving: Serving | None) -> None:
-    """Raises `StageFailure` where a folder cannot be served: parts missing, cut short, no chat template, or too short a context."""
+    """Raise `StageFailure` if a folder cannot be served: files missing or truncated, no chat template, or too short a context."""
     config = _json(folder / "config.json", field)
     if not config.get("architectures"):
         _incomplete(folder, field, "config.json names no architectures")
@@ -194,17 +194,17 @@ def check_model(folder: Path, field: Field, serving: Serving | None) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a folder that make the model; a checkout's own files and other formats of the weights do not."""
+    """Return the files of a folder that make up the model, without a checkout's own files and other formats of the weights."""
     return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
 
 
 def digest_folder(folder: Path) -> str:
-    """SHA-256 over names and contents of a model's files; blocks."""
+    """Return the SHA-256 over names and contents of a model's files; blocks."""
     return _digest((path.name, file_digest(path)) for path in model_files(folder))
 
 
 async def digest_stored(origin: Stored, store: Store, scratch: Path, field: Field) -> str:
-    """`digest_folder` of what is in the storage. Each file is in `scratch` for as long as it is read: there need not be room for all."""
+    """Return the `digest_folder` of a stored model. Each file is in `scratch` only while it is read: there need not be room for all."""
     found: list[tuple[str, str]] = []
     for info in await _stored_files(origin, store, field):
         path = scratch / info.key.removeprefix(origin.key).lstrip("/")
@@ -243,7 +243,7 @@ def _has_chat_template(folder: Path, field: Field) -> bool:
 
 
 def _safetensors_flaw(path: Path) -> str | None:
-    """What is wrong with a file, as far as its header tells: a length, JSON with offsets, then exactly the data."""
+    """Return what is wrong with a file, as far as its header shows: a length, JSON with offsets, then exactly the data."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

@@ -1,5 +1,5 @@
-"""Stage `preflight`: before round 1 both policies are asked as the rollouts will ask them. What would spoil labels or turns stops the run
-here, with what to change; what a policy may lack without harm is written down.
+"""Stage `preflight`: before round 1 both policies are queried as the rollouts will query them. What would spoil labels or turns stops the
+run here, with what to change; harmless limitations of a policy are recorded.
 """
 
 import sys
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 async def preflight(stage: Stage) -> None:
-    """The stage. Raises `StageFailure`; its reason starts with the policy that is to blame."""
+    """Run the stage. Raises `StageFailure`; its reason starts with the policy at fault."""
     if await read_result(stage.store, 0, PreflightResult) is not None:
         return
     prepared = await read_result(stage.store, 0, PrepareResult)

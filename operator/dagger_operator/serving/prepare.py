@@ -1,4 +1,4 @@
-"""Stage `prepare`: the storage prefix is this run's, the store is honest, and the first student is in it."""
+"""Stage `prepare`: takes the storage prefix for the run, checks that the store honours conditional writes, and stores the first student."""
 
 import shutil
 import sys
@@ -21,13 +21,13 @@ log = structlog.get_logger()
 
 
 async def prepare(stage: Stage) -> None:
-    """The stage. Raises `StageFailure` where storage or models cannot be used, and says what to change."""
+    """Run the stage. Raises `StageFailure` if storage or models cannot be used, and says what to change."""
     started = time.monotonic()
     await take_prefix(stage.store, stage.run)
     if await read_result(stage.store, 0, PrepareResult) is not None:
         return
     report = await require_honest(stage.store)
-    # The teacher first: a mistake in its name shows before a large student is copied.
+    # The teacher first: a mistake in its name is reported before a large student is copied.
     teacher, revision = await _teacher(stage)
     policy = await _student(stage)
     result = PrepareResult(
@@ -42,7 +42,7 @@ async def prepare(stage: Stage) -> None:
 
 
 async def _teacher(stage: Stage) -> tuple[str, str]:
-    """Version and, of a model on the hub, its commit: all replicas of all rounds serve that one."""
+    """Return the version and, for a model on the hub, its commit: all replicas of all rounds serve that one."""
     teacher = stage.run.spec.teacher
     if teacher.endpoint is not None:
         return teacher.endpoint.version(teacher.model), ""
@@ -51,7 +51,7 @@ async def _teacher(stage: Stage) -> tuple[str, str]:
 
 
 async def _student(stage: Stage) -> str:
-    """Version of the initial student, stored and pointed at."""
+    """Store the initial student, point to it, and return its version."""
     student = stage.run.spec.student
     if student.endpoint is not None:
         return student.endpoint.version(student.model)
@@ -79,7 +79,7 @@ async def _student(stage: Stage) -> str:
 
 
 class _Progress:
-    """Bytes of a model that has to come here, where it is elsewhere, and then to go to the store."""
+    """Progress in bytes of a model that is downloaded, if it is elsewhere, and then uploaded to the store."""
 
     def __init__(self, stage: Stage) -> None:
         self._reporter = Reporter(stage.store, 0, "prepare", "bytes")
@@ -94,7 +94,7 @@ class _Progress:
 
 
 def _selected(folder: Path, into: Path) -> Path:
-    """A folder of links to the files that make the model: a version holds nothing else."""
+    """Return a folder of links to the files that make up the model: a version holds nothing else."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     for path in model_files(folder):

@@ -1,6 +1,6 @@
-"""The reverse proxy in front of vLLM: a policy version is the model's name, in and out, and nothing else of vLLM can be reached.
+"""The reverse proxy in front of vLLM: the model's name in requests and answers is a policy version, and nothing else of vLLM is reachable.
 
-It stands on the path of every token, so answers are passed on as bytes; only the name in them is exchanged.
+Every token passes through it, so answers are forwarded as bytes; only the name in them is replaced.
 """
 
 import json
@@ -16,10 +16,10 @@ from dagger_operator.serving.metrics import AgentMetrics
 from dagger_operator.serving.replica import Replica
 
 LARGEST_REQUEST = 8 * 2**20
-"""Bytes. A state of a million tokens has about 5 MB."""
+"""In bytes. A state of a million tokens has about 5 MB."""
 
 _NOT_PASSED_ON = frozenset({"kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "chat_template"})
-"""Parameters of vLLM that reach beyond the question: other servers, files, the template that the policy is trained with."""
+"""vLLM parameters with effects beyond the request: other servers, files, the template that the policy is trained with."""
 _NAME = f'"model":"{SERVED_NAME}"'.encode()
 # Quotes inside a JSON string are escaped, so these bytes can only be a key with its value.
 _ABORTED = b'"finish_reason":"abort"'
@@ -110,12 +110,12 @@ class Proxy:
                 if upstream.status == 200:
                     text += await upstream.read()
         except (aiohttp.ClientError, OSError, TimeoutError):
-            pass  # a server that is away has no metrics; the agent's own tell that it is
+            pass  # a server that is away has no metrics; the agent's own show that it is
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 class _Refused(Exception):
-    """An answer in the form of the OpenAI API's errors."""
+    """An error response in the format of the OpenAI API."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         self.status, self.code, self.message = status, code, message
@@ -143,8 +143,8 @@ async def _body(request: web.Request) -> dict[str, Any]:
 
 
 async def _streamed(request: web.Request, upstream: aiohttp.ClientResponse, version: str) -> web.StreamResponse:
-    """Passes server-sent events on, each as soon as it is whole. Where vLLM breaks off, the connection does too: an end that looked
-    regular would make half a turn pass for a whole one."""
+    """Forward server-sent events, each as soon as it is complete. If vLLM breaks off, so does the connection: with a regular end, half a
+    turn would pass for a whole one."""
     response = web.StreamResponse(status=upstream.status, headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     events = Events(version)
@@ -163,17 +163,17 @@ async def _streamed(request: web.Request, upstream: aiohttp.ClientResponse, vers
 
 
 class Events:
-    """Server-sent events of one answer, however they are cut on their way, under the version's name."""
+    """Server-sent events of one answer, however they are split in transit, renamed to the version."""
 
     def __init__(self, version: str) -> None:
         self._version, self._pending = version, b""
         self.ended = False
-        """The last event, which closes a stream, has come."""
+        """The last event, which closes a stream, has arrived."""
         self.aborted = False
         """vLLM ended before the turn did."""
 
     def feed(self, data: bytes) -> bytes:
-        """The events that are whole now."""
+        """Return the events that are complete now."""
         whole, separator, self._pending = (self._pending + data).rpartition(b"\n\n")
         self.ended = self.ended or whole.endswith(_LAST_EVENT)
         self.aborted = self.aborted or _ABORTED in whole

@@ -15,7 +15,7 @@ log = structlog.get_logger()
 
 
 async def publish(stage: Stage) -> None:
-    """The stage. `StageFailure` PolicyNotServed where the replicas do not get there within `student.serving.startupDeadlineSeconds`."""
+    """Run the stage. Raises `StageFailure` PolicyNotServed if replicas miss the deadline `student.serving.startupDeadlineSeconds`."""
     if await read_result(stage.store, stage.round, PublishResult) is not None:
         return
     started = time.monotonic()

@@ -1,10 +1,10 @@
-"""What one replica serves, and how it gets to what it should serve: in place where vLLM can, through a restart where it cannot.
+"""Brings a replica to the version that it should serve: in place if vLLM can, otherwise by restarting it.
 
     Starting --vLLM is up and verified--> Serving --the pointer moved--> Swapping --reloaded and verified--> Serving
                                                                             |
         Starting <-- vLLM is made to restart on the new weights -- reload failed
 
-Which weights a server holds is known by its label. `FRESH`: it started since a label was last written, so it loaded `current`, which
+A server's label tells which weights it holds. `FRESH`: it has started since a label was last written, so it loaded `current`, which
 moves only after the label `RELOADING` was written to a live server. `RELOADING`: unknown. A version: that one, verified.
 """
 
@@ -26,7 +26,7 @@ from dagger_operator.store.objects import DamagedObject, StoreUnavailable
 log = structlog.get_logger()
 
 BUSY_SECONDS = 300.0
-"""How long a vLLM that listens and does not answer is taken for one that is busy."""
+"""How long a vLLM that listens but does not answer is considered busy."""
 
 
 class State(StrEnum):
@@ -37,11 +37,11 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Weights:
-    """A version that is on disk."""
+    """A version on disk."""
 
     version: str
     digest: str
-    """Of everything it is made of."""
+    """Digest of all its contents."""
     tensors: frozenset[str]
     """SHA-256 of its safetensors files; versions that share them hold the same weights."""
 
@@ -60,7 +60,7 @@ class Replica:
         provide: Callable[[str], Awaitable[Weights]],
         drain_seconds: float,
     ) -> None:
-        """`wanted` names the version that should be served (None: as it is), `provide` puts it into the shared folder, verified."""
+        """`wanted` returns the version that should be served (None: no change), `provide` puts it into the shared folder, verified."""
         self._drain_seconds = drain_seconds
         self._engine, self._shared, self._gate, self._metrics = engine, shared, gate, metrics
         self._wanted, self._provide = wanted, provide
@@ -69,34 +69,34 @@ class Replica:
         """When vLLM was last not silent."""
         self.state = State.STARTING
         self.reason = ""
-        """Why it does not serve what it should; empty where it does."""
+        """Why it does not serve what it should; empty if it does."""
         self.serves: Weights | None = None
         self.fingerprint = ""
         self.max_model_len = 0
 
     @property
     def ready(self) -> bool:
-        """Whether requests may be sent here: while it swaps in place they are told to come back at once."""
+        """Whether requests may be sent here: during a swap in place they are told to retry shortly."""
         return self.state is not State.STARTING
 
     async def server_well(self) -> bool:
-        """Whether vLLM runs and need not be replaced. One that is silent reads many long prompts, perhaps, and is given time."""
+        """Whether vLLM runs and need not be replaced. A silent one may be processing many long prompts, and is given time."""
         health, now = await self._engine.health(), time.monotonic()
         if health is not Health.SILENT:
             self._heard = now
         return not self._restarting and (health is Health.UP or (health is Health.SILENT and now - self._heard < BUSY_SECONDS))
 
     async def step(self) -> None:
-        """Looks, and does what is to be done. Whatever goes wrong becomes `reason`, and the next step tries again."""
+        """Check the state and act on it. Any error becomes `reason`, and the next step retries."""
         try:
             await self._step()
-        except (EngineFailure, StoreUnavailable, DamagedObject, OSError) as error:  # OSError: a disk that is full
+        except (EngineFailure, StoreUnavailable, DamagedObject, OSError) as error:  # OSError: a full disk
             self._say(str(error))
 
     async def _step(self) -> None:
         health = await self._engine.health()
         if health is Health.SILENT:
-            self._say("vLLM listens and does not answer")  # busy, perhaps: its requests show whether it works
+            self._say("vLLM listens and does not answer")  # perhaps busy: its requests show whether it works
             return
         if health is not Health.UP:
             self._leave(State.STARTING, "vLLM's engine is lost" if health is Health.DEAD else "vLLM does not listen yet")
@@ -107,7 +107,7 @@ class Replica:
         label = await self._engine.label()
         if self._restarting:
             if label != FRESH:
-                return  # still the server that has to go
+                return  # still the old server
             self._restarting = False
         running = self._shared.current if label == FRESH else None if label == RELOADING else label
         target, away = await self._target(running)
@@ -120,7 +120,7 @@ class Replica:
             self.reason = ""
 
     async def _target(self, running: str | None) -> tuple[str | None, bool]:
-        """What should be served, and whether storage is away: that stops nobody from answering with what is loaded."""
+        """Return what should be served, and whether storage is unavailable: the loaded version is served regardless."""
         try:
             return await self._wanted() or running, False
         except StoreUnavailable as error:
@@ -128,8 +128,8 @@ class Replica:
             return running, True
 
     async def _verify(self, weights: Weights) -> None:
-        """Makes sure of what vLLM runs, and lets requests in."""
-        await self._engine.resume()  # paused by a swap, or by an agent that was killed in one
+        """Verify what vLLM runs, and admit requests."""
+        await self._engine.resume()  # paused by a swap, perhaps of an agent that was killed during it
         await self._engine.check_chat()
         self.fingerprint = await self._engine.fingerprint()
         self.max_model_len = await self._engine.max_model_len()
@@ -143,7 +143,7 @@ class Replica:
         weights = await self._provide(target)  # while the old version still answers
         started = time.monotonic()
         self._leave(State.SWAPPING, f"changing to {target}")
-        with contextlib.suppress(TimeoutError):  # a client that stalls holds an answer of the old version, and is told so
+        with contextlib.suppress(TimeoutError):  # a stalled client holds an answer of the old version, and is told so
             await asyncio.wait_for(self._gate.drained(), self._drain_seconds)
         try:
             await self._exchange(weights)
@@ -163,14 +163,14 @@ class Replica:
         await self._engine.pause()
         await self._engine.reload(self._shared.folder(weights.version))
         await self._engine.reset_prefix_cache()
-        # What a killed agent left half changed may be whole already; to be sure costs a restart.
+        # What a killed agent left half changed may be complete already; to be sure costs a restart.
         changes = held is None or held.tensors != weights.tensors
         if changes and self._engine.shows_all_weights and await self._engine.fingerprint() == before:
             raise EngineFailure("vLLM says that it reloaded, and still holds the same weights as before")
         await self._verify(weights)
 
     def _leave(self, state: State, reason: str) -> None:
-        """Lets nobody in any more."""
+        """Stop admitting requests."""
         self._gate.close()
         if self.state is State.SERVING:
             log.info("not serving", policy=self.serves.version if self.serves else None, reason=reason)
@@ -183,7 +183,7 @@ class Replica:
 
 
 async def converge(replica: Replica, *, seconds: float) -> None:
-    """Steps for ever."""
+    """Step forever."""
     while True:
         await replica.step()
         await asyncio.sleep(seconds)

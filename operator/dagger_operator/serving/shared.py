@@ -1,4 +1,4 @@
-"""The folder that the containers of a serving pod share: versions, which of them is current, and vLLM's socket."""
+"""The folder shared by the containers of a serving pod: versions, which of them is current, and vLLM's socket."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 from dagger_operator.store.stage import Stage, StageFailure
 
 _LONGEST_SOCKET_PATH = 107
-"""Bytes of a Unix socket's path on Linux, less the closing zero."""
+"""Maximum bytes in the path of a Unix socket on Linux, without the terminating zero."""
 
 
 class Shared:
-    """`$DAGGER_SHARED`."""
+    """The folder `$DAGGER_SHARED`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -34,21 +34,21 @@ class Shared:
 
     @property
     def current(self) -> str | None:
-        """The version that vLLM loads when it starts."""
+        """The version that vLLM loads at start."""
         try:
             return (self.root / "current").readlink().name
         except OSError:
             return None
 
     def point(self, version: str) -> None:
-        """Makes a version the current one, atomically."""
+        """Make a version the current one, atomically."""
         beside = self.root / f".current.{os.getpid()}"
         beside.unlink(missing_ok=True)
         beside.symlink_to(Path("versions") / version)
         beside.replace(self.root / "current")
 
     def prune(self, keep: Collection[str]) -> None:
-        """Removes other versions: an emptyDir has room for two, not for all rounds."""
+        """Remove other versions: an emptyDir has room for two, not for all rounds."""
         for folder in (self.root / "versions").iterdir():
             if folder.name.removesuffix(".partial") not in keep:
                 if folder.is_symlink():
@@ -57,9 +57,9 @@ class Shared:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def remove_stale_socket(self) -> None:
-        """Removes the socket of a server that is gone: vLLM binds without removing, and would not start again.
+        """Remove the socket of a server that is gone: vLLM binds without removing it, and would fail to start.
 
-        A server that starts binds long before it listens, so a refused connection does not tell; the kernel's list of bound sockets does.
+        A starting server binds long before it listens, so a refused connection proves nothing; the kernel's list of bound sockets does.
         """
         with contextlib.suppress(OSError):
             bound = {line.rsplit(" ", 1)[-1] for line in Path("/proc/net/unix").read_text().splitlines()}

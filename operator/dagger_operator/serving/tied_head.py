@@ -1,20 +1,20 @@
-"""What vLLM's worker on the CPU gets beside its own methods (`--worker-extension-cls`): mending what an in-place reload leaves behind.
+"""Extension of vLLM's worker on the CPU (`--worker-extension-cls`): fixes what an in-place reload leaves stale.
 
 On the CPU vLLM packs linear layers for oneDNN. A head that is tied to the embedding has no weights of its own in a checkpoint, so a
-reload (0.32) exchanges the embedding and leaves the packed head as it was: greedy answers look sane, probabilities are those of a
-mixture of two policies. Imported by vLLM's process; imports nothing itself.
+reload (0.32) replaces the embedding and leaves the packed head unchanged: greedy answers look sane, but probabilities are those of a
+mixture of two policies. Imported by vLLM's process; imports only the standard library.
 """
 
 from typing import Any
 
 
 class TiedHead:
-    """Mixed into the worker by vLLM."""
+    """Mixed into the worker class by vLLM."""
 
     model_runner: Any
 
     def repack_tied_head(self) -> bool:
-        """Packs a tied head anew from the embedding's weights; whether there was one."""
+        """Repack a tied head from the embedding's weights; return whether there was one."""
         model = self.model_runner.get_model()
         head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
         if head is None or embedding is None or not model.config.tie_word_embeddings:

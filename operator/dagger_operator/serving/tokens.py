@@ -1,4 +1,4 @@
-"""Whether a teacher's token ids are the student's."""
+"""Checks whether a teacher's token ids are the student's."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from dagger_operator.store.objects import Store
 
 
 async def token_flaw(answer: Answer, store: Store, student: str) -> str:
-    """What keeps this answer of the teacher from being a soft target of that student; empty where nothing does."""
+    """Return why this answer of the teacher cannot be a soft target of that student; empty if it can."""
     if answer.logprobs is None:
         return "it does not tell the log-probabilities of its tokens by token ids (`return_tokens_as_token_ids`), as vLLM does"
     found = await store.get(layout.policy(student) + "tokenizer.json")
@@ -22,6 +22,6 @@ async def token_flaw(answer: Answer, store: Store, student: str) -> str:
 
 
 def _decoded(tokenizer: bytes, ids: list[int]) -> str:
-    from tokenizers import Tokenizer  # only asked for with log-probabilities
+    from tokenizers import Tokenizer  # only needed with log-probabilities
 
     return str(Tokenizer.from_buffer(tokenizer).decode(ids, skip_special_tokens=True))

@@ -1,6 +1,6 @@
 """Init container of a serving pod: puts the version that should be served into the shared folder and points `current` at it.
 
-Idempotent: what is there and whole is used, and a killed try is gone on with.
+Idempotent: complete files are reused, and an attempt that was killed is resumed.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ PAUSE_SECONDS = 10.0
 
 
 async def weights(stage: Stage) -> None:
-    """The stage. All nodes of a server of several are begun anew when a container of one ends, so there it waits itself for storage or
-    the hub, for `PATIENCE_SECONDS`; of a server of one node the kubelet starts it again."""
+    """Run the stage. If a server spans several nodes, all are restarted when one container ends, so it waits for storage or the hub itself,
+    up to `PATIENCE_SECONDS`; on a single-node server the kubelet restarts it."""
     spec = stage.run.spec
     serving = spec.student.served if role(stage) is Role.STUDENT else spec.teacher.serving
     until = time.monotonic() + (PATIENCE_SECONDS if serving is not None and serving.nodes > 1 else 0)
@@ -41,7 +41,7 @@ async def weights(stage: Stage) -> None:
 
 
 async def put_weights(stage: Stage) -> None:
-    """Afterwards `current` names a whole version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
+    """Make `current` name a complete version. Raises `StageFailure`, `StoreUnavailable`, `DamagedObject`."""
     shared = Shared.of(stage)
     shared.folder("x").parent.mkdir(parents=True, exist_ok=True)
     version = await (_student(stage, shared) if role(stage) is Role.STUDENT else _teacher(stage, shared))
@@ -52,7 +52,7 @@ async def put_weights(stage: Stage) -> None:
 
 
 def role(stage: Stage) -> Role:
-    """Which policy this pod serves."""
+    """Return which policy this pod serves."""
     found = stage.environ.get("DAGGER_ROLE", "")
     try:
         return Role(found)
@@ -61,7 +61,7 @@ def role(stage: Stage) -> Role:
 
 
 async def teacher_version(stage: Stage) -> tuple[str, Source]:
-    """Version of a teacher served here, and where it comes from: pinned to a commit, or to the contents of its folder."""
+    """Return the version of a teacher served here and its source: pinned to a commit, or to the contents of its folder."""
     origin = source(stage.run.spec.teacher.model, stage.store, "teacher.model")
     match origin:
         case Hub(id):
@@ -91,7 +91,7 @@ async def _teacher(stage: Stage, shared: Shared) -> str:
         raise StageFailure("NotPrepared", "the teacher's version is in the result of the prepare stage, which comes first", permanent=False)
     teacher, target = stage.run.spec.teacher, shared.folder(prepared.teacher)
     if target.is_dir() and not target.is_symlink():
-        return prepared.teacher  # copied here, and whole: only a folder of somebody else's can have changed
+        return prepared.teacher  # a complete copy of our own: only someone else's folder can have changed
     pinned = Hub(teacher.model, prepared.teacher_revision) if prepared.teacher_revision else None
     partial = target.with_name(target.name + ".partial")
     folder = await fetch(pinned or source(teacher.model, stage.store, "teacher.model"), stage.store, partial, "teacher.model")

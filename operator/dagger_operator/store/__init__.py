@@ -1,5 +1,5 @@
-"""What is kept, where, and in which form: object storage, trajectories, claims, round manifests, aggregation.
+"""Stored data and its formats: object storage, trajectories, claims, round manifests, aggregation.
 
-Everything between stages goes through one prefix of an object store. Shards are content-addressed, manifests and results
-are created once, claims are taken by conditional writes; no database.
+Stages exchange data only through one prefix of an object store. Shards are content-addressed, manifests and results are created once,
+claims are taken by conditional writes; there is no database.
 """

@@ -1,7 +1,7 @@
-"""Whether a store keeps its word: many writers race for the same objects, and what they were told is held against what is there.
+"""Checks that a store honours conditional writes: many writers race for the same objects, and the answers are compared with the content.
 
 Some S3-compatible servers accept `If-None-Match` and `If-Match` and then ignore them, or check them and write later; rollouts and
-rounds would then be lost or doubled without a sign.
+rounds would then be lost or duplicated silently.
 """
 
 import asyncio
@@ -18,21 +18,21 @@ from dagger_operator.store.stage import StageFailure
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the races showed."""
+    """Results of the races."""
 
     url: str
     races: int
-    """Objects for whose creation all writers raced."""
+    """Objects that all writers raced to create."""
     doubled: int
     """Races that did not have exactly one winner, or whose object is not the winner's."""
     updates: int
     """Acknowledged compare-and-swap updates of one counter."""
     lost: int
-    """Acknowledged updates that are not in the counter."""
+    """Acknowledged updates that are missing from the counter."""
     ignored: int
-    """Conditional writes that had to be refused and were not."""
+    """Conditional writes that should have been refused and were not."""
     missing: int
-    """Objects that were written and are not in the listing right after."""
+    """Objects that were written but were not listed right afterwards."""
     round_trip_seconds: float
     """Median time of one small read."""
 
@@ -61,7 +61,7 @@ class CheckReport:
 
 
 async def check(store: Store, *, rounds: int = 20, writers: int = 8) -> CheckReport:
-    """Races `writers` concurrent writers `rounds` times over, below a folder of its own that is empty afterwards."""
+    """Race `writers` concurrent writers `rounds` times, in a new folder that is empty afterwards."""
     folder = layout.check(uuid.uuid4().hex)
     try:
         ignored = await _refused_in_quiet(store, f"{folder}quiet.json")
@@ -83,7 +83,7 @@ async def check(store: Store, *, rounds: int = 20, writers: int = 8) -> CheckRep
 
 
 async def require_honest(store: Store) -> CheckReport:
-    """The quick form, for the start of a run; a store that loses conditional writes is the permanent `StageFailure` StorageNotHonest."""
+    """Run a quick check at the start of a run. Raises `StageFailure("StorageNotHonest")`, permanent, if conditional writes are lost."""
     report = await check(store, rounds=3, writers=6)
     if not report.honest:
         raise StageFailure("StorageNotHonest", str(report))
@@ -91,7 +91,7 @@ async def require_honest(store: Store) -> CheckReport:
 
 
 async def _refused_in_quiet(store: Store, key: str) -> int:
-    """Conditions that do not hold, with no rival about: a server that knows the headers refuses every one."""
+    """Return how many writes with a false condition succeed without a rival: a server that knows the headers refuses them all."""
     first = await store.swap(key, b'"first"', None)
     if first is None:
         return 1
@@ -106,7 +106,7 @@ async def _refused_in_quiet(store: Store, key: str) -> int:
 
 
 async def _race(store: Store, key: str, writers: int) -> bool:
-    """Whether the creation of one object went wrong."""
+    """Whether a race to create one object went wrong."""
     won = await asyncio.gather(*(store.create(key, json.dumps({"writer": writer}).encode()) for writer in range(writers)))
     there = await store.get(key)
     winners = [writer for writer, mine in enumerate(won) if mine]
@@ -114,7 +114,7 @@ async def _race(store: Store, key: str, writers: int) -> bool:
 
 
 async def _count(store: Store, key: str, rounds: int, writers: int) -> tuple[int, int]:
-    """Acknowledged updates of a counter, and those of them that are not in it."""
+    """Return the number of acknowledged updates of a counter, and how many of them are missing from it."""
     await store.create(key, b"[]")
 
     async def add(writer: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Which worker runs which rollout: leases in object storage, taken by put-if-absent, kept by compare-and-swap.
+"""Assigns rollouts to workers: leases in object storage, taken by put-if-absent, renewed by compare-and-swap.
 
-No clock of another machine is trusted: a claim has expired when its content stood still for `lease_seconds` of our own monotonic
-clock. A claim only saves work. What keeps results single is that a trajectory is created once.
+No other machine's clock is trusted: a claim has expired when its content has not changed for `lease_seconds` of our own monotonic clock.
+A claim only avoids duplicate work. Results are unique because a trajectory can be created only once.
 """
 
 import asyncio
@@ -23,31 +23,31 @@ log = structlog.get_logger(__name__)
 
 
 class Claim(Record):
-    """The object that stands for a lease."""
+    """The object that represents a lease."""
 
     worker: str
-    """Name that outlives restarts."""
+    """Name that stays the same after restarts."""
     holder: str
-    """This life of the worker; empty where the claim was given back."""
+    """Process that holds the claim, a new id after each restart; empty if the claim was released."""
     beat: int = 0
-    """Grows with every renewal, so that a living claim never looks the same twice."""
+    """Incremented by every renewal, so that a live claim never looks the same twice."""
     tries: int = 0
-    """Times that the rollout was started, over all workers."""
+    """How often the rollout was started, over all workers."""
     failures: int = 0
-    """Tries that infrastructure broke."""
+    """Tries that failed because of infrastructure."""
     deaths: int = 0
-    """Tries whose worker died, fell silent or stood still over them; one that gave its claim back did not."""
+    """Tries whose worker died, stopped renewing or was suspended; a try whose claim was released is not counted."""
     last_failure: Failure | None = None
 
 
 class LeaseLost(Exception):
-    """This rollout is no longer ours: another worker took it over, or the claim was not renewed for as long as it lasts, since the store
-    was away or this process stood still. Stop, write nothing more; who finds it free begins anew.
+    """This rollout is no longer ours: another worker took it over, or the claim was not renewed in time because the store was unavailable
+    or this process was suspended. Stop and write nothing more; whoever takes the rollout next restarts it.
     """
 
 
 class Claims:
-    """One worker's view of one stage's claims."""
+    """One worker's view of the claims of one stage."""
 
     def __init__(self, store: Store, round_number: int, kind: Kind, worker: str, lease_seconds: float) -> None:
         self.store, self.round, self.kind, self.worker, self.lease_seconds = store, round_number, kind, worker, lease_seconds
@@ -56,7 +56,7 @@ class Claims:
         self._seen: dict[str, tuple[str, float]] = {}
 
     async def take(self, rollout_id: str) -> "Lease | None":
-        """A lease, or None where the rollout is finished or another worker's claim on it still moves. Ask again later."""
+        """Return a lease, or None if the rollout is finished or another worker's claim on it is live. Try again later."""
         if rollout_id in self._held:
             return None
         self._held.add(rollout_id)
@@ -80,7 +80,7 @@ class Claims:
         made = await self.store.swap(key, _bytes(mine), old)
         if made is None:
             return None
-        # Looked at after the claim is ours: nobody who held it before can still be about to finish unseen.
+        # Checked only once the claim is ours: no earlier holder can then still finish unnoticed.
         if await self.store.exists(layout.trajectory(self.round, self.kind, rollout_id)):
             await self.store.delete(key)
             return None
@@ -93,7 +93,7 @@ class Claims:
             return time.monotonic() - since >= self.lease_seconds
         known = rollout_id in self._seen
         self._seen[rollout_id] = (now_there.etag, time.monotonic())
-        # A worker's former life is gone. Only at first sight: two lives at once under one name must not steal in turns.
+        # An earlier process of this worker is gone. Only at first sight: two processes with one name must not keep stealing the claim.
         return claim.worker == self.worker and not known
 
     def _let_go(self, rollout_id: str, rival: Object | None = None) -> None:
@@ -104,19 +104,19 @@ class Claims:
 
 class _State(Enum):
     HELD = auto()
-    """Until it is given back, taken over, or its time is over."""
+    """Until it is released, taken over, or expires."""
     TAKEN = auto()
-    """By another, or it is gone."""
+    """Taken by another worker, or gone."""
     RELEASED = auto()
 
 
 class Lease:
-    """A rollout that is ours for as long as a claim lasts, and longer by every renewal."""
+    """A rollout that is ours until its claim expires; every renewal extends it."""
 
     def __init__(self, claims: Claims, rollout_id: str, claim: Claim, there: Object, since: float) -> None:
         self.rollout_id = rollout_id
         self.broken_by: Failure | None = None
-        """What of infrastructure broke this try: counted when the rollout is given back."""
+        """The infrastructure failure that broke this try; counted when the rollout is released."""
         self._claims, self._claim, self._there = claims, claim, there
         self._state = _State.HELD
         self._until = since + claims.lease_seconds
@@ -124,38 +124,38 @@ class Lease:
 
     @property
     def tries(self) -> int:
-        """Times that this rollout was started, this one included, over all workers and restarts."""
+        """How often this rollout was started, including this time, over all workers and restarts."""
         return self._claim.tries
 
     @property
     def failures(self) -> int:
-        """Earlier tries that infrastructure broke."""
+        """Earlier tries that failed because of infrastructure."""
         return self._claim.failures
 
     @property
     def deaths(self) -> int:
-        """Earlier tries whose worker died or fell silent."""
+        """Earlier tries whose worker died or stopped renewing."""
         return self._claim.deaths
 
     @property
     def lost(self) -> bool:
-        """Whether it ceased to be ours before it was given back.
+        """Whether it ceased to be ours before it was released.
 
-        Its time is over by our own clock, even where nobody took it: a process that stood still (stopped, frozen, swapped out) finds on
-        waking that its deadlines have passed, in any order with our renewals, and what they say is not the agent's doing.
+        It has expired by our own clock, even if nobody took it: a process that was suspended (stopped, frozen, swapped out) finds on
+        waking that its deadlines have passed, in any order with our renewals, and resulting timeouts are not the agent's fault.
         """
         over = self._body.expired() or time.monotonic() >= self._until
         return self._state is _State.TAKEN or (self._state is _State.HELD and over)
 
     def check(self) -> None:
-        """Raises `LeaseLost` where it is lost. Call it before what was done under the lease is written down."""
+        """Raise `LeaseLost` if the lease is lost. Call it before recording anything that was done under the lease."""
         if self.lost:
             raise self._loss()
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """Renews the claim while the block runs, and gives back what is still held at its end. A block whose claim is lost is cancelled and
-        raises `LeaseLost`. To be used once."""
+        """Renew the claim while the block runs, and release it at the end if it is still held. If the claim is lost, the block is cancelled
+        and raises `LeaseLost`. Use it only once."""
         heart = asyncio.create_task(self._beat(), name=f"lease {self.rollout_id}")
         try:
             async with self._body:
@@ -169,21 +169,21 @@ class Lease:
             try:
                 await self.release()
             except (LeaseLost, StoreUnavailable) as problem:
-                # The block's own end matters more; the claim expires by itself.
+                # The block's own outcome matters more; the claim expires by itself.
                 log.warning("claim not given back", rollout=self.rollout_id, problem=str(problem))
             finally:
                 self._claims._let_go(self.rollout_id)
 
     async def renew(self) -> None:
-        """Moves the claim on; raises `LeaseLost` where it is no longer ours, `StoreUnavailable` where the store is away."""
+        """Renew the claim. Raises `LeaseLost` if it is no longer ours, `StoreUnavailable` if the store is unavailable."""
         self.check()
         since = time.monotonic()
         await self._replace(self._claim.model_copy(update={"beat": self._claim.beat + 1}))
-        self.check()  # an answer that comes too late renews nothing
+        self.check()  # a late answer renews nothing
         self._until = since + self._claims.lease_seconds
 
     async def release(self) -> None:
-        """Gives the rollout back: at once free for anyone, with what broke it counted; the claim goes where the rollout is finished."""
+        """Release the rollout, so that anyone can take it at once, and count what broke it; delete the claim if the rollout is finished."""
         if self._state is _State.RELEASED or self.lost:
             return
         key = layout.claim(self._claims.round, self._claims.kind, self.rollout_id)
@@ -223,7 +223,7 @@ class Lease:
                 self._state = _State.TAKEN
                 self._claims._let_go(self.rollout_id, current)
                 raise self._loss()
-            # A renewal that we gave up waiting for arrived after all: go on from there.
+            # A renewal that we had given up on arrived after all: continue from it.
             self._there = current
             claim = claim.model_copy(update={"beat": _parse(current).beat + 1})
 
@@ -237,7 +237,7 @@ def _parse(there: Object | None) -> Claim:
     try:
         return Claim.model_validate_json(there.data)
     except ValidationError:
-        # Garbled by hand or by a fault: as good as given back, only its counts are gone.
+        # Corrupted by hand or by a bug: treated as released; only its counts are lost.
         return Claim(worker="", holder="")
 
 

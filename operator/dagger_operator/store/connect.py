@@ -1,6 +1,6 @@
-"""From a run's `storage` and credentials to obstore's configuration; nothing here touches the network.
+"""Converts a run's `storage` and credentials to obstore's configuration, without network access.
 
-obstore refuses variables that it does not know (`AWS_PROFILE`, `GOOGLE_CLOUD_PROJECT`), so only those that it does know are handed on.
+obstore rejects variables that it does not know (`AWS_PROFILE`, `GOOGLE_CLOUD_PROJECT`), so only known ones are passed on.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Connection:
-    """What `obstore.store.from_url` is called with: `bucket`, or `url` where that is a folder."""
+    """Arguments of `obstore.store.from_url`: `bucket`, or `url` if that is a folder."""
 
     url: str
     scheme: str
@@ -46,11 +46,11 @@ class Connection:
     folder: Path | None = None
     """The folder behind a `file` URL."""
     config: dict[str, str] = field(default_factory=dict, repr=False)
-    """Credentials among them: never printed."""
+    """Contains credentials: never printed."""
     client: dict[str, Any] = field(default_factory=dict, repr=False)
     retry: dict[str, Any] = field(default_factory=dict)
     named_server: bool = False
-    """Whether the run or its Secret says which server to ask: then it may be anybody's, else it is the cloud's or this process's choice."""
+    """Whether the run or its Secret names the server, which may then be anyone's; otherwise the cloud or this process chose it."""
 
     @property
     def bucket(self) -> str:
@@ -58,24 +58,25 @@ class Connection:
 
     @property
     def prefix(self) -> str:
-        """What every key begins with, with a slash at its end; empty where the bucket itself is the prefix."""
+        """Common prefix of all keys, ending with a slash; empty if the run has the whole bucket."""
         path = unquote(urlsplit(self.url).path).removeprefix("/").removesuffix("/")
         return f"{path}/" if path else ""
 
 
 def connection(storage: Storage, credentials: Credentials) -> Connection:
-    """Reads a CA bundle (`AWS_CA_BUNDLE`) if this process's environment names one, whoever's keys it uses: a Secret names no file here.
+    """Return the connection for a run's storage. Reads a CA bundle if this process's environment names one (`AWS_CA_BUNDLE`), whoever's
+    keys it uses: a Secret cannot name a local file.
 
-    Raises ValueError where that cannot be read, and for keys that do not do.
+    Raises ValueError if the bundle cannot be read, and for invalid keys.
     """
     url = storage.url.replace("s3a://", "s3://", 1)
     scheme = url.split("://", 1)[0]
     if scheme == "file":
         return Connection(url, scheme, folder=Path(unquote(urlsplit(url).path)))
-    # Long enough for a server that is started again, short enough for people who gave a wrong address.
+    # Long enough for a server to restart, short enough for people who gave a wrong address.
     backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2}
     retry = {"max_retries": 9, "retry_timeout": timedelta(seconds=90), "backoff": backoff}
-    # One request moves at most a part of a large object. Large bodies are bounded by silence, not by their whole duration.
+    # One request transfers at most one part of a large object. Large bodies are limited by inactivity, not by their total duration.
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=10),
         "read_timeout": timedelta(seconds=60),

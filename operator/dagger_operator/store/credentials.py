@@ -1,4 +1,4 @@
-"""By whose right a store is opened: by this process's own identity, or by exactly the keys of a Secret."""
+"""Credentials for opening a store: this process's own identity, or exactly the keys of a Secret."""
 
 import json
 import os
@@ -10,23 +10,23 @@ from functools import cache
 from dagger_operator.api.storage import ENDPOINT_PATTERN, REGION_PATTERN
 
 IDENTITY_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_")
-"""Of the variables that say who a process is in a cloud, and that the storage client reads."""
+"""Prefixes of the variables that give a process its cloud identity, and that the storage client reads."""
 
 
 @dataclass(frozen=True)
 class OwnIdentity:
-    """This process's own: what its environment says, and where that says nothing what its machine gives it."""
+    """This process's own identity: from its environment or, if that has none, from its machine."""
 
     environ: Mapping[str, str] = field(repr=False)
 
 
 @cache
 def own_identity() -> OwnIdentity:
-    """This process's own identity. The first call takes it out of the process's environment.
+    """Return this process's own identity. The first call removes it from the process's environment.
 
-    obstore adds what it finds there to whatever it is told. So a process that opens stores with others' keys must not have its own
-    identity in the environment: `Store.open` calls this first. A process with threads calls it before it starts any. `os.environ`, which
-    is Python's copy, keeps it for whoever is started by that, such as the plugin of a kubeconfig that asks a cloud for a token.
+    obstore adds what it finds there to whatever it is given. So a process that opens stores with others' keys must not have its own
+    identity in the environment: `Store.open` calls this first. A process with threads calls it before starting any. `os.environ`,
+    Python's copy, keeps it for subprocesses that Python starts, such as the plugin of a kubeconfig that gets a token from a cloud.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith(IDENTITY_PREFIXES)}
     for name in own:
@@ -36,17 +36,17 @@ def own_identity() -> OwnIdentity:
 
 @dataclass(frozen=True)
 class Keys:
-    """Exactly these, whatever this process could be itself."""
+    """Exactly these keys, whatever identity this process has."""
 
     values: Mapping[str, str] = field(repr=False)
-    """By their cloud's usual names. What is not for the storage client, such as HF_TOKEN, is left aside."""
+    """By their cloud's usual names. Keys that are not for the storage client, such as HF_TOKEN, are ignored."""
     source: str
-    """Where they are from, for messages: the Secret."""
+    """Where they come from, for messages: the Secret."""
 
     def config(self, scheme: str) -> dict[str, str]:
-        """obstore's configuration for a cloud (`s3`, `gs`, `az`, `abfs`, `abfss`).
+        """Return obstore's configuration for a cloud (`s3`, `gs`, `az`, `abfs`, `abfss`).
 
-        Raises ValueError, which names the Secret, its keys and what it needs, and no value: without a whole key obstore would ask for
+        Raises ValueError, which names the Secret, its keys and what it needs, but no value: without a complete key obstore would request
         the identity of the process or of its node.
         """
         cloud = _CLOUDS[scheme]
@@ -92,9 +92,9 @@ def _azure(names: str) -> frozenset[str]:
 @dataclass(frozen=True)
 class _Cloud:
     keys: tuple[tuple[frozenset[str], ...], ...]
-    """What makes a whole key: one of these, and of it one alias of each part."""
+    """What makes a complete key: one of these tuples, with one alias of each of its parts."""
     more: frozenset[str]
-    """What may stand beside it. Nothing that names a file, a service that gives tokens, or who a process is."""
+    """What may be given besides. Nothing that names a file, a token service, or the identity of a process."""
     needs: str
 
     @property
@@ -103,7 +103,7 @@ class _Cloud:
 
 
 ENDPOINTS = _aws("endpoint endpoint_url endpoint_url_s3") | _azure("storage_endpoint endpoint") | {"google_base_url"}
-"""Names by which an environment says which server to ask; a Secret may not say Google's."""
+"""Names by which an environment sets the server; a Secret may not set Google's."""
 _S3 = _Cloud(
     ((_aws("access_key_id"), _aws("secret_access_key")),),
     _aws(
@@ -129,7 +129,7 @@ _CLOUDS = {"s3": _S3, "gs": _GCS, **dict.fromkeys(("az", "abfs", "abfss"), _BLOB
 
 _PRIVATE_KEY = r"\s*-----BEGIN (RSA )?PRIVATE KEY-----\r?\n[A-Za-z0-9+/=\r\n]+\n-----END (RSA )?PRIVATE KEY-----\s*"
 
-# obstore makes host names of these.
+# obstore builds host names from these.
 _PATTERNS = (
     (REGION_PATTERN, "a region such as eu-west-1", _aws("region default_region")),
     (ENDPOINT_PATTERN, "a URL such as https://s3.example:9000, without a user, a query, a fragment, or a name that cannot be", ENDPOINTS),

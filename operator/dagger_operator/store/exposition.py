@@ -1,4 +1,4 @@
-"""`/metrics` of a stage: where Prometheus reads how its work goes while it goes. What there is: docs/metrics.md."""
+"""`/metrics` of a stage, from which Prometheus reads its progress while it runs. The metrics: docs/metrics.md."""
 
 import socket
 import socketserver
@@ -11,20 +11,20 @@ import structlog
 from prometheus_client import CollectorRegistry, GCCollector, MetricsHandler, PlatformCollector, ProcessCollector, disable_created_metrics
 
 PORT_VARIABLE = "DAGGER_METRICS_PORT"
-"""Environment variable; where it is set, a stage with metrics answers Prometheus on that port of `POD_IP`."""
+"""Environment variable; if it is set, a stage with metrics serves them to Prometheus on that port of `POD_IP`."""
 
 
 def fresh_registry() -> CollectorRegistry:
-    """An empty registry, whose counters are not followed by a series each that says when they were created."""
+    """Return an empty registry, without the extra series per counter that gives its creation time."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client does not type it
     return CollectorRegistry()
 
 
 @contextmanager
 def exposed(environ: Mapping[str, str]) -> Iterator[CollectorRegistry]:
-    """A registry that is served while the context lasts, with this process's own metrics in it. Without a port it is served to nobody.
+    """Serve a registry, with this process's own metrics in it, while the context lasts. Without a port it is not served.
 
-    A thread answers, so a process that computes for minutes can be read too. A port that cannot be had costs the metrics, not the stage.
+    Served from a thread, so a process that computes for minutes can be read too. An unavailable port costs the metrics, not the stage.
     """
     registry = fresh_registry()
     ProcessCollector(registry=registry)
@@ -60,4 +60,4 @@ class _Server(ThreadingHTTPServer):
         super().__init__((address, port), MetricsHandler.factory(registry))
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks a name server for this host
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own resolves this host's name by DNS

@@ -1,4 +1,4 @@
-"""Whether everything that a run left in its store is there, whole, and accounted for. Reads only."""
+"""Checks that everything a run left in its store exists, is intact, and is accounted for. Reads only."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ from dagger_operator.store.task_sets import read_task_sets
 from dagger_operator.store.trajectories import canonical, read_trajectory
 
 _AT_ONCE = 16
-"""Objects read side by side."""
+"""Objects read concurrently."""
 T = TypeVar("T")
 
 
@@ -41,7 +41,7 @@ class Problem:
 @dataclass(frozen=True)
 class FsckReport:
     looked_at: dict[str, int]
-    """Objects, trajectories, shards, policies."""
+    """Numbers of objects, trajectories, shards, policies."""
     problems: tuple[Problem, ...]
 
     @property
@@ -56,7 +56,7 @@ class FsckReport:
 
 
 async def fsck(store: Store, *, deep: bool = False) -> FsckReport:
-    """Verifies a run's prefix. `deep` also reads every policy file and holds it against its SHA-256."""
+    """Verify a run's prefix. `deep` also reads every policy file and compares it with its SHA-256."""
     check = _Fsck(store, {info.key: info.size for info in await store.list()})
     await check.owner()
     await check.tasks()
@@ -70,7 +70,7 @@ async def fsck(store: Store, *, deep: bool = False) -> FsckReport:
 
 
 class _Fsck:
-    """One pass; every method adds to `problems`."""
+    """One check; every method adds to `problems`."""
 
     def __init__(self, store: Store, sizes: dict[str, int]) -> None:
         self.store, self.sizes = store, sizes
@@ -129,7 +129,7 @@ class _Fsck:
         return False
 
     def _claims(self, number: int, kind: Kind) -> None:
-        """While a stage runs, a claim without a trajectory is a rollout under way."""
+        """Report abandoned claims. While a stage runs, a claim without a trajectory is a rollout in progress."""
         if layout.result(number, kind) not in self.sizes:
             return
         finished = set(self._ids(layout.trajectories(number, kind), ".parquet"))

@@ -1,19 +1,19 @@
-"""Every key below a run's prefix. Nowhere else is a name in the object store made."""
+"""Every key below a run's prefix. No other module builds names of stored objects."""
 
 from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What rollouts are for: to train on, or to measure."""
+    """Purpose of rollouts: training or evaluation."""
 
     ROLLOUT = "rollout"
     EVALUATION = "evaluation"
 
 
 RUN = "run.json"
-"""Who owns the prefix; created once."""
+"""The owner of the prefix; created once."""
 TASKS = "tasks.json"
-"""What the tasks of the run are; created once."""
+"""The run's tasks; created once."""
 POLICY = "policies/student.json"
 """Pointer to the policy version that should be served; changed by compare-and-swap."""
 
@@ -23,52 +23,52 @@ def round_prefix(round_number: int) -> str:
 
 
 def claims(round_number: int, kind: Kind) -> str:
-    """Folder of a stage's claims."""
+    """Return the folder of a stage's claims."""
     return f"{round_prefix(round_number)}/{kind}/claims/"
 
 
 def claim(round_number: int, kind: Kind, rollout_id: str) -> str:
-    """Lease of a worker on one rollout."""
+    """Return the key of a worker's lease on one rollout."""
     return f"{claims(round_number, kind)}{rollout_id}.json"
 
 
 def trajectories(round_number: int, kind: Kind) -> str:
-    """Folder of a stage's finished trajectories."""
+    """Return the folder of a stage's finished trajectories."""
     return f"{round_prefix(round_number)}/{kind}/trajectories/"
 
 
 def trajectory(round_number: int, kind: Kind, rollout_id: str) -> str:
-    """One finished rollout; created once, and the only proof that it finished."""
+    """Return the key of one finished rollout; created once, and the only proof that it finished."""
     return f"{trajectories(round_number, kind)}{rollout_id}.parquet"
 
 
 def shard(round_number: int, digest: str) -> str:
-    """Content-addressed part of a round's data set."""
+    """Return the key of a content-addressed part of a round's data set."""
     return f"{round_prefix(round_number)}/data/{digest}.parquet"
 
 
 def manifest(round_number: int) -> str:
-    """What a round's data set consists of; created once."""
+    """Return the key of the contents of a round's data set; created once."""
     return f"{round_prefix(round_number)}/manifest.json"
 
 
 def result(round_number: int, stage: str) -> str:
-    """Small result of a stage; created once, and the only proof that the stage is done."""
+    """Return the key of a stage's small result; created once, and the only proof that the stage is done."""
     return f"{round_prefix(round_number)}/results/{stage}.json"
 
 
 def progress(round_number: int, stage: str, index: int) -> str:
-    """Where one worker says how far it is; overwritten."""
+    """Return the key under which one worker reports its progress; overwritten."""
     return f"{round_prefix(round_number)}/progress/{stage}/{index:04d}.json"
 
 
 def checkpoint_prefix(round_number: int) -> str:
-    """Trainer state from which a killed training goes on."""
+    """Return the prefix of the trainer state from which a killed training resumes."""
     return f"{round_prefix(round_number)}/training/"
 
 
 def policy(version: str) -> str:
-    """Folder of one policy version: a Hugging Face checkpoint with `manifest.json`, which is written last."""
+    """Return the folder of one policy version: a Hugging Face checkpoint with `manifest.json`, which is written last."""
     return f"policies/{version}/"
 
 
@@ -77,5 +77,5 @@ def policy_manifest(version: str) -> str:
 
 
 def check(token: str) -> str:
-    """Folder in which one check of conditional writes races; empty afterwards."""
+    """Return the folder in which one check of conditional writes races; empty afterwards."""
     return f"check/{token}/"

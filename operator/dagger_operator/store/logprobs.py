@@ -1,7 +1,7 @@
-"""A teacher's distribution over each token of its turn, as far as its server tells it: the likeliest tokens.
+"""A teacher's distribution over each token of its turn, as far as its server reports it: the most likely tokens.
 
-Servers tell it as the OpenAI API has it, and vLLM names tokens by their ids where that is asked for. A label has tokens times k of
-them, so they are packed numbers and no Python objects.
+Servers report it in the format of the OpenAI API, and vLLM identifies tokens by id on request. A label has tokens times k of these
+numbers, so they are packed rather than Python objects.
 """
 
 import base64
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, model_validator
 
 _NAMED = "token_id:"
-"""What vLLM puts before an id."""
+"""Prefix that vLLM puts before an id."""
 
 
 def _packed(typecode: str) -> tuple[PlainValidator, PlainSerializer]:
-    """Numbers of four bytes; in JSON base64 of them, little-endian, which is quick, short, and the same on every machine."""
+    """Return the validator and serialiser of four-byte numbers; JSON has them as little-endian base64: fast, short, and portable."""
 
     def read(value: Any) -> Any:
         if isinstance(value, str):
@@ -44,15 +44,15 @@ else:  # arrays can be subscripted from Python 3.12 on
 
 
 class TopLogprobs(BaseModel):
-    """Of each token of a turn, k of the likeliest: `top_ids` and `top_logprobs` hold k for the first, then k for the second, and so on."""
+    """The k most likely tokens at each token of a turn: `top_ids` and `top_logprobs` hold k for the first, then k for the second, etc."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
 
     token_ids: Ids
-    """The turn as the teacher's tokens, those included that end it or that its text does not show."""
+    """The turn as the teacher's tokens, including those that end it and those that its text does not show."""
     top_ids: Ids
     top_logprobs: Logprobs
-    """Natural logarithms, of the distribution before temperature and top-p; what is left of 1 belongs to all other tokens."""
+    """Natural logarithms, of the distribution before temperature and top-p; the rest of the probability belongs to all other tokens."""
 
     @model_validator(mode="after")
     def _rectangular(self) -> Self:
@@ -65,7 +65,7 @@ class TopLogprobs(BaseModel):
         return len(self.top_ids) // len(self.token_ids) if self.token_ids else 0
 
     def columns(self) -> dict[str, list[Any]]:
-        """As Parquet holds it: a list for each token."""
+        """Return the columns that Parquet stores: one list per token."""
         cuts = range(0, len(self.top_ids), self.k or 1)
         return {
             "token_ids": self.token_ids.tolist(),
@@ -75,18 +75,18 @@ class TopLogprobs(BaseModel):
 
     @classmethod
     def of_columns(cls, columns: Mapping[str, Any]) -> Self:
-        """Raises `ValueError` where lists are not all as long."""
+        """Inverse of `columns`. Raises `ValueError` if the lists differ in length."""
         top = {name: list(chain.from_iterable(columns[name])) for name in ("top_ids", "top_logprobs")}
         return cls(token_ids=columns["token_ids"], **top)
 
 
 def asked(k: int) -> dict[str, Any]:
-    """What a request says to get them; nothing for k = 0."""
+    """Return the request parameters that ask for k log-probabilities; empty for k = 0."""
     return {"logprobs": True, "top_logprobs": k, "return_tokens_as_token_ids": True} if k else {}
 
 
 def told(choice: Mapping[str, Any], k: int) -> TopLogprobs | None:
-    """Of a choice of an answer that was asked for k; None where it does not tell them all, or names tokens by their text."""
+    """Return up to k log-probabilities per token of a choice; None if some token has none, or tokens are given as text."""
     try:
         entries = choice["logprobs"]["content"]
         tops = [entry["top_logprobs"][:k] for entry in entries]

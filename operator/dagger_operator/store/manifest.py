@@ -1,7 +1,7 @@
-"""What a round's data set is: immutable shards named by their digests, and a manifest that is created once.
+"""A round's data set: immutable shards named by their digests, and a manifest that is created once.
 
-Shards hold only the deterministic part of trajectories, so the same data gives the same digests wherever and however often it
-was gathered. What infrastructure broke is left out and counted.
+Shards hold only the deterministic part of trajectories, so the same data gives the same digests wherever and however often it is
+collected. Rollouts that infrastructure broke are left out and counted.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from dagger_operator.store.trajectories import (
 )
 
 SHARD_BYTES = 64 << 20
-"""Most canonical bytes of one shard (one trajectory may be larger); as Parquet it is a fraction of that."""
+"""Maximum canonical bytes of one shard (a single trajectory may be larger); as Parquet it is a fraction of that."""
 SHARD_ROWS = 1024
 
 
@@ -49,23 +49,23 @@ class RoundManifest(Record):
     run: str
     round: int
     rollouts: int
-    """Trajectories in the shards."""
+    """Number of trajectories in the shards."""
     turns: int
     labels: int
-    """States with a label that can be trained on."""
+    """Number of states with a label that can be trained on."""
     excluded: dict[str, int]
-    """Rollouts that infrastructure broke, by reason; they are in no shard."""
+    """Number of rollouts that infrastructure broke, by reason; they are in no shard."""
     tasks: tuple[str, ...]
-    """Tasks of the trajectories, sorted, each once."""
+    """Distinct tasks of the trajectories, sorted."""
     policies: tuple[str, ...]
     """Policy versions that acted or labelled, sorted."""
     data_digest: str
-    """SHA-256 over the canonical JSON of every trajectory, in order of rollout ids, each after its length in 8 bytes."""
+    """SHA-256 over the canonical JSON of every trajectory, in order of rollout ids, each preceded by its length in 8 bytes."""
     shards: tuple[Shard, ...]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest as it is stored."""
+        """SHA-256 of the manifest as stored."""
         return hashlib.sha256(self.stored()).hexdigest()
 
     def stored(self) -> bytes:
@@ -81,9 +81,9 @@ async def close_round(
     shard_bytes: int = SHARD_BYTES,
     shard_rows: int = SHARD_ROWS,
 ) -> RoundManifest | None:
-    """Makes the round's data set of its finished rollouts, or returns None while some are missing.
+    """Create the round's data set from its finished rollouts, or return None while some are missing.
 
-    Any number of workers may close at once: all end with the same manifest, which is also what a later call returns.
+    Any number of workers may close a round concurrently: all get the same manifest, as do later calls.
     """
     if (existing := await read_manifest(store, round_number)) is not None:
         return existing
@@ -99,7 +99,7 @@ async def close_round(
 
 
 async def read_manifest(store: Store, round_number: int) -> RoundManifest | None:
-    """A round's manifest, or None where it is not closed. `DamagedObject` where it cannot be read."""
+    """Return a round's manifest, or None if it is not closed. Raises `DamagedObject` if it cannot be read."""
     key = layout.manifest(round_number)
     found = await store.get(key)
     if found is None:
@@ -112,7 +112,7 @@ async def read_manifest(store: Store, round_number: int) -> RoundManifest | None
 
 
 async def read_shard(store: Store, round_number: int, shard: Shard) -> list[Trajectory]:
-    """A shard's trajectories, after its digest was verified."""
+    """Return a shard's trajectories, after verifying its digest."""
     key = layout.shard(round_number, shard.digest)
     remedy = (
         "restore it from a copy, or delete it together with the round's manifest.json and results/rollout.json and start the round's "
@@ -129,34 +129,34 @@ async def read_shard(store: Store, round_number: int, shard: Shard) -> list[Traj
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a round trains on."""
+    """The data that a round trains on."""
 
     store: Store
     manifests: tuple[RoundManifest, ...]
-    """In order of rounds."""
+    """Ordered by round."""
 
     @property
     def digest(self) -> str:
-        """Digest of all data in the set; of a single round its data digest."""
+        """Digest of all data in the set; for a single round its data digest."""
         if len(self.manifests) == 1:
             return self.manifests[0].data_digest
         return hashlib.sha256("".join(manifest.data_digest for manifest in self.manifests).encode()).hexdigest()
 
     async def trajectories(self) -> AsyncIterator[Trajectory]:
-        """Every trajectory, in order of rounds and rollout ids, read shard by shard."""
+        """Yield every trajectory, in order of rounds and rollout ids, read shard by shard."""
         async for _, trajectories in self.shards():
             for trajectory in trajectories:
                 yield trajectory
 
     async def shards(self) -> AsyncIterator[tuple[str, list[Trajectory]]]:
-        """Every shard's key and trajectories, in the same order; each is verified before use."""
+        """Yield every shard's key and trajectories, in the same order; each is verified before use."""
         for manifest in self.manifests:
             for shard in manifest.shards:
                 yield layout.shard(manifest.round, shard.digest), await read_shard(self.store, manifest.round, shard)
 
 
 async def training_set(store: Store, round_number: int, aggregation: Aggregation) -> TrainingSet:
-    """The data that a round trains on: its own (CurrentRoundOnly), or that of all rounds up to it."""
+    """Return the data that a round trains on: its own (CurrentRoundOnly), or that of all rounds up to it."""
     first = round_number if aggregation is Aggregation.CURRENT_ROUND_ONLY else 1
     rounds = range(first, round_number + 1)
     manifests = await asyncio.gather(*(read_manifest(store, number) for number in rounds))
@@ -168,7 +168,7 @@ async def training_set(store: Store, round_number: int, aggregation: Aggregation
 
 
 class _Closing:
-    """A round's data set while it is being made, one shard in memory."""
+    """A round's data set under construction, with one shard in memory."""
 
     def __init__(self, store: Store, run: str, round_number: int, shard_bytes: int, shard_rows: int) -> None:
         self._store, self._run, self._round = store, run, round_number

@@ -1,7 +1,7 @@
-"""One interface over object storage: a local folder, S3, GCS, Azure (obstore), with conditional writes.
+"""One interface to object storage: a local folder, S3, GCS, Azure (obstore), with conditional writes.
 
-Every call is asynchronous and raises `StoreUnavailable` where the store cannot be reached or refuses; "is not there" and
-"was there already" are answers, not errors.
+Every call is asynchronous and raises `StoreUnavailable` if the store cannot be reached or refuses; "does not exist" and "already exists"
+are results, not errors.
 """
 
 import asyncio
@@ -31,29 +31,29 @@ from dagger_operator.store.credentials import Credentials, Keys, OwnIdentity, ow
 
 T = TypeVar("T")
 _PART = 16 << 20
-"""Bytes of one part of a large transfer."""
+"""Size in bytes of one part of a large transfer."""
 _PARTS_AT_ONCE = 4
 _CHUNK = 64 << 10
-"""Bytes that are taken at a time of an object that has to be small."""
+"""Bytes read at a time from an object whose size is limited."""
 _CALLS_AT_ONCE = 32
 _MOST_PARTS = 9000
-"""S3 takes 10,000 parts in one upload."""
+"""S3 allows 10,000 parts per upload."""
 SMALL_BYTES = 64 << 10
-"""More than an object has that says one thing: an owner, a pointer, how far a worker is."""
+"""Upper bound for objects that hold one fact: an owner, a pointer, a worker's progress."""
 _MESSAGE_CHARACTERS = 500
 ABSENT = re.compile(r"<Code>(NoSuchKey|BlobNotFound)</Code>")
-"""By which S3, GCS and Azure say that there is no such object. A 404 without it is a missing bucket's, a gateway's or anybody's."""
+"""How S3, GCS and Azure report that an object does not exist. A 404 without it may come from a missing bucket, a gateway or anyone."""
 _BYTES = re.compile(r"\[\d+(, \d+)+\]")
 _SIGNED_FOR = timedelta(minutes=15)
-"""As far as two clocks may be apart for a signed request."""
+"""Also the most that two clocks may differ for a signed request."""
 
 
 class StoreUnavailable(Exception):
-    """The object store cannot be reached, refuses us, or cannot be written."""
+    """The object store cannot be reached, denies access, or cannot be written."""
 
 
 class DamagedObject(Exception):
-    """An object is missing or is not what its manifest or its format says: infrastructure's fault, never data."""
+    """An object is missing or does not match its manifest or format: infrastructure's fault, never data."""
 
     def __init__(self, key: str, problem: str, remedy: str = "`daggerctl store fsck` lists everything that is damaged") -> None:
         self.key, self.problem, self.remedy = key, problem, remedy
@@ -61,19 +61,19 @@ class DamagedObject(Exception):
 
 
 def oversized(key: str, size: int, most: int) -> DamagedObject:
-    """An object of `size` bytes or more that is small where it is whole."""
+    """Return the error for an object of `size` bytes or more that should be small."""
     return DamagedObject(key, f"has {size} bytes or more, where {most} at most are expected")
 
 
 class _NotThere(Exception):
-    """There is no such object. Not `FileNotFoundError`, which a local file may raise beside it."""
+    """The object does not exist. Not `FileNotFoundError`, which a local file may raise too."""
 
 
 @dataclass(frozen=True)
 class Object:
     data: bytes
     etag: str
-    """Names this content to `swap`; opaque (of a local folder a digest, of GCS the generation)."""
+    """Identifies this content to `swap`; opaque (for a local folder a digest, for GCS the generation)."""
 
     def json(self) -> Any:
         return json.loads(self.data)
@@ -82,23 +82,23 @@ class Object:
 @dataclass(frozen=True)
 class ObjectInfo:
     key: str
-    """Below the run's prefix."""
+    """Relative to the run's prefix."""
     size: int
-    """Bytes."""
+    """In bytes."""
 
 
 class Reads(Protocol):
-    """A store for those who read what is small and nothing else."""
+    """A store for readers of small objects only."""
 
     async def get(self, key: str, most: int) -> Object | None:
-        """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
+        """Return the object, or None if it does not exist. One of more than `most` bytes raises `DamagedObject`, and is not read."""
         ...
 
 
 class Clients:
-    """Clients of clouds, one for a bucket and its credentials, whose connections all stores that are opened with it share.
+    """Cloud clients, one per bucket and credentials, whose connections are shared by all stores opened with this object.
 
-    A client of its own costs a store 4 ms, 100 KiB and its own TLS connections, which matters where one process opens a thousand.
+    A client of its own would cost each store 4 ms, 100 KiB and its own TLS connections, which matters if one process opens a thousand.
     """
 
     def __init__(self) -> None:
@@ -127,10 +127,10 @@ class Store:
         threads: ThreadPoolExecutor | None = None,
         named_server: bool = False,
     ) -> None:
-        """`prefix` is the run's within the backend, with a slash at its end."""
+        """`prefix` is the run's prefix within the backend, ending with a slash."""
         self._backend, self.url, self._scheme, self._prefix, self._folder = backend, url, scheme, prefix, folder
         self.named_server = named_server
-        """Whether its server is one that the run or its Secret names."""
+        """Whether the run or its Secret names the store's server."""
         self._threads = threads or ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="store")
 
     @classmethod
@@ -141,10 +141,10 @@ class Store:
         threads: ThreadPoolExecutor | None = None,
         clients: Clients | None = None,
     ) -> Self:
-        """Opens a run's prefix; `credentials` default to what this process's environment says. Where many stores are open, they
-        share `threads` that do the work and `clients` (default: a store's own)."""
+        """Open a run's prefix; `credentials` default to this process's environment. Many open stores should share `threads`, which do the
+        work, and `clients` (default: one per store)."""
         if isinstance(credentials, Keys):
-            own_identity()  # out of the way: obstore would add it to the keys
+            own_identity()  # removes it from the environment: obstore would add it to the keys
         try:
             to = connection(storage, credentials or OwnIdentity(os.environ))
             if to.folder is not None:
@@ -157,7 +157,7 @@ class Store:
             raise StoreUnavailable(f"storage.url {storage.url!r} cannot be opened: {_first_line(error)}") from None
 
     async def get(self, key: str, most: int | None = None) -> Object | None:
-        """The object, or None where there is none. One of more than `most` bytes is a `DamagedObject`, and is not read."""
+        """Return the object, or None if it does not exist. One of more than `most` bytes raises `DamagedObject`, and is not read."""
 
         def read() -> Object:
             answer = self._backend.get(self._prefix + key)
@@ -172,7 +172,7 @@ class Store:
             return None
 
     def _there(self, key: str, call: Callable[[], T]) -> T:
-        """What a call for an object gives. Raises `_NotThere` where the server says so: a 404 to a HEAD has no body, and is asked again."""
+        """Return the result of a call. Raises `_NotThere` if the server says so: a 404 to a HEAD has no body, so a GET checks it."""
         try:
             return call()
         except FileNotFoundError as error:
@@ -187,7 +187,7 @@ class Store:
         return call()
 
     async def signed(self, key: str) -> str:
-        """A URL by which whoever has it may read the object, for 15 minutes. Not of folders."""
+        """Return a URL with which anyone can read the object for 15 minutes. Not for folders."""
         backend = cast(Any, self._backend)
         return await self._run("signing for", key, lambda: obstore.sign(backend, "GET", self._prefix + key, _SIGNED_FOR))
 
@@ -199,18 +199,18 @@ class Store:
             return False
 
     async def put(self, key: str, data: bytes) -> None:
-        """Writes, whatever was there; only for what has one writer and no history."""
+        """Write an object, overwriting it if it exists; only for objects with one writer and no history."""
         await self._run("writing", key, lambda: self._backend.put(self._prefix + key, data, use_multipart=False))
 
     async def create(self, key: str, data: bytes) -> bool:
-        """Put-if-absent: True where this call made the object, False where another was there already. See `swap`."""
+        """Put-if-absent: return True if this call created the object, False if another one existed already. See `swap`."""
         return await self.swap(key, data, None) is not None
 
     async def swap(self, key: str, data: bytes, expected: Object | None) -> Object | None:
-        """Compare-and-swap from `expected` (None: there is no object): the object now there, or None where another was there.
+        """Compare-and-swap from `expected` (None: no object): return the new object, or None if the store holds another one.
 
-        The same bytes count as ours: a request whose answer was lost is repeated by the client and then meets its own first
-        try. So data for which writers race has to name its writer.
+        Finding identical bytes counts as success: the client repeats a request whose answer was lost, and then meets its own first
+        attempt. So data that several writers compete to write must name its writer.
         """
 
         def write() -> Object | None:
@@ -242,7 +242,7 @@ class Store:
 
     def _etag(self, meta: Mapping[str, Any], data: bytes) -> str:
         if self._folder is not None:
-            # The backend's own is made of inode, time and size, which a quick succession of writes can bring back.
+            # The backend's own is made of inode, time and size, which can recur after writes in quick succession.
             return hashlib.sha256(data).hexdigest()
         etag = meta.get("version" if self._scheme == "gs" else "e_tag")
         if not etag:
@@ -250,7 +250,7 @@ class Store:
         return str(etag)
 
     async def delete(self, key: str) -> None:
-        """Removes an object; one that is not there is fine."""
+        """Delete an object; a missing one is not an error."""
 
         def remove() -> None:
             with _locked(self._folder) if self._folder is not None else nullcontext():
@@ -260,7 +260,7 @@ class Store:
             await self._run("deleting", key, remove, answers=(FileNotFoundError,))
 
     async def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """All objects below a folder (not: whose names start with it), in order of their keys."""
+        """Return all objects below a folder (not: whose names start with it), sorted by key."""
 
         def look() -> Iterator[ObjectInfo]:
             for chunk in obstore.list(self._backend, prefix=(self._prefix + prefix).rstrip("/") or None):
@@ -269,7 +269,7 @@ class Store:
         return await self._run("listing", prefix, lambda: sorted(look(), key=lambda info: info.key))
 
     async def upload(self, key: str, path: Path) -> None:
-        """Writes a file, in parts where it is large; readers see it whole or not at all."""
+        """Write a file, in parts if it is large; readers see it whole or not at all."""
 
         def send() -> None:
             part = max(_PART, path.stat().st_size // _MOST_PARTS)
@@ -278,10 +278,10 @@ class Store:
         await self._run("uploading", key, send)
 
     async def download(self, key: str, path: Path) -> bool:
-        """Reads an object, which nobody may change meanwhile, into a file that is there whole or not at all. One caller a file.
+        """Read an object, which must not change meanwhile, into a file that appears atomically. One caller per file.
 
-        False where there is no such object. Parts are read side by side and each is retried alone. Raises `OSError`, which names `path`,
-        where the file cannot be written: that is not the storage's fault.
+        Returns False if the object does not exist. Parts are read concurrently and each is retried alone. Raises `OSError`, which names
+        `path`, if the file cannot be written: that is not the store's fault.
         """
 
         def fetch() -> None:
@@ -294,7 +294,7 @@ class Store:
                     def part(start: int) -> None:
                         end = min(start + _PART, size)
                         read = of_storage(lambda: self._backend.get_range(self._prefix + key, start=start, end=end))
-                        if os.pwrite(file.fileno(), read, start) < len(read):  # the first that a disk says when it is full
+                        if os.pwrite(file.fileno(), read, start) < len(read):  # the first sign of a full disk
                             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
                     deque(threads.map(part, range(0, size, _PART)), maxlen=0)
@@ -302,7 +302,7 @@ class Store:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             finally:
-                with suppress(OSError):  # says nothing that was not said
+                with suppress(OSError):  # adds nothing to the first error
                     partial.unlink()
 
         def of_storage(call: Callable[[], T]) -> T:
@@ -318,10 +318,10 @@ class Store:
             return False
 
     async def _run(self, doing: str, key: str, work: Callable[[], T], *, answers: tuple[type[Exception], ...] = ()) -> T:
-        """Runs blocking work in a thread of ours; exceptions that are `answers` pass.
+        """Run blocking work in one of our threads; exceptions listed in `answers` pass unchanged.
 
         obstore's own coroutines finish on Tokio threads, which touch the interpreter once more afterwards: a process that exits
-        right after its last call, as stages do, then now and then aborts (exit code 134).
+        right after its last call, as stages do, would then occasionally abort (exit code 134).
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -336,7 +336,7 @@ class Store:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """obstore's local backend can create but not compare; a lock on the folder itself makes up for it and leaves no file."""
+    """Lock a folder. obstore's local backend can create but not compare; a lock on the folder makes up for it and leaves no file."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -351,12 +351,12 @@ def _bounded(answer: "obstore.GetResult", key: str, most: int) -> bytes:
     data = bytearray()
     for part in answer.stream(min_chunk_size=_CHUNK):
         data += part
-        if len(data) > most:  # a server may send more than it said
+        if len(data) > most:  # a server may send more than it announced
             raise oversized(key, len(data), most)
     return bytes(data)
 
 
 def _first_line(error: Exception) -> str:
-    """obstore appends its Rust structures to every message, and a server's whole answer; a key that it cannot read it shows in bytes."""
+    """Strip from an error what obstore appends: Rust structures and a server's whole answer; and a key it cannot read, shown as bytes."""
     told = _BYTES.sub("[...]", str(error).split("\n\nDebug source", 1)[0])
     return told.strip()[:_MESSAGE_CHARACTERS]

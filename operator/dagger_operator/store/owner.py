@@ -1,4 +1,4 @@
-"""Whose prefix it is: one run, for ever."""
+"""Ownership of a prefix: it belongs to one run, permanently."""
 
 from pydantic import ValidationError
 
@@ -15,16 +15,16 @@ class Owner(Record):
     name: str
     namespace: str
     uid: str | None
-    """Tells a run from an earlier one of the same name; None on a runtime that has no UIDs."""
+    """Distinguishes a run from an earlier one of the same name; None on a runtime without UIDs."""
 
 
 def owner_of(run: DAggerRun) -> Owner:
-    """How `run` signs its prefix."""
+    """Return the owner that `run` records in its prefix."""
     return Owner(name=run.metadata.name, namespace=run.metadata.namespace, uid=run.metadata.uid)
 
 
 async def take_prefix(store: Store, run: DAggerRun) -> Owner:
-    """Makes the prefix this run's, or finds that it is. Another run's is the permanent `StageFailure` PrefixTaken."""
+    """Claim the prefix for this run, or verify that it owns it. Another run's raises `StageFailure("PrefixTaken")`, permanent."""
     me = owner_of(run)
     if await store.create(layout.RUN, me.model_dump_json(indent=1).encode()):
         return me
@@ -40,7 +40,7 @@ async def take_prefix(store: Store, run: DAggerRun) -> Owner:
 
 
 async def read_owner(store: Reads) -> Owner | None:
-    """The run that the prefix belongs to, or None where nobody took it."""
+    """Return the run that owns the prefix, or None if no run does."""
     found = await store.get(layout.RUN, SMALL_BYTES)
     if found is None:
         return None

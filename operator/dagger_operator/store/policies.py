@@ -1,7 +1,7 @@
 """Policy versions: a Hugging Face folder with a manifest, and the pointer to the version that should be served.
 
-A version's name holds the digest of what it is made of. Files are written first and the manifest last, so a version whose manifest
-is there is whole.
+A version's name contains the digest of its contents. Files are written first and the manifest last, so a version with a manifest is
+complete.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from dagger_operator.store.side_by_side import each
 from dagger_operator.store.stage import StageFailure
 
 ADAPTER = "adapter"
-"""Folder of a version in which its low-rank adapter stands by itself, where it has one; its weights hold it merged."""
+"""Folder of a version with its low-rank adapter by itself, if it has one; the version's weights have it merged."""
 
 _MANIFEST = "manifest.json"
 _REMEDY = (
@@ -36,33 +36,33 @@ class PolicyFile(Record):
 
 
 class PolicyManifest(Record):
-    """What a policy version is, and what it was made from."""
+    """Contents of a policy version, and what it was made from."""
 
     version: str
     round: int
-    """Round that made it; 0 is the student as it came."""
+    """Round that made it; 0 is the initial student."""
     base_model: str
     parent: str | None
     """Version that training started from."""
     data_digest: str | None
     """Digest of the data set it was trained on."""
     files: dict[str, PolicyFile]
-    """By path within the folder."""
+    """By path relative to the folder."""
     settings: dict[str, Any]
-    """Training settings in force."""
+    """Training settings that were used."""
     software: dict[str, str]
-    """Versions of what made it."""
+    """Versions of the software that made it."""
     digest: str
     """SHA-256 over files, round, parent and data digest; the version is named after it."""
 
     @property
     def adapter(self) -> dict[str, PolicyFile]:
-        """Files of its low-rank adapter by itself; none where it has none."""
+        """Files of its separate low-rank adapter; empty if it has none."""
         return {name: file for name, file in self.files.items() if name.startswith(f"{ADAPTER}/")}
 
 
 class PolicyPointer(Record):
-    """Which version should be served."""
+    """The version that should be served."""
 
     policy: str
     round: int
@@ -80,8 +80,8 @@ async def save_policy(
     software: Mapping[str, str],
     tell: Tell = silent,
 ) -> PolicyManifest:
-    """Stores a folder as a policy version. The same folder, round, parent and data give the same version, which is written once.
-    `tell` hears of the bytes."""
+    """Store a folder as a policy version. The same folder, round, parent and data give the same version, which is written once.
+    `tell` is called with the progress in bytes."""
     files = await _digest_files(folder)
     if not files:
         raise StageFailure("NoCheckpoint", f"{folder} holds no files: a policy is a Hugging Face folder with config and safetensors")
@@ -107,7 +107,7 @@ async def save_policy(
 
     async def save(name: str) -> None:
         nonlocal stored
-        # The version is made of the files' digests and objects appear whole: one of this size is this file.
+        # The version's name covers the files' digests, and objects appear whole: an object of this size is this file.
         if there.get(prefix + name) != files[name].size:
             await store.upload(prefix + name, folder / name)
         stored += files[name].size
@@ -121,7 +121,7 @@ async def save_policy(
 
 
 async def policy_manifest(store: Store, version: str) -> PolicyManifest:
-    """A version's manifest; `DamagedObject` where it is missing or unreadable."""
+    """Return a version's manifest. Raises `DamagedObject` if it is missing or unreadable."""
     key = layout.policy_manifest(version)
     found = await store.get(key)
     if found is None:
@@ -130,10 +130,10 @@ async def policy_manifest(store: Store, version: str) -> PolicyManifest:
 
 
 async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifest:
-    """Puts a version into `folder`, every file verified by size and SHA-256. One caller a folder at a time.
+    """Download a version into `folder`, verifying every file by size and SHA-256. One caller per folder at a time.
 
-    The folder appears whole: it is made beside as `<folder>.partial`, in which a second try finds what the first one finished. A
-    folder that is there already is used as it is. A file that is not what the manifest says is a `DamagedObject`.
+    The folder appears atomically: it is built beside as `<folder>.partial`, in which a retry finds the files that were completed. A
+    complete folder is used as it is. Raises `DamagedObject` if a file does not match the manifest.
     """
     manifest = await policy_manifest(store, version)
     if await asyncio.to_thread(_is_complete, folder, manifest):
@@ -149,7 +149,7 @@ async def load_policy(store: Store, version: str, folder: Path) -> PolicyManifes
 
 
 async def load_adapter(store: Store, version: str, folder: Path) -> bool:
-    """Puts a version's adapter alone into `folder`, every file verified as by `load_policy`. False where it has none."""
+    """Download only a version's adapter into `folder`, verifying every file like `load_policy`. Returns False if it has none."""
     files = (await policy_manifest(store, version)).adapter
     for name, file in files.items():
         await _load_file(store, layout.policy(version) + name, file, folder / name.removeprefix(f"{ADAPTER}/"))
@@ -169,15 +169,15 @@ async def _load_file(store: Store, key: str, file: PolicyFile, path: Path) -> No
 
 
 async def pointed(store: Store) -> PolicyPointer | None:
-    """The version that should be served, or None before the run is prepared."""
+    """Return the version that should be served, or None before the run is prepared."""
     found = await store.get(layout.POLICY, SMALL_BYTES)
     return None if found is None else _pointer(found.data)
 
 
 async def point_to(store: Store, policy: str, round: int) -> PolicyPointer:
-    """Moves the pointer forward, and returns what it says then: a pointer of a later round is left alone.
+    """Move the pointer forward, and return its new value: a pointer of a later round is left unchanged.
 
-    Two versions for one round are a `StageFailure`: a round's student is made once.
+    Raises `StageFailure` for two versions of one round: a round's student is made only once.
     """
     wanted = PolicyPointer(policy=policy, round=round)
     while True:
@@ -235,7 +235,7 @@ def _paths(folder: Path) -> dict[str, Path]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; blocks."""
+    """Return the SHA-256 of a file; blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""How far a stage's workers are: overwritten as they go, for people only."""
+"""Progress of a stage's workers: overwritten as they go, only for display."""
 
 import asyncio
 import time
@@ -12,11 +12,11 @@ from dagger_operator.store.objects import SMALL_BYTES, DamagedObject, Reads, Sto
 from dagger_operator.store.results import StageProgress
 
 REPORT_SECONDS = 5.0
-"""Between two reports of one worker."""
+"""Interval between two reports of one worker."""
 
 
 async def report(store: Store, round_number: int, stage: str, index: int, progress: StageProgress) -> None:
-    """Says how far worker `index` is. A store that is away costs the report and nothing else."""
+    """Report the progress of worker `index`. An unavailable store costs the report and nothing else."""
     try:
         await store.put(layout.progress(round_number, stage, index), progress.model_dump_json().encode())
     except StoreUnavailable as error:
@@ -24,17 +24,17 @@ async def report(store: Store, round_number: int, stage: str, index: int, progre
 
 
 class Tell(Protocol):
-    """Hears how far something is, as often as its maker likes."""
+    """Receives progress, as often as the caller likes."""
 
     async def __call__(self, done: int, total: int, /) -> object: ...
 
 
 async def silent(done: int, total: int, /) -> None:
-    """A `Tell` for when nobody listens."""
+    """Ignore progress: a `Tell` for callers that need none."""
 
 
 class Reporter:
-    """Reports what it is told, as often as is due: the first, the last, and others at most every `REPORT_SECONDS`."""
+    """Stores the progress it is given when due: the first, the last, and others at most every `REPORT_SECONDS`."""
 
     def __init__(self, store: Store, round_number: int, stage: str, unit: str) -> None:
         self._store, self._where, self._unit = store, (round_number, stage), unit
@@ -42,7 +42,7 @@ class Reporter:
         self._before: int | None = None
 
     async def tell(self, done: int, total: int, *, counters: dict[str, float] | None = None, seconds: float | None = None) -> bool:
-        """Whether it was reported. `seconds`: of all the work that is done, where that is more than what this process has seen."""
+        """Return whether it was stored. `seconds`: time of all work done, if more than this process has spent on it."""
         now = time.monotonic()
         if self._before is None:
             self._before = done if seconds is None else 0
@@ -56,7 +56,7 @@ class Reporter:
 
 
 async def read_progress(store: Reads, round_number: int, stage: str, workers: int = 1) -> dict[int, StageProgress]:
-    """Progress by index, of the first `workers` workers; what cannot be read is left out, since nothing rests on it."""
+    """Return the progress of the first `workers` workers, by index; what cannot be read is left out, since nothing depends on it."""
 
     async def of(index: int) -> StageProgress | None:
         try:

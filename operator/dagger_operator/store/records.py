@@ -1,6 +1,6 @@
 """Trajectory and turn: the record of one rollout, O(turns) in size.
 
-A turn's state is stored as a delta: how many messages it keeps of the state before it, and the messages that follow.
+A turn's state is stored as a delta: how many messages it keeps of the previous state, and the messages that follow.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from dagger_operator.api import Role
 from dagger_operator.store.logprobs import TopLogprobs
 
 Message = dict[str, Any]
-"""A chat message as the OpenAI API has it: role, content, tool_calls, tool_call_id."""
+"""A chat message in the format of the OpenAI API: role, content, tool_calls, tool_call_id."""
 
 
 class Record(BaseModel):
@@ -21,7 +21,7 @@ class Record(BaseModel):
 
 
 class Outcome(StrEnum):
-    """How a rollout ended. Only the last is not the agent's doing: it is retried, then excluded, never a zero."""
+    """How a rollout ended. Only the last is not the agent's doing: it is retried, then excluded, never scored as zero."""
 
     RESOLVED = "Resolved"
     UNRESOLVED = "Unresolved"
@@ -31,14 +31,14 @@ class Outcome(StrEnum):
 
 
 class LabelFlaw(StrEnum):
-    """Why a state has no label to train on."""
+    """Why a state has no label that can be trained on."""
 
     TRUNCATED = "Truncated"
     UNPARSABLE = "Unparsable"
     REFUSED = "Refused"
-    """The teacher cannot go on from this state, such as with a context that is too long for it."""
+    """The teacher cannot continue from this state, for example because its context is too long for it."""
     REQUEST_FAILED = "RequestFailed"
-    """It could not be asked: infrastructure's fault."""
+    """The teacher could not be asked: infrastructure's fault."""
 
 
 class Completion(Record):
@@ -53,13 +53,13 @@ class Completion(Record):
     cached_tokens: int = 0
     completion_tokens: int = 0
     latency_seconds: float = 0.0
-    # Left out where there are none, so that data digests of runs that ask for none stay as they were.
+    # Omitted if there are none, so that data digests of runs that request none do not change.
     logprobs: TopLogprobs | None = Field(default=None, exclude_if=lambda value: value is None)
-    """A label's alone: what the teacher told of its distribution, where `labels.topLogprobs` asked for it."""
+    """For labels only: the teacher's distribution, if `labels.topLogprobs` requests it."""
 
 
 class Turn(Record):
-    """One visited state, what was done there, and what the teacher would have done."""
+    """One visited state, the action taken there, and the teacher's label for it."""
 
     index: int
     """From 0."""
@@ -67,23 +67,23 @@ class Turn(Record):
     beta: float
     """Nominal probability that the teacher acts; for StudentPrefix 1.0 from turn kappa on, 0.0 before."""
     coin: float
-    """The draw in [0, 1): the teacher acts where coin < beta."""
+    """The draw in [0, 1): the teacher acts if coin < beta."""
     kept: int
-    """Messages at the head of the previous state that this state still has."""
+    """Number of messages at the start of the previous state that this state keeps."""
     messages: tuple[Message, ...]
-    """Messages of this state after those."""
+    """Messages of this state that follow those."""
     tools: tuple[dict[str, Any], ...] | None = None
-    """Tool schemas of the request where they differ from the turn before (turn 0: from none)."""
+    """Tool schemas of the request if they differ from the previous turn's (turn 0: from none)."""
     action: Completion
     """The turn that was executed."""
     label: Completion | None = None
-    """The teacher's turn at this state; equal to `action`, log-probabilities apart, where the teacher acted."""
+    """The teacher's turn at this state; where the teacher acted, equal to `action` except for log-probabilities."""
     label_flaw: LabelFlaw | None = None
-    """Set where the label must not train; then `label` may hold what was received."""
+    """Set if the label must not be trained on; `label` may then hold what was received."""
 
 
 class Failure(Record):
-    """Why infrastructure broke a rollout, or why a policy could not go on."""
+    """Why infrastructure broke a rollout, or why a policy could not continue."""
 
     reason: str
     """CamelCase, from a bounded set."""
@@ -109,7 +109,7 @@ class Trajectory(Record):
     run: str
     round: int
     rollout_id: str
-    """Unique within a round and kind: ordinal of the rollout."""
+    """Unique within a round and kind: the rollout's ordinal."""
     task_id: str
     attempt: int = 0
     """Which of a task's `rolloutsPerTask` attempts this is, from 0."""
@@ -117,18 +117,18 @@ class Trajectory(Record):
     """Policy version of the student."""
     teacher: str = ""
     kappa: int | None = None
-    """StudentPrefix: turns that the student was given."""
+    """StudentPrefix: number of turns given to the student."""
     turns: tuple[Turn, ...]
     outcome: Outcome
     exit_status: str = ""
-    """How the scaffold ended, in its own word."""
+    """How the scaffold ended, in its own words."""
     submitted: bool = False
     """Whether the agent declared its work done."""
     patch: str = ""
     """The change that was graded."""
     failure: Failure | None = None
     tries: int = 1
-    """Times that this rollout was started, infrastructure failures included."""
+    """How often this rollout was started, infrastructure failures included."""
     worker: str = ""
     timings: Timings = Timings()
 
@@ -143,11 +143,11 @@ class LabelledState(Record):
     tools: tuple[dict[str, Any], ...] | None
     label: Message
     logprobs: TopLogprobs | None
-    """What the teacher told of the label's tokens."""
+    """The teacher's distribution at the label's tokens."""
 
 
 def states(trajectory: Trajectory) -> Iterator[tuple[Turn, tuple[Message, ...], tuple[dict[str, Any], ...] | None]]:
-    """Every turn with its whole state and the tools in force there."""
+    """Yield every turn with its whole state and its tools."""
     messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] | None = None
     for turn in trajectory.turns:
@@ -157,7 +157,7 @@ def states(trajectory: Trajectory) -> Iterator[tuple[Turn, tuple[Message, ...], 
 
 
 def labelled_states(trajectory: Trajectory) -> Iterator[LabelledState]:
-    """The states of a trajectory that can be trained on; none of a rollout that infrastructure broke."""
+    """Yield the states of a trajectory that can be trained on; none if infrastructure broke the rollout."""
     if trajectory.outcome is Outcome.INFRASTRUCTURE_FAILURE:
         return
     for turn, messages, tools in states(trajectory):

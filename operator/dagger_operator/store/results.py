@@ -1,4 +1,4 @@
-"""Small results that stages leave and the plan reads. Each is created once and proves that its stage is done."""
+"""Small results that stages store and the plan reads. Each is created once and proves that its stage is done."""
 
 from collections.abc import Mapping
 from statistics import fmean
@@ -15,13 +15,13 @@ from dagger_operator.store.records import Record
 from dagger_operator.store.stage import StageFailure
 
 RESULT_BYTES = 4 << 20
-"""No result has more: 100,000 tasks by name are 3 MiB."""
+"""Upper bound of a result: 100,000 tasks by name are 3 MiB."""
 MOST_LOSSES = 10_000
-"""Of a result: 0.2 MiB, however many steps there were."""
+"""Maximum number of losses in a result: 0.2 MiB, however many steps there were."""
 
 
 class Result(Record):
-    """What a stage leaves when it is done."""
+    """Stored by a stage when it is done."""
 
     stage: ClassVar[StageName]
 
@@ -30,7 +30,7 @@ R = TypeVar("R", bound=Result)
 
 
 class PrepareResult(Result):
-    """The prefix is this run's, the store is honest, and the first student is in it."""
+    """The prefix belongs to this run, the store honours conditional writes, and the first student is in it."""
 
     stage = StageName.PREPARE
 
@@ -39,14 +39,14 @@ class PrepareResult(Result):
     teacher: str
     """Version of the teacher."""
     teacher_revision: str = ""
-    """Commit of a teacher from the Hugging Face hub, so that every replica serves the same."""
+    """Commit of a teacher from the Hugging Face hub, so that every replica serves the same one."""
     round_trip_seconds: float = 0.0
     """Median time of one small read from the store."""
     seconds: float = 0.0
 
 
 class PreflightResult(Result):
-    """Both policies answer as they should."""
+    """Both policies answer correctly."""
 
     stage = StageName.PREFLIGHT
 
@@ -54,7 +54,7 @@ class PreflightResult(Result):
     """Policy version served at the start."""
     teacher: str
     checks: dict[str, str]
-    """Check by name, with what was found."""
+    """Findings, by name of the check."""
 
 
 class RolloutResult(Result):
@@ -63,11 +63,11 @@ class RolloutResult(Result):
     summary: RolloutSummary
     manifest_digest: str
     excluded: dict[str, int]
-    """Rollouts excluded for infrastructure, by reason."""
+    """Rollouts excluded for infrastructure failures, by reason."""
 
 
 def _few(losses: tuple[float, ...]) -> tuple[float, ...]:
-    """Means over stretches of as many steps each, the last perhaps of fewer, where there are more than `MOST_LOSSES`."""
+    """Average longer losses down to `MOST_LOSSES`: means over equal stretches of steps; the last may be shorter."""
     steps = -(-len(losses) // MOST_LOSSES)
     return losses if steps <= 1 else tuple(fmean(losses[start : start + steps]) for start in range(0, len(losses), steps))
 
@@ -79,7 +79,7 @@ class TrainingResult(Result):
     policy: str
     """Policy version that was made."""
     losses: Annotated[tuple[float, ...], AfterValidator(_few)] = ()
-    """Mean loss over the targets of each optimiser step; of more than 10,000 steps, means over equal stretches of them."""
+    """Mean loss over the targets of each optimiser step; if more than 10,000 steps, means over equal stretches of them."""
 
 
 class PublishResult(Result):
@@ -96,22 +96,22 @@ class EvaluationResult(Result):
     summary: EvaluationSummary
     resolved_tasks: tuple[str, ...]
     unresolved_tasks: tuple[str, ...]
-    """Both by task id, sorted: what paired comparisons need."""
+    """Both by task id, sorted: needed for paired comparisons."""
 
 
 class StageProgress(Record):
-    """How far one worker of a stage is; overwritten, never a basis for decisions."""
+    """Progress of one worker of a stage; overwritten, never a basis for decisions."""
 
     done: int
     total: int
     unit: str
     """`rollouts`, `steps`, ..."""
     counters: dict[str, float] = {}
-    """Such as outcomes, turns, loss."""
+    """For example outcomes, turns, loss."""
     seconds: float = 0.0
-    """In which what is done beyond `before` was done."""
+    """Time spent on the work done beyond `before`."""
     before: int = 0
-    """Done already when this worker began: how fast it goes shows in the rest."""
+    """Work already done when this worker started: its speed follows from the rest."""
 
 
 KINDS: Mapping[str, type[Result]] = MappingProxyType(
@@ -121,9 +121,9 @@ KINDS: Mapping[str, type[Result]] = MappingProxyType(
 
 
 async def save_result(store: Store, round_number: int, result: Result) -> bool:
-    """Put-if-absent: False where the stage was done already; then the first result stands.
+    """Put-if-absent: return False if the stage was done already; then the first result stands.
 
-    Raises `StageFailure` for one that nobody could read again.
+    Raises `StageFailure` for a result that is too large to be read.
     """
     data = result.model_dump_json(indent=1).encode()
     if len(data) > RESULT_BYTES:
@@ -136,7 +136,7 @@ async def save_result(store: Store, round_number: int, result: Result) -> bool:
 
 
 async def read_result(store: Reads, round_number: int, kind: type[R]) -> R | None:
-    """The result of a stage, or None where it is not done. `DamagedObject` where it cannot be read."""
+    """Return the result of a stage, or None if it is not done. Raises `DamagedObject` if it cannot be read."""
     key = layout.result(round_number, kind.stage)
     found = await store.get(key, RESULT_BYTES)
     if found is None:

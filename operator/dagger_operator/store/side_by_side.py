@@ -1,4 +1,4 @@
-"""Files are digested and moved a few at a time: one by itself fills neither the network nor the processors."""
+"""Digests and transfers files a few at a time: a single one saturates neither the network nor the processors."""
 
 import asyncio
 from collections import deque
@@ -8,13 +8,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 AT_ONCE = 4
-"""Each may hold four parts of 16 MiB in memory, and the smallest container that moves weights asks for 512 MiB."""
+"""Each may hold four parts of 16 MiB in memory, and the smallest container that moves weights requests 512 MiB."""
 
 
 async def each(items: Iterable[T], work: Callable[[T], Awaitable[object]]) -> None:
-    """Does the work for every item, at most `AT_ONCE` at a time.
+    """Do the work for every item, at most `AT_ONCE` at a time.
 
-    After a failure no other item is begun. It is raised, as it is, when what is under way has ended: whoever tries again must not
+    After a failure no further item is started. The exception is raised unchanged once the work in progress has ended: a retry must not
     meet a thread that still writes the same file.
     """
     waiting = deque(items)

@@ -1,7 +1,6 @@
-"""What every stage command shares: where its run, its round and its storage come from, and how it ends.
+"""Common to every stage command: where its run, its round and its storage come from, and how it ends.
 
-A stage is told everything by its environment, which `control` writes and every runtime passes on:
-docs/architecture.md lists it.
+A stage gets all its parameters from its environment, which `control` writes and every runtime passes on: docs/architecture.md lists them.
 """
 
 import asyncio
@@ -28,19 +27,19 @@ from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
 
 class ExitCode(IntEnum):
-    """How a stage ends; podFailurePolicy and the local runtime tell them apart."""
+    """How a stage ends; podFailurePolicy and the local runtime distinguish these codes."""
 
     DONE = 0
     ERROR = 1
-    """Unexpected; worth another try."""
+    """Unexpected; worth a retry."""
     PERMANENT = 3
     """A retry would fail the same way: the message says what to change."""
     UNAVAILABLE = 75
-    """Infrastructure is away (EX_TEMPFAIL); tried again on the infrastructure budget."""
+    """Infrastructure is unavailable (EX_TEMPFAIL); retried on the infrastructure budget."""
 
 
 class StageFailure(Exception):
-    """The stage cannot be done. `reason` is CamelCase from a bounded set, `message` names the remedy."""
+    """The stage cannot complete. `reason` is CamelCase from a bounded set, `message` names the remedy."""
 
     def __init__(self, reason: str, message: str, *, permanent: bool = True) -> None:
         self.reason, self.message, self.permanent = reason, message, permanent
@@ -49,17 +48,17 @@ class StageFailure(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """The setting of one stage command."""
+    """The parameters of one stage command."""
 
     run: DAggerRun
     round: int
     index: int
     worker: str
-    """Name of this index of this stage; the same after a restart."""
+    """Name of this index of this stage; stays the same after a restart."""
     policy: str
-    """Version of the student, where the stage works with one; otherwise empty."""
+    """Version of the student, if the stage works with one; otherwise empty."""
     scratch: Path
-    """A folder of its own that is lost with the pod."""
+    """A private folder that is lost with the pod."""
     store: Store
     environ: Mapping[str, str]
 
@@ -86,9 +85,9 @@ class Stage:
         )
 
     def token(self, role: Role) -> str | None:
-        """The API key that the Secret of a policy's endpoint holds, `student`'s or `teacher`'s; None where there is none.
+        """Return the API key from the Secret of a policy's endpoint, `student`'s or `teacher`'s; None if there is none.
 
-        Raises `StageFailure` where it cannot be sent. White space around it, such as the newline that most tools write, is no part of it.
+        Raises `StageFailure` if it cannot be sent. Surrounding white space, such as the newline that most tools write, is stripped.
         """
         token = self.environ.get(f"DAGGER_{role.upper()}_TOKEN", "").strip()
         if not token.isprintable():
@@ -117,7 +116,7 @@ def _scratch(environ: Mapping[str, str]) -> Path:
 
 
 def configure_logging(**context: object) -> None:
-    """JSON lines on standard output, each with the given context; nothing is configured at import."""
+    """Log JSON lines to standard output, each with the given context; nothing is configured at import."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -133,7 +132,7 @@ def configure_logging(**context: object) -> None:
 
 
 def main(stage_name: str, body: Callable[[Stage], Awaitable[None]]) -> int:
-    """Runs a stage to its exit code; SIGTERM cancels it, and what ended it is left in the termination message."""
+    """Run a stage and return its exit code; SIGTERM cancels it, and the cause of a failure is written to the termination message."""
     try:
         stage = Stage.from_environment()
         configure_logging(run=stage.run.metadata.name, round=stage.round, stage=stage_name, worker=stage.worker)
@@ -166,5 +165,5 @@ async def _cancellable(body: Awaitable[None]) -> None:
 def _say(reason: str, message: str) -> None:
     print(json.dumps({"event": "stage failed", "level": "error", "reason": reason, "message": message}), flush=True)
     path = Path(os.environ.get("DAGGER_TERMINATION_LOG", "/dev/termination-log"))
-    with contextlib.suppress(OSError):  # outside a pod there may be no such file; the log line above says the same
+    with contextlib.suppress(OSError):  # outside a pod there may be no such file; the log line above has the same content
         path.write_text(json.dumps({"reason": reason, "message": message[:3000]}))

@@ -1,4 +1,4 @@
-"""What a run's two sets of tasks are: written down by the worker that reads them first, and the same from then on."""
+"""The tasks in a run's two sets: recorded by the worker that reads them first, and fixed from then on."""
 
 from pydantic import ValidationError
 
@@ -11,9 +11,9 @@ class TaskSet(Record):
     """The content of one task source."""
 
     revision: str | None = None
-    """Commit of a data set on the Hugging Face hub; None of a file."""
+    """Commit of a data set on the Hugging Face hub; None for a file."""
     tasks: dict[str, str]
-    """The first 16 hexadecimal digits of the SHA-256 of each task's row, by the task's id."""
+    """The first 16 hexadecimal digits of the SHA-256 of each task's row, by task id."""
 
 
 class TaskSets(Record):
@@ -22,12 +22,12 @@ class TaskSets(Record):
 
 
 async def pin_task_sets(store: Store, sets: TaskSets) -> bool:
-    """Put-if-absent: False where other sets are this run's already."""
+    """Put-if-absent: return False if the run has task sets already."""
     return await store.create(layout.TASKS, sets.model_dump_json(indent=1).encode())
 
 
 async def read_task_sets(store: Store) -> TaskSets | None:
-    """The sets, or None where nobody has read them yet. `DamagedObject` where they cannot be read."""
+    """Return the task sets, or None if none have been recorded. Raises `DamagedObject` if they cannot be read."""
     found = await store.get(layout.TASKS)
     if found is None:
         return None

@@ -1,7 +1,7 @@
 """Trajectories as Parquet: one row each, turns as a list of structs; and the part of them that a rerun reproduces.
 
-Messages, tools and tool calls have no closed form, so they are JSON in strings. States are deltas (`records.Turn.kept`): a row is
-O(turns) in size. `datasets.load_dataset("parquet", data_files=...)` reads it; docs/data-format.md says what the columns mean.
+Messages, tools and tool calls have no fixed schema, so they are stored as JSON strings. States are deltas (`records.Turn.kept`): a row is
+O(turns) in size. `datasets.load_dataset("parquet", data_files=...)` reads it; docs/data-format.md describes the columns.
 """
 
 import asyncio
@@ -81,12 +81,12 @@ def _schema() -> Any:
 
 
 def encode(trajectory: Trajectory) -> bytes:
-    """One trajectory as a Parquet file."""
+    """Return one trajectory as a Parquet file."""
     return encode_all([trajectory])
 
 
 def encode_all(trajectories: Sequence[Trajectory]) -> bytes:
-    """A Parquet file with one row a trajectory; the same trajectories (and pyarrow) give the same bytes."""
+    """Return a Parquet file with one row per trajectory; the same trajectories (and pyarrow) give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,7 +101,7 @@ def encode_all(trajectories: Sequence[Trajectory]) -> bytes:
 
 
 def decode(data: bytes, key: str) -> Trajectory:
-    """The trajectory in a file of one. `key` names it in `DamagedObject`, raised for anything else."""
+    """Return the trajectory of a file that holds one. Raises `DamagedObject`, which names `key`, for anything else."""
     rows = decode_all(data, key)
     if len(rows) != 1:
         raise DamagedObject(key, f"holds {len(rows)} trajectories instead of 1", _REMEDY)
@@ -109,7 +109,7 @@ def decode(data: bytes, key: str) -> Trajectory:
 
 
 def decode_all(data: bytes, key: str) -> list[Trajectory]:
-    """The trajectories of a file, in order. `key` names it in `DamagedObject`."""
+    """Return the trajectories of a file, in order. Raises `DamagedObject`, which names `key`, if it cannot."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,7 +129,7 @@ _REMEDY = "delete this object and start the stage again: only this rollout is ru
 
 
 def deterministic(trajectory: Trajectory) -> Trajectory:
-    """What a rerun with the same answers reproduces: no times, latencies, cached tokens, worker, tries, nor a failure's free text."""
+    """Return what a rerun with the same answers reproduces: no times, latencies, cached tokens, worker, tries or failure messages."""
     failure = trajectory.failure.model_copy(update={"message": ""}) if trajectory.failure else None
     turns = tuple(
         turn.model_copy(update={"action": _timeless(turn.action), "label": _timeless(turn.label) if turn.label else None})
@@ -139,19 +139,19 @@ def deterministic(trajectory: Trajectory) -> Trajectory:
 
 
 def canonical(trajectory: Trajectory) -> bytes:
-    """The deterministic part as canonical JSON (sorted keys, no spaces, UTF-8); data digests rest on it."""
+    """Return the deterministic part as canonical JSON (sorted keys, no spaces, UTF-8); data digests are computed from it."""
     fields = deterministic(trajectory).model_dump(mode="json")
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass")
 
 
 async def write_trajectory(store: Store, kind: Kind, trajectory: Trajectory) -> bool:
-    """Put-if-absent: False where this rollout is finished already; then nothing was written."""
+    """Put-if-absent: return False if this rollout is already finished; then nothing was written."""
     key = layout.trajectory(trajectory.round, kind, trajectory.rollout_id)
     return await store.create(key, await asyncio.to_thread(encode, trajectory))
 
 
 async def read_trajectory(store: Store, round_number: int, kind: Kind, rollout_id: str) -> Trajectory:
-    """One finished rollout; `DamagedObject` where it is missing or unreadable."""
+    """Return one finished rollout. Raises `DamagedObject` if it is missing or unreadable."""
     key = layout.trajectory(round_number, kind, rollout_id)
     found = await store.get(key)
     if found is None:
@@ -162,7 +162,7 @@ async def read_trajectory(store: Store, round_number: int, kind: Kind, rollout_i
 async def read_trajectories(
     store: Store, round_number: int, kind: Kind, *, rollout_ids: Iterable[str] | None = None, concurrency: int = 16
 ) -> AsyncIterator[Trajectory]:
-    """Finished rollouts in order of their ids (default: all), at most `concurrency` of them in memory ahead of the reader."""
+    """Yield finished rollouts in order of their ids (default: all), with at most `concurrency` of them read ahead into memory."""
     ids = sorted(await finished(store, round_number, kind) if rollout_ids is None else set(rollout_ids))
     ahead: deque[asyncio.Task[Trajectory]] = deque()
     try:
@@ -179,7 +179,7 @@ async def read_trajectories(
 
 
 async def finished(store: Store, round_number: int, kind: Kind) -> frozenset[str]:
-    """Ids of the rollouts whose trajectories are there."""
+    """Return the ids of the rollouts whose trajectories exist."""
     folder = layout.trajectories(round_number, kind)
     return frozenset(info.key.removeprefix(folder).removesuffix(".parquet") for info in await store.list(folder))
 
@@ -208,12 +208,12 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         for completion in (turn["action"], turn["label"]):
             if completion is not None:
                 completion["message"] = json.loads(completion["message"])
-        # Files from before there were log-probabilities have no such column.
+        # Files from before log-probabilities were added lack this column.
         if turn["label"] is not None and (columns := turn["label"].get("logprobs")) is not None:
             turn["label"]["logprobs"] = TopLogprobs.of_columns(columns)
     return Trajectory.model_validate(row)
 
 
 def _text(value: object) -> str:
-    # Escaped to ASCII: text of tools may hold lone surrogates, which Parquet's UTF-8 strings cannot.
+    # Escaped to ASCII: tool output may contain lone surrogates, which Parquet's UTF-8 strings cannot.
     return json.dumps(value, separators=(",", ":"), allow_nan=False)

@@ -1,1 +1,1 @@
-"""What agents work on: task sources, how rounds deal them out, and grading."""
+"""The agents' tasks: sources, how they are dealt to rounds, and grading."""

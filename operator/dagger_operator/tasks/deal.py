@@ -1,7 +1,7 @@
-"""Which tasks a round works on: a seeded shuffle, dealt out over the rounds, the same for ever.
+"""Selects the tasks of each round: a seeded shuffle, dealt out over the rounds, permanently reproducible.
 
 Orders come from SHA-256 of seed and task id, not from a library's random numbers and not from the order of a file: the same
-tasks with the same seed are dealt alike on every machine and every version.
+tasks with the same seed are dealt identically on every machine and in every version.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dagger_operator.tasks.task import Task
 
 @dataclass(frozen=True)
 class Assignment:
-    """One rollout to make."""
+    """One rollout to perform."""
 
     rollout_id: str
     """Unique within a round and kind, and a valid object name: `t00017-a0` is the round's 18th task, first attempt."""
@@ -27,10 +27,10 @@ class Assignment:
 
 
 def deal(tasks: Sequence[Task], spec: Tasks, *, seed: int, round: int) -> tuple[Assignment, ...]:
-    """The rollouts of a round, counted from 1.
+    """Return the rollouts of a round, counted from 1.
 
-    Over the rounds no task comes twice before all came once, and after that none a third time before all came twice, and so on;
-    within a round none comes twice unless the round is larger than the set.
+    Over the rounds no task comes twice before all have come once, none a third time before all have come twice, and so on; within a
+    round none comes twice unless the round is larger than the set.
     """
     if not tasks:
         raise StageFailure("NoTasks", "spec.tasks.source holds no tasks: name a source with rows, or another split")
@@ -42,7 +42,7 @@ def deal(tasks: Sequence[Task], spec: Tasks, *, seed: int, round: int) -> tuple[
         for _ in range(spec.count_at(number)):
             if not waiting:
                 waiting = _shuffled(tasks, f"{seed}/deal/{shuffles}")
-                # Of a new shuffle, what this round has already comes last: the round's tasks stay distinct.
+                # Tasks that this round already has go to the end of a new shuffle: the round's tasks stay distinct.
                 had = {task.id for task in dealt}
                 waiting.sort(key=lambda task: task.id in had)
                 shuffles += 1
@@ -51,12 +51,12 @@ def deal(tasks: Sequence[Task], spec: Tasks, *, seed: int, round: int) -> tuple[
 
 
 def held_out(tasks: Sequence[Task], spec: HeldOut, *, seed: int) -> tuple[Assignment, ...]:
-    """The evaluation's rollouts, the same for every round: `count` tasks of a seeded shuffle, or all."""
+    """Return the evaluation's rollouts, the same for every round: `count` tasks of a seeded shuffle, or all."""
     return _assignments(_shuffled(tasks, f"{seed}/held-out")[: held_out_count(tasks, spec)], 1)
 
 
 def held_out_count(tasks: Sequence[Task], spec: HeldOut) -> int:
-    """How many there are. Raises `StageFailure` where `spec` asks for more than there can be."""
+    """Return the number of held-out tasks. Raises `StageFailure` if `spec` requests more than there are."""
     count = len(tasks) if spec.count is None else spec.count
     if not 0 < count <= len(tasks):
         raise StageFailure("TooFewTasks", f"spec.tasks.heldOut.count is {count} and its source has {len(tasks)}: lower it or add tasks")

@@ -1,7 +1,7 @@
-"""Whether a patch resolves its task: judged in a fresh sandbox by a check that the agent never saw.
+"""Decides whether a patch resolves its task: in a fresh sandbox, by a check that the agent never saw.
 
-The sandbox in which the agent worked is never graded. Only its patch is taken over, so that nothing else it did (a changed
-interpreter, a rewritten test, a process left behind) counts, and the check's files come last of all, over whatever the patch put there.
+The sandbox in which the agent worked is never graded. Only its patch is carried over, so that nothing else it did (a changed
+interpreter, a rewritten test, a process left behind) counts, and the check's files are written last, over whatever the patch put there.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ _LOG_CHARS = 4000
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict. That infrastructure broke is none: it raises `SandboxError`."""
+    """A verdict. An infrastructure failure is not a verdict: it raises `SandboxError`."""
 
     resolved: bool
     returncode: int | None
-    """Exit code of the check; None where there was no patch that applies, or what ran exceeded the sandbox's limits."""
+    """Exit code of the check; None if no patch applied, or if what ran exceeded the sandbox's limits."""
     log: str
-    """The end of what the check printed."""
+    """The end of the check's output."""
 
 
 async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str, create_timeout: float, timeout: float) -> Grade:
-    """Grades a patch as `collect_patch` made it. `timeout` is the deadline of the check; missing it, or exceeding the sandbox's limits, is
+    """Grade a patch from `collect_patch`. `timeout` is the deadline of the check; exceeding it, or the sandbox's limits, counts as
     unresolved.
 
-    Raises `SandboxError` where the sandbox is to blame.
+    Raises `SandboxError` if the sandbox is at fault.
     """
     if patch.startswith(NO_PATCH):
         return Grade(False, None, patch)
@@ -60,7 +60,7 @@ async def _by_script(workspace: Workspace, grading: ScriptGrading, patch: str, t
 
 
 def _make_way(paths: Iterable[str]) -> str:
-    """A command that removes what a patch may have put where the check's files go: folders, links, and files in the place of folders."""
+    """Return a command that removes whatever a patch put where the check's files go: folders, links, and files in place of folders."""
     lines: list[str] = []
     for path in paths:
         for parent in reversed(PurePosixPath(path).parents[:-1]):

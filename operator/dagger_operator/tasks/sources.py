@@ -1,7 +1,7 @@
-"""Where tasks come from: this project's own rows as JSONL or Parquet, and rows of SWE-bench and SWE-Gym.
+"""Loads tasks: this project's own rows as JSONL or Parquet, and rows of SWE-bench and SWE-Gym.
 
-What both sets of a run are is written down by the worker that reads them first (`store.task_sets`), and every later one holds what it
-reads against that: a rollout is named by its place in a shuffle, so other tasks would give a name another meaning.
+The worker that reads a run's two task sets first records them (`store.task_sets`), and every later worker compares what it reads with
+that record: a rollout is named by its place in a shuffle, so other tasks would give a name another meaning.
 """
 
 import asyncio
@@ -34,25 +34,25 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loaded:
-    """All tasks of a source, in its order, and what tells them from any others."""
+    """All tasks of a source, in its order, and the digests that identify them."""
 
     tasks: tuple[Task, ...]
     content: TaskSet
 
 
 async def load_training(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
-    """The tasks to train on; refused where one of them is held out, or where either set is not what it was."""
+    """Return the tasks to train on. Fails if one of them is held out, or if either set has changed."""
     return (await _both(spec, store, environ))[0]
 
 
 async def load_held_out(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[Task, ...]:
-    """The tasks to evaluate on; refused where one of them is trained on, or where either set is not what it was."""
+    """Return the tasks to evaluate on. Fails if one of them is trained on, or if either set has changed."""
     return (await _both(spec, store, environ))[1]
 
 
 async def load_tasks(source: TaskSource, store: Store, environ: Mapping[str, str], revision: str | None = None) -> Loaded:
-    """All tasks of a source. `environ` holds the credentials of object storage under their cloud's names, `revision` is the commit to take
-    of a data set on the Hugging Face hub (default: the newest).
+    """Return all tasks of a source. `environ` holds the credentials of object storage under their cloud's names, `revision` is the commit
+    to use of a data set on the Hugging Face hub (default: the newest).
 
     Raises `StageFailure` (`InvalidTasks`: names source, row, field and remedy) and `StoreUnavailable`.
     """
@@ -84,11 +84,11 @@ async def _both(spec: Tasks, store: Store, environ: Mapping[str, str]) -> tuple[
         _require_same("spec.tasks.source", spec.source, pinned.training, found.training)
         _require_same("spec.tasks.heldOut.source", spec.held_out.source, pinned.held_out, found.held_out)
     else:
-        # First, so that only sets are pinned that can be used: until then their rows may be mended.
+        # Check first, so that only usable sets are pinned: until then their rows may be fixed.
         _require_apart(found)
         held_out_count(held_out.tasks, spec.held_out)
         if not await pin_task_sets(store, found):
-            return await _both(spec, store, environ)  # another worker was first, and what it read counts
+            return await _both(spec, store, environ)  # another worker was first, and its record counts
     return _mirrored(training.tasks, spec.image_prefix), _mirrored(held_out.tasks, spec.image_prefix)
 
 
@@ -123,10 +123,10 @@ def _mirrored(tasks: tuple[Task, ...], prefix: str | None) -> tuple[Task, ...]:
 
 
 def _at_mirror(image: str, prefix: str) -> str:
-    """An image of Docker Hub by its name at a mirror, as pull-through caches and proxies have them; of another registry its own name.
+    """Return the name of a Docker Hub image at a mirror, as pull-through caches and proxies name it; other registries' names unchanged.
 
-    By Docker's rule: what stands before the first slash is a registry where it has a dot or a colon, or is `localhost`, and a name
-    without a slash is one of `library/`.
+    By Docker's rule, the part before the first slash is a registry if it has a dot or a colon, or is `localhost`, and a name without a
+    slash belongs to `library/`.
     """
     registry, slash, name = image.partition("/")
     if slash and ("." in registry or ":" in registry or registry == "localhost"):
@@ -137,7 +137,7 @@ def _at_mirror(image: str, prefix: str) -> str:
 
 
 async def _rows(source: TaskSource, store: Store, environ: Mapping[str, str], revision: str | None) -> tuple[list[Row], str | None]:
-    """The rows, and their commit where they are on the hub."""
+    """Return the rows, and their commit if they are on the hub."""
     if source.type not in _OWN and not source.uri.lower().endswith(_SUFFIXES):
         return await asyncio.to_thread(_hugging_face, source, revision)
     data = await _bytes(source, store, environ)
@@ -197,7 +197,7 @@ def _parquet(source: TaskSource, data: bytes) -> list[Row]:
 
 
 def _without_nulls(row: Row) -> Row:
-    """Parquet has every column in every row; what is null was not written."""
+    """Remove null values: Parquet has every column in every row, so a null was not written."""
     return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in row.items() if value is not None}
 
 
@@ -214,19 +214,19 @@ def _hugging_face(source: TaskSource, revision: str | None) -> tuple[list[Row], 
         builder = load_dataset_builder(source.uri, revision=revision)
         builder.download_and_prepare()
         rows = list(builder.as_dataset(split=source.split))
-    except Exception as error:  # the library raises whatever its transports raise
+    except Exception as error:  # the library passes on whatever its transports raise
         raise StageFailure(
             "TasksUnavailable",
             f"data set {source.uri!r}, commit {revision or 'not named'}, split {source.split!r}: {type(error).__name__}: {error}. Check "
             "the id and the network, or export the rows to a .parquet or .jsonl file and name that",
             permanent=False,
         ) from error
-    # The split was chosen already; a column of that name means something else.
+    # The split was already selected; a column of that name means something else.
     return [{key: value for key, value in row.items() if key != "split"} for row in rows], builder.hash
 
 
 def _digest(row: Row) -> str:
-    # What is no JSON, such as an image or a time, is nothing that a task is made of.
+    # Values that JSON cannot represent, such as images or times, are not part of a task.
     text = json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)
     return sha256(text.encode()).hexdigest()[:16]
 
@@ -247,11 +247,11 @@ def _task(source: TaskSource, number: int, row: Row) -> Task:
 
 
 def _decoded(row: Row) -> Row:
-    """Nested fields may be JSON text: Parquet has no good type for a mapping of file names."""
+    """Decode nested fields that are JSON text: Parquet has no suitable type for a mapping of file names."""
     decoded = dict(row)
     for field in ("files", "env", "grading"):
         if isinstance(value := row.get(field), str):
-            with suppress(ValueError):  # the model's own complaint about a string is the clearer one
+            with suppress(ValueError):  # the model's own error about a string is clearer
                 decoded[field] = json.loads(value)
     return decoded
 

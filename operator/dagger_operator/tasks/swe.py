@@ -1,6 +1,6 @@
 """Rows of SWE-bench and SWE-Gym as tasks.
 
-Rows of SWE-bench have to say themselves how they are graded, as swebench 5 has them: `SWE-bench/SWE-bench_Verified`, `_Lite`,
+Rows of SWE-bench must state themselves how they are graded, as in swebench 5: `SWE-bench/SWE-bench_Verified`, `_Lite`,
 `_Multilingual` and their exports. SWE-Gym's published rows do not; `swegym` adds it for its repositories.
 Gold patches and hints are dropped when a row is read.
 """
@@ -12,27 +12,27 @@ from dagger_operator.tasks import swebench, swegym
 from dagger_operator.tasks.task import SwebenchGrading, Task
 
 _GRADING = ("instance_id", "image", "repo", "version", "FAIL_TO_PASS", "PASS_TO_PASS", "log_parser", "eval_type", "eval_script")
-"""What swebench's `make_test_spec` reads."""
+"""The fields that swebench's `make_test_spec` reads."""
 _ENV = {"BASH_ENV": "$(if [ -r /root/.bashrc ]; then echo /root/.bashrc; fi)"}
-"""The images' Python with the project is the conda environment `testbed`, and only this file activates it. It is read by `bash -c` where
-BASH_ENV names it, which is also mini-swe-agent's way (`config/benchmarks/swebench.yaml`); grading scripts activate it themselves.
+"""The images' Python with the project is the conda environment `testbed`, and only this file activates it. `bash -c` reads the file named
+by BASH_ENV, which is also how mini-swe-agent does it (`config/benchmarks/swebench.yaml`); grading scripts activate it themselves.
 
-Bash expands the variable. Where commands are not root's they cannot read the file: if it were named all the same, bash would complain of it
-in the first line of every command's output."""
+Bash expands the variable. Commands that do not run as root cannot read the file: if it were named anyway, bash would complain about it in
+the first line of every command's output."""
 
 
 class InvalidRow(ValueError):
-    """A row that could never be graded; names field and remedy."""
+    """A row that can never be graded; the message names field and remedy."""
 
 
 def swebench_task(row: dict[str, Any]) -> Task:
-    """A row of SWE-bench. Raises `InvalidRow`, and `StageFailure` where swebench is not installed, as `swegym_task` does."""
+    """Convert a row of SWE-bench. Raises `InvalidRow`, and `StageFailure` if swebench is not installed, as `swegym_task` does."""
     remedy = "rows of princeton-nlp/* lack them: use SWE-bench/SWE-bench_Verified or another data set of SWE-bench/*"
     return _task(row, "swebench", "_1776_", remedy)
 
 
 def swegym_task(row: dict[str, Any]) -> Task:
-    """A row of SWE-Gym. Raises `InvalidRow`."""
+    """Convert a row of SWE-Gym. Raises `InvalidRow`."""
     remedy = (
         f"SWE-Gym's own rows are known for {', '.join(swegym.REPOSITORIES)}, and need repo, base_commit and test_patch; give others an "
         "eval_script (the shell script that runs the tests between swebench's markers), a log_parser of swebench such as "
@@ -56,7 +56,7 @@ def _task(row: dict[str, Any], owner: str, separator: str, remedy: str) -> Task:
 
 
 def _check(row: dict[str, Any]) -> None:
-    """Raises `InvalidRow` where swebench would fail over the row, which it would only do when the agent has done its work."""
+    """Raise `InvalidRow` for a row on which swebench would fail, which it would do only after the agent has done its work."""
     for field in ("FAIL_TO_PASS", "PASS_TO_PASS"):
         if not _names_tests(row[field]):
             raise _invalid(field, row[field], 'write a list of test names or its JSON text, such as ["tests/test_a.py::test_b"]')

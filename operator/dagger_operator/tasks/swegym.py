@@ -1,8 +1,8 @@
-"""How SWE-Gym's published rows are graded: they name tests and a test patch, not the script that runs them.
+"""Grading of SWE-Gym's published rows: they name tests and a test patch, but not the script that runs them.
 
-The commands are facts of the images that SWE-Gym publishes for its 11 repositories (SWE-Gym/SWE-Bench-Package, `harness/constants.py` and
-`harness/test_spec.py`). Theirs installs the repository anew before it tests, from the network. The images hold it installed in
-place already and a sandbox has no network, so that is left out.
+The commands match the images that SWE-Gym publishes for its 11 repositories (SWE-Gym/SWE-Bench-Package, `harness/constants.py` and
+`harness/test_spec.py`). Its harness reinstalls the repository before it tests, from the network. The images have it installed in
+place already and a sandbox has no network, so that step is left out.
 """
 
 import re
@@ -25,14 +25,14 @@ _COMMANDS = {
     "pandas-dev/pandas": f"{_PYTEST} --tb=long",
     "project-monai/monai": _PYTEST,
     "pydantic/pydantic": f"{_PYTEST} --tb=short -vv -o console_output_style=classic --no-header",
-    # From 1.7 on theirs leaves mypy's own `-nauto` in place, one process for each processor of a node, of which a sandbox has few.
+    # From 1.7 on SWE-Gym leaves mypy's own `-nauto` in place, one process per processor of the node, of which a sandbox has few.
     "python/mypy": _IN_ONE_PROCESS,
 }
 REPOSITORIES = tuple(_COMMANDS)
 
 
 def grading_of(row: dict[str, Any]) -> dict[str, Any]:
-    """`eval_script`, `log_parser` and `eval_type` of a published row; empty where its repository or its test patch is not known."""
+    """Return `eval_script`, `log_parser` and `eval_type` of a published row; empty if its repository or its test patch is unknown."""
     repository, test_patch, commit = (str(row.get(field) or "") for field in ("repo", "test_patch", "base_commit"))
     command = _COMMANDS.get(repository.lower())
     if command is None or not test_patch or not commit:
@@ -48,7 +48,7 @@ def _script(command: str, test_patch: str, commit: str) -> str:
     lines = [
         "#!/bin/bash",
         "set -uxo pipefail",
-        "set +u",  # conda's own scripts read variables that are not set
+        "set +u",  # conda's own scripts read unset variables
         "[ ! -e /opt/miniconda3/bin/activate ] || { source /opt/miniconda3/bin/activate && conda activate testbed; }",
         "git config --global --add safe.directory $(pwd)",
         reset,
@@ -62,7 +62,7 @@ def _script(command: str, test_patch: str, commit: str) -> str:
 
 
 def _selection(repository: str, test_patch: str) -> str:
-    """What to run: mypy's test cases by name, elsewhere the files that the test patch touches."""
+    """Return what to run: mypy's test cases by name, otherwise the files that the test patch touches."""
     if repository.lower() == "python/mypy":
         cases = dict.fromkeys(re.findall(r"\[case ([^\]]+)\]", test_patch))
         return f"-k {shlex.quote(' or '.join(cases))}"

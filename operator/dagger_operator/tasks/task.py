@@ -1,4 +1,4 @@
-"""A task as every source gives it."""
+"""A task in the form common to all sources."""
 
 import operator
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ _Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
 class ScriptGrading(BaseModel):
-    """A hidden check: files that enter the sandbox only after the agent has ended, and a command whose exit code 0 means resolved."""
+    """A hidden check: files added to the sandbox only after the agent has ended, and a command whose exit code 0 means resolved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,14 +36,14 @@ class Task(BaseModel):
     id: str
     """Unique within a run."""
     statement: str
-    """What the agent is told."""
+    """The agent's instructions."""
     image: str | None = None
     workdir: str = "/testbed"
     files: dict[str, str] = {}
     """Text files that the sandbox starts with, relative to `workdir`."""
-    # Left out where it is empty, so that rows without it are what they were before there was this field.
+    # Omitted if empty, so that rows without it keep the form they had before this field existed.
     env: Annotated[dict[_Name, _Value], Field(exclude_if=operator.not_)] = {}
-    """Environment of the agent's commands, beside PATH, HOME and LANG. Setup, patches and grading do not get it."""
+    """Environment of the agent's commands, in addition to PATH, HOME and LANG. Setup, patches and grading do not get it."""
     setup: str | None = None
     """Command run once before the agent starts; its failure is an infrastructure failure."""
     grading: ScriptGrading | SwebenchGrading

@@ -1,7 +1,7 @@
-"""A task's sandbox from its start to the patch that comes out of it.
+"""A task's sandbox, from its start to the resulting patch.
 
-What the files were at the start is kept in a git repository of its own outside the working directory. So it does not matter whether
-the task has a repository, what the agent commits there, or whether it breaks or removes it; and nothing is added to what the agent sees.
+The initial files are recorded in a separate git repository outside the working directory. So it does not matter whether the task has a
+repository, what the agent commits there, or whether it breaks or removes it; and nothing is added to what the agent sees.
 """
 
 import time
@@ -11,9 +11,9 @@ from dagger_operator.sandbox.interface import CommandResult, Sandbox, SandboxErr
 from dagger_operator.tasks.task import Task
 
 PATCH_FILE = ".dagger-patch"
-"""Where patches pass between a sandbox and us, in the working directory; never part of a patch."""
+"""File in the working directory by which patches are exchanged with a sandbox; never part of a patch."""
 NO_PATCH = "# no patch: "
-"""How a patch begins that could not be collected; what follows says why. It applies nowhere."""
+"""Prefix of the text for a patch that could not be collected; the reason follows. It never applies."""
 _MAX_PATCH_BYTES = 8 << 20
 _COLLECT_SECONDS = 300.0
 _GIT = (
@@ -50,20 +50,20 @@ git diff --cached --binary --no-color --no-ext-diff --no-textconv --no-renames "
 
 @dataclass(frozen=True)
 class Workspace:
-    """A sandbox in which a task is ready to be worked on."""
+    """A sandbox with a task ready to be worked on."""
 
     sandbox: Sandbox
     task: Task
     create_seconds: float
-    """Until the sandbox answered."""
+    """Time until the sandbox answered."""
     start_seconds: float
-    """From then until the task was ready in it."""
+    """Time from then until the task was ready in it."""
 
 
 async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: float, network_to: str | None = None) -> Workspace:
-    """Makes a sandbox with the task's files, runs its setup and notes what the files are. `timeout` holds for each of these steps.
+    """Create a sandbox with the task's files, run its setup and record the files. `timeout` applies to each of these steps.
 
-    Raises `SandboxError`; then no sandbox is left.
+    Raises `SandboxError`; then no sandbox is left behind.
     """
     began = time.monotonic()
     request = SandboxRequest(name=name, image=task.image, workdir=task.workdir, files=task.files, network_to=network_to)
@@ -80,10 +80,10 @@ async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: fl
 
 
 async def collect_patch(workspace: Workspace) -> str:
-    """The difference between now and the start, of all files that are tracked or new and not ignored: what `git apply` takes.
+    """Return the changes since the start, of all files that are tracked or new and not ignored, in the format of `git apply`.
 
-    Text that is not UTF-8 is written as git's binary patches. Where the agent made it impossible, the text says so after `NO_PATCH`
-    and no patch is in it. Raises `SandboxError` where the sandbox is gone.
+    Text that is not UTF-8 is written as git's binary patches. If the agent made a patch impossible, the reason follows `NO_PATCH`
+    instead. Raises `SandboxError` if the sandbox is gone.
     """
     for environment in ({}, {"AS_BINARY": "1"}):
         done = await workspace.sandbox.execute(_DIFF, timeout=_COLLECT_SECONDS, env=environment)
@@ -102,18 +102,18 @@ async def collect_patch(workspace: Workspace) -> str:
 async def apply_patch(
     workspace: Workspace, patch: str, commands: tuple[str, ...] = ("git apply --binary --whitespace=nowarn",)
 ) -> CommandResult:
-    """Applies a collected patch to a fresh workspace; `commands` are tried in turn, each on the unchanged files. An empty patch is fine.
+    """Apply a collected patch to a fresh workspace; `commands` are tried in turn, each on the unchanged files. An empty patch is valid.
 
-    Raises `SandboxError`, also where that takes too long: nothing of the agent's runs here, so its work is not to blame.
+    Raises `SandboxError`, also on a timeout: nothing of the agent's runs here, so it is not the agent's fault.
     """
     if not patch.strip():
         return CommandResult("", 0)
     await workspace.sandbox.write({PATCH_FILE: patch})
-    # A failed try, `--reject` above all, leaves parts behind.
+    # A failed attempt, in particular with `--reject`, leaves parts behind.
     again = 'git read-tree "$(cat "$GIT_DIR/start")" && git checkout-index -f -a && git clean -fdq'
     tries = [f"{command} {PATCH_FILE}" for command in commands]
     chain = " || ".join([tries[0], *(f"{{ {again} && {command}; }}" for command in tries[1:])])
-    # The last one may have applied all of it and still complain.
+    # The last one may have applied everything and still report an error.
     script = f"{_GIT}{chain} || git apply --check --reverse {PATCH_FILE}\ncode=$?; rm -f {PATCH_FILE}; exit $code"
     done = await workspace.sandbox.execute(script, timeout=_COLLECT_SECONDS)
     if done.timed_out:

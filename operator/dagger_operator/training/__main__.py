@@ -1,7 +1,7 @@
-"""The training stage: `python -m dagger_operator.training`. Starts this pod's ranks and answers for how they end.
+"""The training stage: `python -m dagger_operator.training`. Starts this pod's ranks and reports how they end.
 
-It imports no torch. The ranks are started directly, by the variables that torchrun would set: a launcher of torch's own costs seconds
-and stands between a signal and the ranks.
+It does not import torch. The ranks are started directly, with the environment variables that torchrun would set: torch's launcher costs
+seconds and would sit between a signal and the ranks.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from dagger_operator.training.inputs import adapter_folder, inputs, weights_fold
 from dagger_operator.training.peers import PEER_LOST
 
 _GRACE_SECONDS = 10
-"""How long ranks may go on after another one failed: they wait for it in a collective that will never end."""
+"""How long the other ranks may keep running after one failed: they wait for it in a collective that will never complete."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RankProcess:
     rank: int
     process: asyncio.subprocess.Process
     last_words: Path
-    """Where the rank says why it failed, as a pod does in its termination log."""
+    """Where the rank records why it failed, as a pod does in its termination log."""
 
 
 async def body(stage: Stage) -> None:
@@ -50,7 +50,7 @@ async def body(stage: Stage) -> None:
         )
     master = _master(stage)
     ranks = [await _start(stage, local, master) for local in range(stage.run.spec.training.processes_per_node)]
-    # The ranks leave a checkpoint, then end.
+    # On SIGTERM the ranks save a checkpoint, then exit.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _signal, ranks, signal.SIGTERM)
     try:
         await _watch(ranks)
@@ -60,12 +60,12 @@ async def body(stage: Stage) -> None:
 
 
 async def _watch(ranks: Sequence[RankProcess]) -> None:
-    """Returns when all ranks are done. Where one fails, raises the failure that says most."""
+    """Return when all ranks are done. If any fail, raise the most informative failure."""
     waiting = {asyncio.create_task(rank.process.wait()) for rank in ranks}
     while waiting:
         _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if any(rank.process.returncode for rank in ranks):
-            if waiting:  # a rank that lost its peer ends too, but only the peer can say why
+            if waiting:  # a rank that lost its peer exits too, but only the peer can report why
                 await asyncio.wait(waiting, timeout=_GRACE_SECONDS)
             raise min((_failure(rank) for rank in ranks if rank.process.returncode), key=_vagueness)
 
@@ -103,7 +103,7 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
     last_words = stage.scratch / "ranks" / f"{rank}.json"
     last_words.parent.mkdir(parents=True, exist_ok=True)
     last_words.unlink(missing_ok=True)
-    # The optimiser's update is the only work that a rank with a GPU has for processors.
+    # For a rank with a GPU, the offloaded optimiser update is the only CPU work.
     threads = len(os.sched_getaffinity(0)) // training.processes_per_node if training.deepspeed.offload is Offload.OPTIMIZER else 1
     environ = {
         "OMP_NUM_THREADS": f"{max(1, threads)}",
@@ -120,16 +120,16 @@ async def _start(stage: Stage, local_rank: int, master: tuple[str, int]) -> Rank
         "TOKENIZERS_PARALLELISM": "false",
     }
     if training.gpus_per_node and "PYTORCH_CUDA_ALLOC_CONF" not in stage.environ:
-        # Passes differ in length, and blocks of one size in a GPU's memory do not serve the next.
+        # Passes differ in length, and a freed block of GPU memory of one size cannot serve the next.
         environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if training.nodes == 1:
-        environ["GLOO_SOCKET_IFNAME"] = "lo"  # by default it asks a name server for this host
+        environ["GLOO_SOCKET_IFNAME"] = "lo"  # by default gloo resolves this host's name by DNS
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "dagger_operator.training.rank", env=environ)
     return RankProcess(rank, process, last_words)
 
 
 def _master(stage: Stage) -> tuple[str, int]:
-    """Where rank 0 listens for the others."""
+    """Return the address and port where rank 0 listens for the others."""
     if stage.run.spec.training.nodes > 1:
         try:
             return stage.environ["DAGGER_MASTER_ADDR"], int(stage.environ["DAGGER_MASTER_PORT"])

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), put into the policy by peft: they alone train.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), inserted into the policy by peft; nothing else is trained.
 
-Below every round's adapter lie the same weights, those of the run's first policy. So the adapter says all of a round's policy, and one
-server can hold the policies of all rounds.
+Every round's adapter applies to the same base weights, those of the run's first policy. So the adapter alone describes a round's policy,
+and one server can hold the policies of all rounds.
 """
 
 import json
@@ -24,29 +24,29 @@ _NAME = "default"
 _A, _B = f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-"""With which peft's files begin every name."""
+"""Prefix of every name in peft's files."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a round's adapter is, and what it starts from."""
+    """A round's adapter and what it starts from."""
 
     lora: Lora
     seed: int
-    """Fills one that starts afresh."""
+    """Seed of the initial weights of a new adapter."""
     base_model: str
-    """Name of the model below it, for who loads it."""
+    """Name of the base model, for whoever loads the adapter."""
     revision: str | None = None
-    """Its commit, where it is on the hub."""
+    """Commit of the base model, if it is on the hub."""
     parent: Path | None = None
-    """Folder of the adapter that is trained further; None starts afresh, with one that changes nothing yet."""
+    """Folder of the adapter to continue from; None starts a new one, which initially changes nothing."""
 
 
 def attach(policy: Any, adapter: Adapter, base: Path) -> dict[str, Tensor]:
-    """Puts the adapter into `policy`, whose weights are those in folder `base`, and freezes all else. Returns the parent's weights by
-    parameter, in FP32: the policy may hold them in less.
+    """Insert the adapter into `policy`, whose weights are those in folder `base`, and freeze everything else. Return the parent's weights
+    by parameter name, in FP32: the policy may hold them in lower precision.
 
-    Raises `StageFailure` where it cannot be done.
+    Raises `StageFailure` if this is not possible.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -56,7 +56,7 @@ def attach(policy: Any, adapter: Adapter, base: Path) -> dict[str, Tensor]:
         revision=adapter.revision,
         r=adapter.lora.rank,
         lora_alpha=adapter.lora.alpha,
-        lora_dropout=0.0,  # one pass trains many labels, and a step that is taken again has to be the same
+        lora_dropout=0.0,  # one pass trains many labels, and a repeated step must give the same result
         target_modules=_targets(policy, adapter.lora.target_modules, base),
     )
     with torch.random.fork_rng(devices=[]):
@@ -74,13 +74,13 @@ def attach(policy: Any, adapter: Adapter, base: Path) -> dict[str, Tensor]:
 
 
 def sharpen(engine: "Engine", exact: Mapping[str, Tensor]) -> None:
-    """Gives the optimiser's FP32 weights what the cast to BF16 took from the policy's, lest every round round them anew."""
+    """Set the optimiser's FP32 weights exactly, undoing the policy's cast to BF16, so that rounding does not accumulate over rounds."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     for name, weight in engine.module.policy.named_parameters():
         if name not in exact:
             continue
-        if hasattr(weight, "ds_tensor"):  # ZeRO-3 deals out equal parts, the last of which may be longer than what is left for it
+        if hasattr(weight, "ds_tensor"):  # ZeRO-3 shards evenly; the last shard may extend past the end of the weight
             part, flat = weight.ds_tensor.numel(), exact[name].flatten()
             start = torch.distributed.get_rank(weight.ds_process_group) * part
             mine = torch.nn.functional.pad(flat[start : start + part], (0, max(0, start + part - max(start, len(flat)))))
@@ -90,7 +90,7 @@ def sharpen(engine: "Engine", exact: Mapping[str, Tensor]) -> None:
 
 
 def pairs(policy: Any, weights: Mapping[str, Tensor]) -> dict[str, Pair]:
-    """Both matrices of each module that has an adapter, from weights by parameter; nothing where there is no adapter."""
+    """Return both matrices of each module that has an adapter, from weights by parameter name; empty without an adapter."""
     modules = sorted(name.removesuffix(_A) for name in weights if name.endswith(_A))
     if not modules:
         return {}
@@ -99,13 +99,13 @@ def pairs(policy: Any, weights: Mapping[str, Tensor]) -> dict[str, Pair]:
 
 
 def save(policy: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A folder as peft and vLLM read it; the same weights give the same bytes."""
+    """Write the adapter to a folder as peft and vLLM read it; the same weights give the same bytes."""
     from safetensors.torch import save_file
 
     config = policy.peft_config[_NAME]
     config.save_pretrained(folder)
     written = json.loads((folder / _CONFIG).read_text())
-    written |= {"target_modules": sorted(written["target_modules"]), "inference_mode": True}  # peft keeps a set
+    written |= {"target_modules": sorted(written["target_modules"]), "inference_mode": True}  # peft keeps an unordered set
     (folder / _CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     save_file({_in_file(name): weight.contiguous() for name, weight in weights.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
 
@@ -122,7 +122,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def _targets(policy: Any, wanted: Collection[str] | None, base: Path) -> list[str]:
-    """Names of linear layers of the decoder, as peft takes them: ends of modules' names."""
+    """Return names of linear layers of the decoder as peft expects them: suffixes of module names."""
     inside = set(map(id, policy.get_decoder().modules()))
     modules = dict(policy.named_modules())
     linear = {name for name, module in modules.items() if id(module) in inside and isinstance(module, torch.nn.Linear)}

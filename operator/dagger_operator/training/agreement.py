@@ -1,9 +1,9 @@
-"""Checks before the first step, on this machine's own kernels: what a token sees is right, forward and backward, and a tree's loss is
-that of its labels one by one.
+"""Checks before the first step, on this machine's own kernels: attention is right, forward and backward, and a tree's loss equals that of
+its labels computed one by one.
 
-Attention over trees is a kernel that is compiled for a device and a mask; should it be wrong there, training would go on and learn
-something else. So it is held to torch's public attention on a small tree, and a few labels of the first batch to themselves: they cost
-a few forward passes.
+Attention over trees is a kernel that is compiled for a device and a mask; if it were wrong there, training would continue and learn
+something else. So it is compared with torch's public attention on a small tree, and a few labels of the first batch are computed both
+ways: this costs a few forward passes.
 """
 
 import functools
@@ -30,48 +30,48 @@ from dagger_operator.training.samples import Sample
 from dagger_operator.training.tree import Chain, Chains, forest
 
 _TREE = (Chain(0, 300), Chain(300, 340, 0, 100), Chain(340, 410, 0, 200), Chain(410, 440, 2, 30))
-"""A branch's branch among its branches. Two of it are one bucket on CUDA, with blocks that the kernel skips, masks and takes whole."""
+"""One of its branches has a branch. Two copies fit in one padded row on CUDA, with blocks that the kernel skips, masks and takes whole."""
 _OFF_BY = {Precision.FP32: 1e-2, Precision.BF16: 1e-1}
-"""Relative difference that rounding may make at the worst token; on the CPU it makes 2e-6 and 3e-2, but CUDA may round FP32 as TF32. A
-token too many makes 1 where one is to be seen, and 0.06 where 300 are."""
+"""Relative difference that rounding may cause at the worst token; on the CPU it is 2e-6 and 3e-2, but CUDA may round FP32 as TF32. One
+token too many causes 1 where one should be seen, and 0.06 where 300 should."""
 _BRANCHES = 3
-"""Most of a tree that are compared with labels one by one: each is a row, and on CUDA perhaps a kernel, of its own."""
+"""Maximum branches of a tree to compare with labels one by one: each is a row, and on CUDA perhaps a kernel, of its own."""
 _TOLERANCE = {Precision.FP32: 1e-4, Precision.BF16: 3e-2}
-"""Difference that rounding may make, in nats a target where they lose less than one, else relative; a wrong mask makes a larger one.
-Not relative to a small loss: a student that knows its labels by heart loses little but rounding."""
+"""Difference that rounding may cause, in nats per target if the loss is below one, otherwise relative; a wrong mask causes a larger one.
+Not relative to a small loss: if the student has memorised its labels, the loss is mostly rounding."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was measured, each beside the most that rounding may make of it."""
+    """The measured differences, each beside the largest that rounding may cause."""
 
     attention: float
-    """Relative difference at the worst token, of outputs and gradients."""
+    """Relative difference at the worst token, over outputs and gradients."""
     attention_allowed: float
     loss: float | None
-    """Difference of the two losses; None where no tree of the batch has a branch to compare, or the labels have no finite loss."""
+    """Difference of the two losses; None if no tree of the batch has a branch to compare, or the labels' loss is not finite."""
     loss_allowed: float
 
 
 def check_agreement(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> Agreement:
-    """Collective. Raises `StageFailure("TreesDisagree")` where more than rounding differs."""
+    """Run both checks. Collective. Raises `StageFailure("TreesDisagree")` if anything differs by more than rounding."""
     attention = _check_attention(engine.policy.config.get_text_config(), training, rank, limits)
     loss = _check_loss(engine, batch, training, rank, limits)
     return Agreement(attention, _OFF_BY[training.precision], loss, _TOLERANCE[training.precision])
 
 
 def _check_loss(engine: Engine, batch: Sequence[Sample], training: Training, rank: Rank, limits: Limits) -> float | None:
-    """Difference of the two losses, as `_TOLERANCE` has it."""
+    """Return the difference of the two losses, in the unit of `_TOLERANCE`."""
     if training.packing is not Packing.TREES or (chosen := _smallest_tree(batch, limits)) is None:
         return None
-    # By cross-entropy, whatever is learned: a divergence may be so small that it is all rounding.
+    # By cross-entropy, whatever the training loss: a divergence may be so small that it is all rounding.
     chosen = [replace(sample, soft=None) for sample in chosen]
     trees, labels = pack(chosen, limits.tokens), pack(chosen, limits.tokens, Packing.LABELS)
     together = _loss(engine, trees, spread(trees, rank.groups, limits), rank, limits)
-    # A row for each: what keeps the labels of one row apart is what is to be checked.
+    # One row per label: the isolation of labels within a row is what is being checked.
     apart = _loss(engine, labels, spread(labels, rank.groups, replace(limits, tokens=0)), rank, limits)
     if not math.isfinite(apart):
-        return None  # the first step says so
+        return None  # the first step reports it
     difference = abs(together - apart) / max(abs(apart), 1.0)
     if not difference <= _TOLERANCE[training.precision]:
         raise StageFailure(
@@ -83,10 +83,10 @@ def _check_loss(engine: Engine, batch: Sequence[Sample], training: Training, ran
 
 
 def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits) -> float:
-    """By how much outputs and gradients are off on one tree, or sequence where labels have one each, and on two in a row, with heads as
-    the model has them, and computed again for the gradients where training does that: autograd's own thread compiles kernels anew.
+    """Return the largest error of outputs and gradients on one tree (one sequence if each label has its own) and on two in a row.
 
-    Collective, so that all ranks end where one is wrong.
+    Uses the model's number and size of heads and, if training does, activation checkpointing: the recomputation compiles its kernels
+    again, in autograd's own thread. Collective, so that all ranks stop if one is wrong.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -113,8 +113,8 @@ def _check_attention(config: Any, training: Training, rank: Rank, limits: Limits
 
 
 def _off(chains: Chains, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torch.device, *, again: bool) -> Tensor:
-    """By how much this device's attention is off at some token: its output, and the gradients of query, key and value; shape (4,).
-    With `again` it is computed again for the gradients, as with activation checkpointing."""
+    """Return this device's largest error at any token, in the output and in the gradients of query, key and value; shape (4,).
+    With `again` the output is recomputed for the gradients, as with activation checkpointing."""
     dice, tokens = torch.Generator().manual_seed(heads), chains[-1].end
     shapes = [(1, count, tokens, size) for count in (heads, kv_heads, kv_heads)] + [(1, tokens, heads, size)]
     *given, gradient = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
@@ -138,14 +138,14 @@ def _results(attend: Callable[..., Tensor], given: Sequence[Tensor], gradient: T
 
 
 def _difference(mine: Tensor, right: Tensor) -> Tensor:
-    """The largest at any token and head, relative to what is there, or to what usually is where that is more."""
+    """Return the largest difference at any token and head, relative to the norm there or, if larger, to its root mean square."""
     there: Tensor = right.norm(dim=-1)
     off: Tensor = (mine.float() - right).norm(dim=-1) / there.clamp_min(float(there.square().mean().sqrt()))
     return off.max().nan_to_num(nan=math.inf)
 
 
 def _smallest_tree(batch: Sequence[Sample], limits: Limits) -> list[Sample] | None:
-    """A few samples of the trajectory in which they make the smallest tree with a branch."""
+    """Return a few samples of the trajectory for which they make the smallest tree with a branch."""
     by_trajectory: dict[str, list[Sample]] = {}
     for sample in batch:
         if len(sample.targets):
@@ -155,7 +155,7 @@ def _smallest_tree(batch: Sequence[Sample], limits: Limits) -> list[Sample] | No
 
 
 def _trunk_and_branches(samples: Sequence[Sample], limits: Limits) -> list[Sample]:
-    """The longest and the shortest that branch off it; none where none does."""
+    """Return the longest sample and the shortest that branch off it, at most `_BRANCHES`; empty if none does."""
     trunk, *others = sorted(samples, key=lambda sample: -len(sample.tokens))
     branches = [sample for sample in others if _branches(pack([trunk, sample], limits.tokens))]
     return [trunk, *branches[-_BRANCHES:]] if branches else []
@@ -166,7 +166,7 @@ def _branches(packs: Sequence[Pack]) -> bool:
 
 
 def _loss(engine: Engine, packs: Sequence[Pack], passes: Sequence[Pass], rank: Rank, limits: Limits) -> float:
-    """Mean loss over all ranks' targets, without a gradient."""
+    """Return the mean loss over all ranks' targets, without computing gradients."""
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
     with torch.no_grad():
         for each in passes:

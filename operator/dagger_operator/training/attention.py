@@ -1,11 +1,11 @@
-"""Attention over trees, registered with transformers' attention interface under a name of ours.
+"""Attention over trees, registered with transformers' attention interface under a name of its own.
 
-The tree goes to the attention of every layer as an argument of the forward pass, and no mask is ever made by anybody else: whatever
-drops or replaces masks on the way (DeepSpeed's sequence parallelism does both) cannot touch it.
+The tree is passed to the attention of every layer as an argument of the forward pass, and nothing else ever builds a mask: whatever
+drops or replaces masks on the way (DeepSpeed's sequence parallelism does both) cannot affect it.
 
-Three ways to the same result: `flex`, on CUDA, is one kernel with a block mask that is made once for each pass (torch's FlexAttention
-has no backward pass on the CPU); `joined`, on the CPU, joins what each chain gets from the spans of its path; `segments`, on any other
-device, calls torch's public attention once for each chain.
+Three implementations with the same result: `flex`, on CUDA, is one kernel with a block mask that is built once per pass (torch's
+FlexAttention has no backward pass on the CPU); `joined`, on the CPU, combines what each chain gets from the spans of its path;
+`segments`, on any other device, calls torch's public attention once per chain.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ NAME = "dagger_tree"
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """Who sees whom in one row of tokens, and what the attention keeps of it from layer to layer."""
+    """Which tokens of a row see which, and what the attention caches of it from layer to layer."""
 
     chains: Chains
     device: torch.device
@@ -58,7 +58,7 @@ def tree_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query (1, heads, tokens, size), key and value of fewer heads; gives (1, tokens, heads, size)."""
+    """Called by transformers with query (1, heads, tokens, size), key and value of fewer heads; returns (1, tokens, heads, size)."""
     if attention_mask is not None or dropout or query.shape[0] != 1 or query.shape[2] != tree.tokens:
         raise ValueError(
             f"tree attention takes one row of {tree.tokens} tokens without mask and dropout, not {tuple(query.shape)}, {dropout=}"
@@ -73,7 +73,7 @@ def tree_attention(
 
 
 def register() -> None:
-    """Makes the name known to transformers. What stands under it may be another: see `sequence`."""
+    """Register the name with transformers. Another function may replace this one under it: see `sequence`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, tree_attention)
@@ -81,7 +81,7 @@ def register() -> None:
 
 
 def refuse_unsuited(config: Any) -> None:
-    """Raises `StageFailure` where a model's layers do more than attend to all that comes before."""
+    """Raise `StageFailure` if a model's layers do anything but attend to all tokens before."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         kinds.add("sliding_attention")

@@ -1,4 +1,4 @@
-"""Which samples make which optimiser step, and which rank computes what of it. All of it follows from (seed, round, step)."""
+"""Which samples make up an optimiser step, and which rank computes which part of it. All of it follows from (seed, round, step)."""
 
 import math
 import random
@@ -15,8 +15,8 @@ from dagger_operator.training.samples import Sample
 class Curriculum:
     """The steps of one round, by random access: a resumed training asks for the next one.
 
-    The samples of epoch after epoch form one stream, trajectories in an order of the epoch's own and each trajectory's labels
-    together. Every step takes the next `batchSize` labels or trajectories of it; only the last may be smaller.
+    The samples of all epochs form one stream, in which each epoch has its own order of trajectories and a trajectory's labels stay
+    together. Every step takes the next `batchSize` labels or trajectories; only the last may be smaller.
     """
 
     def __init__(self, samples: Sequence[Sample], training: Training, *, seed: int, round_number: int) -> None:
@@ -36,7 +36,7 @@ class Curriculum:
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the samples of step 0, 1, ..."""
+        """Return the indices of the samples of step 0, 1, ..."""
         start, end = step * self._size, min((step + 1) * self._size, self._units)
         units: list[list[int]] = []
         while start < end:
@@ -54,32 +54,32 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of every group of ranks that share a row. All have as many, and as many pieces in each, so that none waits for
-    ever in a collective."""
+    """One forward pass of every group of ranks that share a row. All groups have the same number of passes, and of pieces in each, so that
+    none waits forever in a collective."""
 
     packs: tuple[tuple[int, ...], ...]
-    """By group, indices of packs; none is a pass for company."""
+    """Indices of packs, by group; an empty one is a dummy pass, so that the group takes part in the collectives."""
     pieces: int
-    """Parts in which every rank computes its logits."""
+    """Number of parts in which every rank computes its logits."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one forward pass."""
+    """Limits of one forward pass."""
 
     tokens: int
-    """Most tokens of a row, padding included; one sequence that is longer goes alone. A multiple of `multiple`."""
+    """Maximum tokens of a row, including padding; a longer sequence gets a row of its own. A multiple of `multiple`."""
     targets: int
-    """Most targets whose logits exist at a time."""
+    """Maximum number of targets whose logits exist at a time."""
     multiple: int = 1
-    """A row is padded to a multiple of so many tokens."""
+    """A row is padded to a multiple of this many tokens."""
     few_lengths: bool = False
-    """Whether the multiple doubles with the row, beyond eight of it: each length costs a compiled kernel, more padding costs less."""
+    """Whether the multiple doubles with the row length, beyond eight multiples: each length costs a compiled kernel, padding costs less."""
     longest: int = 0
-    """Where that ends for a sequence that goes alone; for others it does at `tokens`."""
+    """Maximum padded length of a sequence that has a row of its own; for other rows it is `tokens`."""
 
     def padding(self, tokens: int) -> int:
-        """Tokens that a row of so many gets on top."""
+        """Return how many padding tokens a row of `tokens` tokens gets."""
         step = self.multiple
         while self.few_lengths and tokens > 8 * step:
             step *= 2
@@ -88,7 +88,7 @@ class Limits:
 
 
 def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:
-    """The forward passes of one step: balanced by tokens, rows bounded with padding counted. A pack above the bound goes alone."""
+    """Return the forward passes of one step: balanced by tokens, rows bounded with padding. A pack above the bound gets its own row."""
     longest_first = sorted(range(len(packs)), key=lambda index: (-len(packs[index]), index))
     mine: list[list[int]] = [[] for _ in range(groups)]
     load = [0] * groups
@@ -104,12 +104,12 @@ def spread(packs: Sequence[Pack], groups: int, limits: Limits) -> list[Pass]:
 
 
 def padding(passes: Iterable[Pass], packs: Sequence[Pack], limits: Limits) -> int:
-    """Tokens by which the rows of all groups are larger than the packs in them."""
+    """Return the number of padding tokens in the rows of all groups."""
     return sum(limits.padding(sum(len(packs[index]) for index in indices)) for each in passes for indices in each.packs)
 
 
 def _rows(indices: Sequence[int], packs: Sequence[Pack], limits: Limits) -> list[tuple[int, ...]]:
-    """Packs, the longest first, each into the first row that has room."""
+    """Put the packs, which come longest first, each into the first row that has room."""
     rows: list[list[int]] = []
     taken: list[int] = []
     for index in indices:

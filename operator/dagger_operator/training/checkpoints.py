@@ -1,9 +1,9 @@
-"""Trainer state in the store, from which a killed training resumes: on the CPU and the same layout with the same losses, bit for bit,
-and to rounding on GPUs or another number of ranks.
+"""Trainer state in the store, from which a killed training resumes: on the CPU with the same layout the losses are identical, bit for
+bit; on GPUs or with another number of ranks they are equal up to rounding.
 
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
-restart fetches that again, or all there is where ranks are dealt to other pods. The last two are kept: if one is damaged, the one
-before it serves. Those of another ZeRO stage serve once that is set back, until two newer ones take their places.
+restart downloads it again, or all files if ranks are assigned to other pods. The last two checkpoints are kept: if one is damaged, the
+one before it is used. Those of another ZeRO stage can be used once that setting is restored, until two newer ones replace them.
 """
 
 import asyncio
@@ -30,21 +30,21 @@ T = TypeVar("T")
 _KEPT = 2
 _MANIFEST = "manifest.json"
 _WORTH = 20
-"""Seconds of training that one second of checkpointing must be worth: checkpoints cost at most a twentieth of the time."""
+"""Minimum seconds of training per second of checkpointing: checkpoints cost at most a twentieth of the time."""
 
 
 class Tally(Record):
-    """What training has done so far, over all ranks and all tries."""
+    """Progress of training so far, over all ranks and all attempts."""
 
     losses: tuple[float, ...] = ()
     """Mean loss over the targets of each step."""
     labels: int = 0
     tokens: int = 0
-    """Tokens of all forward passes, padding left out."""
+    """Tokens of all forward passes, excluding padding."""
     unpacked: int = 0
     """Tokens that one sequence per label would have had."""
     seconds: float = 0.0
-    """Time within steps."""
+    """Time spent in steps."""
 
     @property
     def steps(self) -> int:
@@ -67,14 +67,14 @@ class StoredFile(Record):
 
 
 class Cut(Record):
-    """How the state is dealt to files."""
+    """How the state is sharded into files."""
 
     zero_stage: int
     ranks: int
 
     @property
     def whole(self) -> bool:
-        """Whether every rank has all of it."""
+        """Whether every rank has the whole state."""
         return self.zero_stage == 0
 
 
@@ -82,16 +82,16 @@ class Checkpoint(Record):
     """Manifest of one checkpoint."""
 
     course: str
-    """Digest of everything that decides the course of training but for rounding. Another one is another training."""
+    """Digest of everything that affects training by more than rounding. A checkpoint with another digest is of another training."""
     cut: Cut
     nodes: tuple[int, ...] = ()
-    """Pod of each rank. Elsewhere a pod's ranks need files that other pods wrote."""
+    """Pod of each rank. If ranks are assigned otherwise, a pod's ranks need files that other pods wrote."""
     tally: Tally
     files: dict[str, StoredFile]
 
 
 class Checkpoints:
-    """This round's checkpoints, seen from one rank. `save` and `resume` are collective: every rank calls them."""
+    """This round's checkpoints, as one rank sees them. `save` and `resume` are collective: every rank calls them."""
 
     def __init__(
         self, store: Store, scratch: Path, round_number: int, course: str, *, zero_stage: int, node: int, every_steps: int
@@ -101,22 +101,22 @@ class Checkpoints:
         self._cut = Cut(zero_stage=zero_stage, ranks=torch.distributed.get_world_size())
         self._own = f"zero{zero_stage}-step-"
         self._rank = torch.distributed.get_rank()
-        # One rank of each pod moves files; the pods' folders are not shared.
+        # One rank of each pod transfers files; the pods do not share their folders.
         self._nodes = tuple(_gathered(node))
         self._carries = self._nodes.index(node) == self._rank
         self._last, self._cost = time.monotonic(), 0.0
         self._stored = 0
-        """Steps of the state that was stored or resumed last. Before the first step Adam has no state, which a checkpoint needs."""
+        """Steps of the state that was last stored or resumed. Before the first step Adam has no state, which a checkpoint needs."""
         self._log = structlog.get_logger()
 
     def due(self, step: int) -> bool:
-        """Whether this rank asks for a checkpoint after `step` steps: rank 0 does, at the asked interval, where it is worth its time."""
+        """Whether this rank requests a checkpoint after `step` steps: rank 0 does, at the configured interval, if it is worth the time."""
         return self._rank == 0 and step % self._every == 0 and time.monotonic() - self._last >= _WORTH * self._cost
 
     async def save(self, engine: Engine, tally: Tally) -> float:
-        """Stores the state after `tally.steps` steps, unless it is stored already, and returns the seconds that it took.
+        """Store the state after `tally.steps` steps, unless it is stored already, and return the seconds that this took.
 
-        A checkpoint is never written over: cut short, it would leave files that its manifest does not describe.
+        A checkpoint is never overwritten: if interrupted, that would leave files that its manifest does not describe.
         """
         if tally.steps == self._stored:
             return 0.0
@@ -138,7 +138,7 @@ class Checkpoints:
         return self._cost
 
     async def _store_files(self, tag: str) -> dict[str, StoredFile]:
-        """What this pod's ranks wrote, by name; nothing from a rank that carries none."""
+        """Upload what this pod's ranks wrote, and return it by name; empty on a rank that transfers no files."""
         stored: dict[str, StoredFile] = {}
 
         async def store(path: Path) -> None:
@@ -151,7 +151,7 @@ class Checkpoints:
         return stored
 
     async def resume(self, engine: Engine) -> Tally:
-        """Puts the newest whole checkpoint of this training into the engine; an empty tally where there is none."""
+        """Load the newest complete checkpoint of this training into the engine; return an empty tally if there is none."""
         candidates = await self._candidates() if self._rank == 0 else []
         for tag, checkpoint in _gathered(candidates)[0]:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
@@ -166,13 +166,13 @@ class Checkpoints:
         return Tally()
 
     def _clear(self) -> None:
-        """Removes this pod's files: the next checkpoint has only its own."""
+        """Remove this pod's local files, so that the next checkpoint contains only its own."""
         if self._carries and self._folder.exists():
             shutil.rmtree(self._folder)
 
     def _load(self, engine: Engine, tag: str, cut: Cut) -> None:
         if cut == self._cut or cut.whole:
-            # What is frozen is in the base's files, and in no checkpoint.
+            # Frozen weights are in the base's files, and in no checkpoint.
             everything = all(parameter.requires_grad for parameter in engine.module.parameters())
             engine.load_checkpoint(str(self._folder), tag=tag, load_lr_scheduler_states=False, load_module_strict=everything)
             return
@@ -185,12 +185,12 @@ class Checkpoints:
             self._log.info("checkpoint cut anew", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
 
     async def forget(self) -> None:
-        """Removes all checkpoints of this round: it is done."""
+        """Remove all checkpoints of this round, which is done."""
         for tag in await self._tags():
             await self._forget(tag)
 
     async def _candidates(self) -> list[tuple[str, Checkpoint]]:
-        """Whole checkpoints of this training, newest first."""
+        """Return the complete checkpoints of this training, newest first."""
         found: list[tuple[str, Checkpoint]] = []
         for tag in reversed(await self._tags()):
             manifest = await self._store.get(f"{self._prefix}{tag}/{_MANIFEST}")
@@ -210,13 +210,13 @@ class Checkpoints:
         return found
 
     async def _give_up(self, tag: str, why: str) -> None:
-        """Removes a checkpoint that cannot serve, lest it be counted among those that are kept."""
+        """Remove an unusable checkpoint, so that it does not count as one of those that are kept."""
         if self._rank == 0:
             self._log.warning("checkpoint given up", checkpoint=tag, why=why)
             await self._forget(tag)
 
     async def _fetch(self, tag: str, checkpoint: Checkpoint) -> bool:
-        """Whether every file that this pod needs is here and is what the manifest says."""
+        """Download the files that this pod needs, and return whether all exist and match the manifest."""
         if not self._carries:
             return True
         needed = [name for name, file in checkpoint.files.items() if file.node in (0, self._node) or checkpoint.nodes != self._nodes]
@@ -233,19 +233,19 @@ class Checkpoints:
 
     async def _forget(self, tag: str) -> None:
         keys = [info.key for info in await self._store.list(f"{self._prefix}{tag}/")]
-        # The manifest goes first: what has none is no checkpoint.
+        # The manifest goes first: without one, the rest is not a checkpoint.
         for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
             await self._store.delete(key)
 
     async def _tags(self) -> list[str]:
-        """Of all checkpoints, whole or not: the older ones first, and before them those of another ZeRO stage."""
+        """Return the tags of all checkpoints, complete or not: oldest first, and those of another ZeRO stage before all others."""
         keys = [info.key.removeprefix(self._prefix) for info in await self._store.list(self._prefix)]
         tags = {key.split("/", 1)[0] for key in keys if "/" in key}
         return sorted(tags, key=lambda tag: (tag.startswith(self._own), tag))
 
 
 def _gathered(value: T) -> list[T]:
-    """Every rank's value, in order of ranks."""
+    """Return every rank's value, in rank order."""
     values: list[T | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return [value for value in values if value is not None]

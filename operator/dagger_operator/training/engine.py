@@ -1,4 +1,4 @@
-"""The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's. What it does with each combination of them:
+"""The policy under DeepSpeed: which settings of the resource become which of DeepSpeed's. How DeepSpeed behaves with each combination:
 docs/adr/0012-what-deepspeed-does-in-each-layout.md."""
 
 import functools
@@ -22,18 +22,18 @@ from dagger_operator.training.loss import Objective
 
 
 class Engine(Protocol):
-    """What training uses of `deepspeed.DeepSpeedEngine`, which is not typed."""
+    """What training uses of `deepspeed.DeepSpeedEngine`, which is untyped."""
 
     module: Objective
     policy: Any
-    """The module's, whose attributes are the engine's too."""
+    """The module's policy: the engine has the attributes of its module."""
     optimizer: Any
-    """DeepSpeed's own, another class for each ZeRO stage."""
+    """DeepSpeed's own optimiser, of a different class for each ZeRO stage."""
     mpu: Any
     _config: Any
 
     def __call__(self, *, pieces: int, **row: Any) -> torch.Tensor:
-        """The objective of a row, as `rows.collate` gives it."""
+        """Return the objective of a row from `rows.collate`."""
         ...
 
     def train(self) -> object: ...
@@ -54,13 +54,13 @@ class Engine(Protocol):
 
 
 def join(rank: int, ranks: int, local_rank: int) -> torch.device:
-    """Enters the process group that the environment names (as torchrun does) and returns this rank's device.
+    """Join the process group that the environment names (as torchrun sets it) and return this rank's device.
 
-    Raises `StageFailure` (not permanent) where the GPU that it shall have is not there.
+    Raises `StageFailure` (not permanent) if the rank's GPU is not available.
     """
     import deepspeed
 
-    # A stage's log is lines of JSON: what DeepSpeed says below an error, and torch about DeepSpeed's calls, only buries them.
+    # A stage logs lines of JSON: DeepSpeed's messages below error level, and torch's about DeepSpeed's calls, would only bury them.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     cuda = os.environ.get("DS_ACCELERATOR") == "cuda"
@@ -75,13 +75,13 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
         )
     if not cuda:
         # DeepSpeed would compile a shared-memory all-reduce at start (half a minute, and a compiler in the image) that training
-        # never calls. It takes ops that are not in this table for absent.
+        # never calls. It treats ops that are not in this table as unavailable.
         deepspeed.ops.__compatible_ops__ = {}
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # Ranks wait for the one that uploads a checkpoint or a policy of many gigabytes.
+    # The other ranks wait while one uploads a checkpoint or a policy of many gigabytes.
     torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks, timeout=timedelta(hours=1))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
@@ -89,7 +89,7 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
 
 @contextmanager
 def within_memory(rank: int) -> Iterator[None]:
-    """Says what to change where a GPU's memory does not do. It would not at the next try either: the same rows come again."""
+    """Report which settings to change if a GPU runs out of memory. A retry would fail too: it computes the same rows."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -103,16 +103,16 @@ def within_memory(rank: int) -> Iterator[None]:
 
 
 def settings(training: Training, groups: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration, for so many groups of ranks that share rows.
+    """Return DeepSpeed's configuration for `groups` groups of ranks that share rows.
 
-    BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast as they
-    are used. Gradients are summed in FP32 either way, over passes and between ranks; within a pass, where the head is taken in
-    pieces, in BF16. By default DeepSpeed reduces between ranks in BF16: half the traffic, of every gradient eight bits, and with ZeRO-1
-    of its sum over a whole step.
+    BF16 with ZeRO keeps FP32 master weights with the optimiser's shards; without (stage 0) weights stay in FP32 and are cast on use.
+    Gradients are accumulated in FP32 either way, over passes and between ranks; within a pass, if the head is computed in pieces, in
+    BF16. By default DeepSpeed reduces between ranks in BF16: half the traffic, but only eight bits of every gradient or, with ZeRO-1, of
+    its sum over a whole step.
     """
     stage, bf16 = training.deepspeed.zero_stage, training.precision is Precision.BF16
-    # Where DeepSpeed overlaps reduction with the backward pass, memory of a gradient above the bucket is freed, and written to, while it
-    # is still being reduced.
+    # If DeepSpeed overlaps reduction with the backward pass, the memory of a gradient larger than the bucket is freed and overwritten
+    # while the gradient is still being reduced.
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": REDUCED_AT_ONCE}
     if training.deepspeed.offload is Offload.OPTIMIZER and stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
@@ -120,7 +120,7 @@ def settings(training: Training, groups: int, device: torch.device) -> dict[str,
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": groups,
         "gradient_accumulation_steps": 1,
-        # `step()` ends an accumulation window, whatever number of micro-batches it has; the loss is normalised by us.
+        # `step()` ends an accumulation window, whatever its number of micro-batches; `loop` normalises the loss.
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.gradient_clip,
         "zero_optimization": zero,
@@ -139,7 +139,7 @@ MakeOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 def adamw(training: Training) -> MakeOptimizer:
-    """AdamW as the resource asks for it; its state starts afresh in every round."""
+    """Return the constructor of AdamW with the resource's settings; its state is reset in every round."""
     return functools.partial(
         torch.optim.AdamW,
         lr=training.learning_rate,
@@ -157,7 +157,7 @@ def build(
     make_optimizer: MakeOptimizer,
     adapter: adapters.Adapter | None = None,
 ) -> Engine:
-    """The policy in folder `weights`, with an adapter where one is to be trained instead of it, ready to train. Collective."""
+    """Return the policy in folder `weights` ready to train, with an adapter if that is to be trained instead. Collective."""
     import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -167,7 +167,7 @@ def build(
     low_precision = training.precision is Precision.BF16 and training.deepspeed.zero_stage > 0
     config = AutoConfig.from_pretrained(weights, local_files_only=True)
     groups = sequence.share_rows(config.get_text_config(), training.sequence_parallel)
-    # Each rank holds the weights whole, in host memory and then on its GPU, until DeepSpeed shards them: there they have to fit for once.
+    # Each rank holds the whole weights, in host memory and then on its GPU, until DeepSpeed shards them: they must fit in both.
     policy = AutoModelForCausalLM.from_pretrained(
         weights,
         config=config,
@@ -188,8 +188,8 @@ def build(
         mpu=groups,
     )
     if training.deepspeed.zero_stage > 0:
-        # DeepSpeed asks `mpu` who shares rows, and from then on takes it for tensor parallelism: BF16 with ZeRO-1 leaves the gradients of
-        # all but the first of those ranks out of their norm, and checkpoints call for as many parts of each weight.
+        # DeepSpeed asks `mpu` which ranks share rows, and afterwards takes it for tensor parallelism: BF16 with ZeRO-1 omits the gradients
+        # of all but the first of those ranks from the norm, and checkpoints expect that many partitions of each weight.
         engine.mpu = engine.optimizer.mpu = None
     if low_precision:
         adapters.sharpen(engine, exact)
@@ -198,23 +198,23 @@ def build(
 
 
 def gradients_divided_by(engine: Engine, ranks: int, groups: int) -> int:
-    """What the engine divides the sum of all ranks' gradients by.
+    """Return the divisor that the engine applies to the sum of all ranks' gradients.
 
-    The ranks that share a row are not to be averaged over; ZeRO-3 does all the same where it scatters what it reduces, as it does by
-    default (`__avg_scatter_grads` in `runtime/zero/stage3.py`, 0.19).
+    Ranks that share a row should not be averaged over, but ZeRO-3 does so if it reduce-scatters, as it does by default
+    (`__avg_scatter_grads` in `runtime/zero/stage3.py`, 0.19).
     """
     return ranks if engine.zero_optimization_stage() == 3 else groups
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Of the last step, before clipping; None where DeepSpeed does not keep it."""
+    """Return the gradient norm of the last step, before clipping; None if DeepSpeed does not keep it."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 def take_step(engine: Engine, rate: float) -> bool:
-    """Changes the weights by the gradient that the engine holds. Returns whether it was finite: DeepSpeed leaves the step out where it is
-    not, and says nothing. Collective; the same on all ranks."""
+    """Update the weights by the gradient that the engine holds. Return whether it was finite: if not, DeepSpeed silently skips the step.
+    Collective; the same on all ranks."""
     if engine.zero_optimization_stage() == 0 and not _finite(engine):
         return False
     for group in engine.optimizer.param_groups:
@@ -224,7 +224,7 @@ def take_step(engine: Engine, rate: float) -> bool:
 
 
 def _finite(engine: Engine) -> bool:
-    """Whether the gradients of all ranks are. Without ZeRO DeepSpeed looks at none, and they are whole on every rank until it steps."""
+    """Whether the gradients of all ranks are finite. Without ZeRO DeepSpeed checks none, and they are unsharded until it steps."""
     gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
     finite = torch.nn.utils.get_total_norm(gradients).isfinite().int()
     torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)

@@ -1,4 +1,4 @@
-"""The trained policy as a Hugging Face folder: weights gathered from all ranks, everything else as it was before."""
+"""Exports the trained policy as a Hugging Face folder: weights gathered from all ranks, everything else unchanged."""
 
 import shutil
 from pathlib import Path
@@ -18,10 +18,10 @@ _OTHER_THAN_POLICY = ("manifest.json",)
 
 
 def export(engine: Engine, base: Path, folder: Path) -> None:
-    """Writes the policy to `folder`, which appears whole. Collective; rank 0 writes. An adapter is merged, and kept beside by itself.
+    """Write the policy to `folder`, which appears atomically. Collective; rank 0 writes. An adapter is merged, and also stored by itself.
 
-    Config, tokenizer, chat template and generation config are copied from `base`, so a server can exchange weights alone. Weights
-    have the base's type; they come from the optimiser's FP32 master weights where it keeps any.
+    Config, tokenizer, chat template and generation config are copied from `base`, so a server can swap the weights alone. Weights have
+    the base's dtype; they come from the optimiser's FP32 master weights if it keeps any.
     """
     policy: PreTrainedModel = engine.module.policy
     state = _gathered(engine, policy)
@@ -52,7 +52,7 @@ def export(engine: Engine, base: Path, folder: Path) -> None:
 
 
 def _gathered(engine: Engine, policy: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Whole weights that were trained, by name on rank 0, in FP32 on the CPU; nothing on the other ranks."""
+    """Return the whole trained weights by name, in FP32 on the CPU, on rank 0; empty on the other ranks."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     sharded = engine.zero_optimization_stage() > 0
@@ -67,7 +67,7 @@ def _gathered(engine: Engine, policy: PreTrainedModel) -> dict[str, torch.Tensor
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
-    """The type in which the base's weights are stored."""
+    """Return the dtype in which the base's weights are stored."""
     from safetensors import safe_open
 
     with safe_open(next(iter(sorted(base.glob("*.safetensors")))), framework="pt") as file:

@@ -1,4 +1,4 @@
-"""What ends a training that comes apart."""
+"""Checks that stop a training that diverges."""
 
 import math
 import statistics
@@ -10,18 +10,18 @@ from dagger_operator.training.samples import Sample
 _LASTING = 5
 """Steps in a row. A single step ten times above the others is common: a batch of states that are new to the student, or one hard label."""
 _BEFORE = 32
-"""Steps before them, that they are held against."""
+"""Number of steps before them to compare with."""
 _SPIKE = 10.0
-"""Times the median of those."""
+"""Multiple of the median of those."""
 
 
 _REMEDY = "lower training.learningRate or training.gradientClip, or train with precision FP32; the weights before this round are unharmed."
 
 
 def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample]) -> None:
-    """Raises `StageFailure` where a step's loss is no number, or tells that training has come apart.
+    """Raise `StageFailure` if a step's loss is not finite, or shows that training has diverged.
 
-    It has where five steps in a row are above ten times the median of the 32 before them, and above all that the round has seen.
+    It has if five steps in a row are above ten times the median of the 32 before them, and above every earlier step of the round.
     """
     step = len(before) + 1
     if not math.isfinite(loss):
@@ -42,9 +42,9 @@ def refuse_broken(loss: float, before: Sequence[float], batch: Sequence[Sample])
 
 
 def refuse_skipped(stepped: bool, before: Sequence[float], batch: Sequence[Sample]) -> None:
-    """Raises `StageFailure` where a step was not taken, since its gradient is no number although its loss is one.
+    """Raise `StageFailure` if a step was skipped because its gradient is not finite although its loss is.
 
-    DeepSpeed would leave out such steps to the end, and a training that has learned nothing be called done.
+    DeepSpeed would skip such steps to the end, and a training that has learned nothing would count as done.
     """
     if not stepped:
         raise StageFailure("GradientNotFinite", f"the gradient of step {len(before) + 1} is not finite: {_REMEDY} {_learned(batch)}")

@@ -1,4 +1,4 @@
-"""What a round's training starts from."""
+"""The inputs of a round's training."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _NO_MATTER = frozenset({"checkpointEverySteps", "terminationGracePeriodSeconds",
 _ROUNDING = frozenset(
     {"nodes", "processesPerNode", "gpusPerNode", "sequenceParallel", "microBatchTokens", "packing", "activationCheckpointing", "deepspeed"}
 )
-"""Settings that change how sums are made, and may be changed while training is under way: fewer nodes, or less memory."""
+"""Settings that change only the order of summation, and may be changed during training: to use fewer nodes, or less memory."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Inputs:
     parent: str
     """Policy version that training starts from."""
     base: str
-    """Version whose weights are loaded: the parent, or with `training.lora` the run's first, to which all adapters belong."""
+    """Version whose weights are loaded: the parent or, with `training.lora`, the run's first, to which all adapters belong."""
     data: TrainingSet
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """Everything that decides the result, as it is kept with the policy."""
+        """Return everything that decides the result, in the form stored with the policy."""
         spec = stage.run.spec
         training = {name: value for name, value in spec.training.wire().items() if name not in _NO_MATTER}
         return {"training": training, "seed": spec.seed, "round": stage.round, "parent": self.parent, "data": self.data.digest}
@@ -39,14 +39,14 @@ class Inputs:
         return self.parent != self.base
 
     def course(self, stage: Stage) -> dict[str, Any]:
-        """The part of it that decides more than rounding: what a checkpoint must agree with to be gone on from."""
+        """Return the part of the settings that decides more than rounding: a checkpoint must agree with it to be resumed."""
         settings = self.settings(stage)
         training = {name: value for name, value in settings["training"].items() if name not in _ROUNDING}
         return {**settings, "training": training}
 
 
 async def inputs(stage: Stage) -> Inputs:
-    """Raises `StageFailure` where the stages before have not left what is needed."""
+    """Read the round's inputs. Raises `StageFailure` if the earlier stages have not produced them."""
     spec = stage.run.spec
     data = await training_set(stage.store, stage.round, spec.training.aggregation)
     if sum(manifest.labels for manifest in data.manifests) == 0:
@@ -66,15 +66,15 @@ async def inputs(stage: Stage) -> Inputs:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
+    """Return the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def weights_folder(scratch: Path, version: str) -> Path:
-    """Where the stage puts the weights that its ranks start from."""
+    """Return where the stage puts the weights that its ranks start from."""
     return scratch / "weights" / version
 
 
 def adapter_folder(scratch: Path, version: str) -> Path:
-    """Where it puts the adapter that is trained further."""
+    """Return where the stage puts the adapter to train further."""
     return scratch / "adapters" / version

@@ -1,8 +1,9 @@
-"""Tree attention on the CPU, in which nothing is copied: each chain attends to every span of its path where that lies.
+"""Tree attention on the CPU without copies: each chain attends to every span of its path in place.
 
-Torch's flash attention gives, beside the output, the logarithm of the sum that a softmax was divided by. With it what a chain gets from
-several spans becomes one softmax over all of them; and from the whole's, the backward pass has each span's gradients by itself, as in
-ring attention (arXiv 2310.01889). Its operators on the CPU are called by their names: torch's public function keeps the logarithm.
+Torch's flash attention returns, besides the output, the logarithm of the sum by which the softmax was divided. With it, the results of a
+chain for several spans combine into one softmax over all of them; and from the combined values the backward pass computes each span's
+gradients separately, as in ring attention (arXiv 2310.01889). The CPU operators are called by name: torch's public function does not
+return the logarithm.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Part:
     own: slice
     """A chain's tokens."""
     before: tuple[slice, ...]
-    """What they all see before that."""
+    """Earlier spans that all of them see."""
 
 
 def parts(chains: Chains) -> list[Part]:
@@ -30,8 +31,8 @@ def parts(chains: Chains) -> list[Part]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, tree: Sequence[Part], scaling: float) -> Tensor:
-    """Query (1, heads, tokens, size), key and value of as many heads or a divisor of it; gives (1, tokens, heads, size)."""
-    # As torch's own function does under autocast, where a norm may have left query and key wider than value.
+    """Attend: query (1, heads, tokens, size), key and value with as many heads or a divisor of it; returns (1, tokens, heads, size)."""
+    # Like torch's own function under autocast, where a norm may have left query and key in a wider dtype than value.
     query, key = query.to(value.dtype), key.to(value.dtype)
     out: Tensor = _Joined.apply(query, key, value, tree, scaling)  # type: ignore[no-untyped-call]  # torch does not type it
     return out.transpose(1, 2)
@@ -41,7 +42,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Sequence[Part], scaling: float) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        # Tokens before heads in memory: so the projection that comes next needs no copy.
+        # Tokens before heads in memory, so that the projection that follows needs no copy.
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         sums = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in tree:

@@ -1,4 +1,4 @@
-"""Where a rank stands: which rows are its own, and which part of them."""
+"""Position of a rank in the layout: which rows it computes, and which part of them."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dagger_operator.training.rows import Share
 
 @dataclass(frozen=True)
 class Rank:
-    """Where this process stands among all: so many ranks side by side share each row."""
+    """This process's rank; `rows_shared_by` consecutive ranks share each row."""
 
     index: int
     of: int
@@ -22,7 +22,7 @@ class Rank:
 
     @property
     def group(self) -> int:
-        """Which rows are this rank's."""
+        """Index of the rows that this rank computes, among the groups."""
         return self.index // self.rows_shared_by
 
     @property
@@ -31,11 +31,11 @@ class Rank:
 
     @property
     def share(self) -> Share:
-        """Which part of them."""
+        """Which part of the rows is this rank's."""
         return Share(self.index % self.rows_shared_by, self.rows_shared_by)
 
     def limits(self, training: Training, targets_at_once: int) -> Limits:
-        """No row has more than `microBatchTokens`, or the least that a row can have: the one bound by which trees are parted too."""
+        """Return the limits of a pass. Sequences share a row up to `microBatchTokens`, or the smallest row; trees are split at that too."""
         compiled = self.device.type == "cuda"
         multiple = math.lcm(ROW_MULTIPLE if compiled else 1, self.rows_shared_by)
         tokens = max(multiple, training.micro_batch_tokens - training.micro_batch_tokens % multiple)

@@ -38,11 +38,11 @@ async def train(
     observe: Callable[[Tally, Step], Awaitable[None]],
     targets_at_once: int = TARGETS_AT_ONCE,
 ) -> Tally:
-    """Takes the steps that `tally` has not yet, and returns the tally of all of them. Every rank calls it with the same samples.
+    """Take the steps that `tally` still lacks, and return the tally of all of them. Every rank calls it with the same samples.
 
-    `targets_at_once` bounds the logits in memory: so many rows of the vocabulary's width, in FP32.
+    `targets_at_once` bounds the logits in memory: rows of the vocabulary's width, in FP32.
     """
-    # A divergence takes twice the memory: the tail needs the logits once more.
+    # A divergence takes twice the memory: the tail needs a second copy of the logits.
     limits = rank.limits(training, targets_at_once // 2 if training.loss is Loss.FORWARD_KL else targets_at_once)
     if tally.steps < curriculum.steps:
         agreement = check_agreement(engine, [samples[index] for index in curriculum.batch(tally.steps)], training, rank, limits)
@@ -50,12 +50,12 @@ async def train(
             structlog.get_logger().info("attention over trees checked", **asdict(agreement))
     for step in range(tally.steps, curriculum.steps):
         started = time.monotonic()
-        torch.manual_seed(draw("training step", seed, step, rank.index))  # follows from the step: nothing of it to checkpoint
+        torch.manual_seed(draw("training step", seed, step, rank.index))  # derived from the step: no random state to checkpoint
         batch = [samples[index] for index in curriculum.batch(step)]
         packs = pack(batch, limits.tokens, training.packing)
         passes = spread(packs, rank.groups, limits)
         loss = _gradients(engine, packs, passes, rank, limits, stopping)
-        if loss is None:  # the step is not taken, so what is stored is the state before it
+        if loss is None:  # the step is not taken, so the state before it is stored
             await checkpoints.save(engine, tally)
             then = "training resumes from its checkpoint" if tally.steps else "training restarts"
             raise StageFailure("Terminated", f"asked to end after step {tally.steps} of {curriculum.steps}; {then}", permanent=False)
@@ -82,16 +82,16 @@ async def train(
 def _gradients(
     engine: Engine, packs: Sequence[Pack], passes: Sequence[Pass], rank: Rank, limits: Limits, stopping: Callable[[], bool]
 ) -> float | None:
-    """Leaves the gradient of one step with the engine, and returns the mean loss over all its targets.
+    """Accumulate the gradient of one step in the engine, and return the mean loss over all its targets.
 
-    None where some rank has been asked to end: that is seen after every pass, since a step may take longer than a notice leaves.
+    Returns None if any rank has been asked to stop: checked after every pass, since a step may outlast the notice period.
     """
     weight = sum(float(one.weights.sum()) for one in packs)
     total = torch.zeros((), dtype=torch.float64, device=rank.device)
     for each in passes:
         mine = [packs[index] for index in each.packs[rank.group]]
         loss = engine(**collate(mine, limits, rank.share, rank.device), pieces=each.pieces)
-        # By the weight of the whole step, and times what DeepSpeed divides by, it is the mean over all targets.
+        # Divided by the weight of the whole step and multiplied by what DeepSpeed divides by, it is the mean over all targets.
         engine.backward(loss * (gradients_divided_by(engine, rank.of, rank.groups) / weight))
         total += loss.detach()
         if _any(stopping()):
@@ -101,7 +101,7 @@ def _gradients(
 
 
 def _any(word: bool) -> bool:
-    """Whether any rank says so. Of a tensor on the CPU, so that a GPU need not be waited for."""
+    """Whether `word` is true on any rank. Uses a tensor on the CPU, so that no rank waits for its GPU."""
     said = torch.tensor(int(word))
     torch.distributed.all_reduce(said)
     return bool(said)

@@ -1,4 +1,4 @@
-"""Cross-entropy or divergence from the teacher on labelled positions only, summed: who calls it knows how many the step has."""
+"""Cross-entropy or divergence from the teacher on labelled positions only, summed: the caller divides by the step's total weight."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from dagger_operator.training.divergence import forward_kl
 
 
 class Objective(torch.nn.Module):
-    """The policy and its loss as one module, so that whatever shards or casts weights does it around one forward pass."""
+    """The policy and its loss as one module, so that whatever shards or casts weights does so around one forward pass."""
 
     def __init__(self, policy: Any) -> None:
         """`policy` is a causal language model of transformers, whose methods are not typed."""
@@ -40,14 +40,14 @@ class Objective(torch.nn.Module):
         soft_logprobs: Tensor | None = None,
         pieces: int = 1,
     ) -> Tensor:
-        """Sum over k targets of weight times negative log-likelihood, or of weight times divergence from what the teacher told; a scalar
-        in FP32.
+        """Return the sum over k targets of weight times negative log-likelihood, or times divergence from the teacher's distribution; a
+        scalar in FP32.
 
-        `input_ids`, `position_ids`: (1, tokens), this rank's part of the row that `tree` describes whole.
+        `input_ids`, `position_ids`: (1, tokens), this rank's part of the row; `tree` describes the whole row.
         `prev`, `targets`, `weights`: (k,); target i is predicted at [0, prev[i]].
-        `soft_ids`, `soft_logprobs`: (k, listed), what the teacher told of each target, where it told anything (`divergence.forward_kl`).
-        `pieces`: logits exist for one of so many parts of the targets at a time. Ranks must agree on it: where the head is sharded,
-        each piece gathers it.
+        `soft_ids`, `soft_logprobs`: (k, listed), the teacher's listed tokens for each target, if any (`divergence.forward_kl`).
+        `pieces`: the targets are split into this many parts, and logits exist for one at a time. Ranks must agree on it: if the head is
+        sharded, each piece gathers it.
         """
         decoder = self.policy.get_decoder()
         hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, tree=tree).last_hidden_state
@@ -59,7 +59,7 @@ class Objective(torch.nn.Module):
         return torch.stack([checkpoint(self._loss, *part, use_reentrant=False) for part in parts]).sum()
 
     def _loss(self, hidden: Tensor, weights: Tensor, *known: Tensor) -> Tensor:
-        """`known`: the targets alone, or what the teacher told of them."""
+        """`known`: the targets alone, or the teacher's listed ids and log-probabilities for them."""
         head = self.policy.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):
             logits = head(hidden.to(head.weight.dtype)).float()

@@ -1,6 +1,6 @@
-"""A policy from its base and an adapter: the base's own files, with the product of both matrices added where there is one.
+"""Merges an adapter into its base: the base's own files, with the product of both matrices added to each adapted weight.
 
-The base's files are read again, and not gathered from ranks: they are what the adapter was trained on, in the type in which it is served.
+The base's files are read again, not gathered from the ranks: they are what the adapter was trained on, in the dtype that is served.
 """
 
 import json
@@ -17,7 +17,7 @@ _TYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An adapter of one linear layer: it adds scaling * b @ a to its weight."""
+    """An adapter of one linear layer: adds scaling * b @ a to its weight."""
 
     a: Tensor
     b: Tensor
@@ -29,7 +29,7 @@ class Pair:
 
 
 def tensor_names(base: Path) -> set[str]:
-    """Tensors of a policy to which one can add."""
+    """Return the names of a policy's tensors whose dtype allows adding to them."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -40,7 +40,7 @@ def tensor_names(base: Path) -> set[str]:
 
 
 def merge(base: Path, pairs: Mapping[str, Pair], folder: Path) -> None:
-    """Writes the merged weights into `folder`: added in FP32, stored in the base's type, in files like the base's."""
+    """Write the merged weights into `folder`: added in FP32, stored in the base's dtype, in files like the base's."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -57,7 +57,7 @@ def _added(weight: Tensor, pair: Pair | None) -> Tensor:
 
 
 def _files(base: Path) -> list[Path]:
-    """The files that hold the weights: those of the index where there is one."""
+    """Return the files that hold the weights: those of the index if there is one."""
     if (base / _INDEX).exists():
         return [base / name for name in sorted(set(json.loads((base / _INDEX).read_text())["weight_map"].values()))]
     return sorted(base.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What the trainer tells Prometheus (docs/metrics.md): rank 0 speaks for all ranks."""
+"""Prometheus metrics of the trainer (docs/metrics.md): rank 0 reports for all ranks."""
 
 import math
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ class Step:
     """Mean over its targets."""
     labels: int
     tokens: int
-    """Of its forward passes, padding left out."""
+    """Tokens of its forward passes, excluding padding."""
     padding: int
     """Tokens of padding in those passes."""
     unpacked: int
-    """Tokens that one sequence for each label would have had."""
+    """Tokens that one sequence per label would have had."""
     learning_rate: float
     gradient_norm: float | None
-    """Before clipping; None where DeepSpeed does not tell (without ZeRO)."""
+    """Before clipping; None if DeepSpeed does not report it (without ZeRO)."""
     seconds: float
     checkpoint_seconds: float | None = None
-    """None where no checkpoint was due after it."""
+    """None if no checkpoint was due after the step."""
 
 
 class TrainerMetrics:
@@ -36,7 +36,7 @@ class TrainerMetrics:
         self._norm = Gauge("dagger_training_gradient_norm", "Gradient norm of the last step, before clipping.", registry=registry)
         self._progress = Gauge("dagger_training_progress_ratio", "Steps taken, by the steps of the round.", registry=registry)
         for of_a_step in (self._loss, self._rate, self._norm):
-            of_a_step.set(math.nan)  # 0 would be one, and the norm may never be told
+            of_a_step.set(math.nan)  # 0 would be a value, and the norm may never be reported
         self._steps = Counter("dagger_training_steps", "Optimiser steps of this process.", registry=registry)
         self._labels = Counter("dagger_training_labels", "Labels trained on.", registry=registry)
         self._tokens = Counter("dagger_training_tokens", "Tokens of forward passes, padding left out.", registry=registry)
@@ -50,11 +50,11 @@ class TrainerMetrics:
         )
 
     def begun(self, progress: float) -> None:
-        """`progress`: share of the round's steps that are done, by this process and those before it."""
+        """Set the initial progress: share of the round's steps that are done, by this process and earlier ones."""
         self._progress.set(progress)
 
     def stepped(self, step: Step, progress: float) -> None:
-        """`progress` as above."""
+        """Record a step; `progress` as in `begun`."""
         self._loss.set(step.loss)
         self._rate.set(step.learning_rate)
         if step.gradient_norm is not None:

@@ -1,8 +1,8 @@
-"""Samples as trees for one forward pass: the seam between labelled states and the model.
+"""Packs samples as trees for one forward pass: the interface between labelled states and the model.
 
 The labels of a trajectory share its conversation: that is the trunk, and each label is a branch that sees its prefix of the trunk and
-itself. Where the teacher acted and its turn reads the same in history, the label lies on the trunk and there is no branch. What no
-label needs (the trunk after the last labelled state) is not there. A pack says for itself which position predicts which target
+itself. Where the teacher acted and its turn has the same tokens in the history, the label lies on the trunk and there is no branch.
+What no label needs (the trunk after the last labelled state) is left out. A pack states which position predicts which target
 (`prev`): the first token of a branch is predicted from the trunk.
 """
 
@@ -23,9 +23,9 @@ class Pack:
     """One tree of n tokens with k targets."""
 
     input_ids: Ints
-    """Shape (n,). No label's last token is among them, unless something follows it: it predicts nothing."""
+    """Shape (n,). The last token of a label is left out, as it predicts nothing, unless something follows it."""
     position_ids: Ints
-    """Shape (n,): tokens before each one on its path."""
+    """Shape (n,): number of tokens before each one on its path."""
     chains: Chains
     """Which tokens see which."""
     prev: Ints
@@ -33,21 +33,21 @@ class Pack:
     targets: Ints
     """Shape (k,): token ids."""
     weights: NDArray[np.float32]
-    """Shape (k,): each target's share in the loss; 1 in the paper's recipe."""
+    """Shape (k,): each target's weight in the loss; 1 in the paper's recipe."""
     labels: int
-    """Labels in it."""
+    """Number of labels in the pack."""
     soft: Soft | None = None
-    """What the teacher told of each target; None where it told nothing of any, or the loss does not ask."""
+    """The teacher's distribution at each target; None if no target has one, or the loss does not use it."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
 def pack(samples: Iterable[Sample], most_tokens: int, packing: Packing = Packing.TREES) -> list[Pack]:
-    """Packs the samples of one optimiser step; loss and gradients are those of one sequence per sample.
+    """Pack the samples of one optimiser step; loss and gradients equal those of one sequence per sample.
 
-    A tree of more than `most_tokens` is parted, and each part repeats what it needs of the trunk. A sequence that alone is longer
-    stays whole.
+    A tree of more than `most_tokens` is split, and each part repeats what it needs of the trunk. A single sequence that is longer stays
+    whole.
     """
     groups: dict[object, list[Sample]] = {}
     for number, sample in enumerate(sample for sample in samples if len(sample.targets)):
@@ -56,7 +56,7 @@ def pack(samples: Iterable[Sample], most_tokens: int, packing: Packing = Packing
 
 
 def _parts(samples: Sequence[Sample], most_tokens: int) -> list[list[Sample]]:
-    """The longest first, as many to a tree as fit: late turns together, since they share the longest trunk."""
+    """Split samples into trees, longest first, as many to a tree as fit: late turns together, since they share the longest trunk."""
     parts: list[list[Sample]] = []
     tree = TreeBuilder()
     for sample in sorted(samples, key=lambda sample: -len(sample.strand)):
@@ -86,7 +86,7 @@ def _pack(samples: Sequence[Sample]) -> Pack:
 
 
 def soft_targets(of: Sequence[Sample] | Sequence[Pack]) -> Soft | None:
-    """Of all of these, in order; those that have none have hard ones beside the others."""
+    """Return the soft targets of all of these, in order; None if none has any. Those that have none get hard ones."""
     if all(one.soft is None for one in of):
         return None
     return joined([hard(one.targets) if one.soft is None else one.soft for one in of])
@@ -105,4 +105,4 @@ COMPANY = Pack(
     weights=np.zeros(1, dtype=np.float32),
     labels=0,
 )
-"""For a rank that has nothing to do in a pass: the same collectives, no gradient."""
+"""Dummy pack for a rank that has nothing to do in a pass: it takes part in the same collectives and contributes no gradient."""

@@ -1,4 +1,4 @@
-"""A rank whose peers are gone says so, whatever call it was in: the cause lies with one of them, and another try goes on from the
+"""Detects that a rank lost its peers, whatever call it was in: the cause lies with one of them, and a retry resumes from the
 checkpoint."""
 
 import re
@@ -12,12 +12,12 @@ PEER_LOST = "PeerLost"
 _GONE = re.compile(
     r"\[\S*gloo/transport/|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Watchdog caught collective operation timeout"
 )
-"""In what gloo and NCCL say, which have no type of their own for it. What gloo asserts starts with `[enforce fail at`, and is a fault."""
+"""Parts of the messages of gloo and NCCL, which raise no type of their own. Gloo's assertions start with `[enforce fail at`: a bug."""
 
 
 @contextmanager
 def losing_peers() -> Iterator[None]:
-    """Within it, the loss of another rank is a `StageFailure` on the account of infrastructure."""
+    """Turn the loss of another rank into a `StageFailure` attributed to infrastructure."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,8 @@
 """One process of the trainer, started by the stage for every rank: `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`
-say which, as they do under torchrun.
+identify it, as under torchrun.
 
-Ranks share the tokenising, then all hold all samples, so that each can compute every step's plan without asking another.
+Ranks divide the tokenising among themselves, then all hold all samples, so that each can compute every step's plan without
+communication.
 """
 
 import asyncio
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
     from dagger_operator.training.checkpoints import Tally
 
 _MEAN_OF = 10
-"""Steps over which the first and the last loss are averaged."""
+"""Number of steps over which the first and the last loss are averaged."""
 
 
 async def body(stage: Stage) -> None:
-    """Trains, exports, stores the policy and, on rank 0, the stage's result."""
-    # One rank of a pod answers Prometheus.
+    """Train and export the policy, and store it and, on rank 0, the stage's result."""
+    # One rank of each pod serves metrics to Prometheus.
     with exposed(stage.environ if os.environ["LOCAL_RANK"] == "0" else {}) as registry, losing_peers():
         await _train(stage, registry)
 
@@ -51,7 +52,7 @@ async def body(stage: Stage) -> None:
 async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     started = time.monotonic()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Heavy, and slow to import: only ranks do.
+    # Heavy and slow to import: only the ranks need it.
     import torch.distributed
 
     from dagger_operator.training import checkpoints, engine, export, layout, loop
@@ -60,7 +61,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     given = await inputs(stage)
     weights = weights_folder(stage.scratch, given.base)
     if await read_result(stage.store, stage.round, TrainingResult) is not None:
-        return  # rank 0 stored it while this pod was made anew, and meets nobody any more
+        return  # rank 0 stored it while this pod was being recreated: no peers are left
     device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
@@ -102,7 +103,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
     summary = await _store(stage, given, settings, tokenised, tally, folder, started) if rank == 0 else None
-    # A pod that is done is not started again: were rank 0 lost before all is stored, it would wait for the others for ever.
+    # A completed pod is not restarted: if rank 0 were lost before everything is stored, its replacement would wait for the others forever.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if summary is not None:
@@ -111,8 +112,8 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
 
 def asked_to_end() -> Callable[[], bool]:
-    """Tells, from now on, whether SIGTERM has come. Python looks for it between any two instructions; an event loop would hear of it
-    only once a step, which awaits nothing, is over."""
+    """Return a function that reports whether SIGTERM has arrived since. Python handles signals between any two instructions; an event loop
+    would notice only after a step, which awaits nothing."""
     asked = threading.Event()
     asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
@@ -120,14 +121,14 @@ def asked_to_end() -> Callable[[], bool]:
 
 
 async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
-    """What is trained instead of all weights, where the run says so."""
+    """Return the adapter to train instead of all weights, if the run asks for one."""
     from dagger_operator.training.adapters import Adapter
 
     lora, spec = stage.run.spec.training.lora, stage.run.spec
     if lora is None:
         return None
     name, model = (await policy_manifest(stage.store, given.base)).base_model, spec.student.model
-    revision = name.removeprefix(f"{model}@") if name.startswith(f"{model}@") else None  # a model on the hub is named with its commit
+    revision = name.removeprefix(f"{model}@") if name.startswith(f"{model}@") else None  # a model from the hub is named with its commit
     parent = adapter_folder(stage.scratch, given.parent) if given.adapted else None
     return Adapter(lora, draw("adapter", spec.seed, stage.round), model if revision else name, revision, parent)
 
@@ -135,7 +136,7 @@ async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
 async def _store(
     stage: Stage, given: Inputs, settings: dict[str, Any], tokenised: Tokenised, tally: "Tally", folder: Path, started: float
 ) -> TrainingSummary:
-    """Stores the new policy version, then the result that proves it."""
+    """Store the new policy version, then the result that proves it."""
     base = await policy_manifest(stage.store, given.parent)
     made = await save_policy(
         stage.store,
@@ -164,7 +165,7 @@ async def _store(
 
 
 async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks: int) -> Tokenised:
-    """All samples, each trajectory tokenised by one rank."""
+    """Return all samples; each trajectory is tokenised by one rank."""
     import torch.distributed
     from transformers import AutoTokenizer
 
@@ -185,7 +186,7 @@ async def _tokenise(stage: Stage, given: Inputs, weights: Path, rank: int, ranks
 
 
 class _Observer:
-    """Tells of every step, on rank 0: Prometheus at once, the log and the store now and then."""
+    """Reports steps, on rank 0: every step to Prometheus, to the log and the store from time to time."""
 
     def __init__(self, stage: Stage, rank: int, steps: int, registry: CollectorRegistry) -> None:
         self._steps = steps

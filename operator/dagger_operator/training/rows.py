@@ -1,4 +1,4 @@
-"""Packs as the tensors of one rank's forward pass."""
+"""Converts packs to the tensors of one rank's forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of a row is this rank's: one of `of` equal ones."""
+    """Which part of a row is this rank's: one of `of` equal parts."""
 
     index: int = 0
     of: int = 1
 
 
 def collate(packs: Sequence[Pack], limits: Limits, share: Share, device: torch.device) -> Batch:
-    """The arguments of `Objective`: packs one after the other in a row; no packs are a row for company."""
+    """Return the arguments of `Objective`: the packs one after another in a row; without packs, a dummy row for the collectives."""
     packs = packs or [COMPANY]
     lengths = [len(pack) for pack in packs]
     tokens = sum(lengths)
     filler = limits.padding(tokens)
-    # What fills up the row is a sequence of its own: nothing sees it.
+    # The padding is a sequence of its own: no other token sees it.
     layouts = [pack.chains for pack in packs] + ([(Chain(0, filler),)] if filler else [])
     ids = np.concatenate([*(pack.input_ids for pack in packs), np.zeros(filler, dtype=np.int64)])
     positions = np.concatenate([*(pack.position_ids for pack in packs), np.arange(filler)])

@@ -1,4 +1,4 @@
-"""Labelled states as the student's tokens: one sample is a state's prompt and the teacher's turn at it."""
+"""Labelled states as the student's tokens: one sample is a state's prompt followed by the teacher's turn."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,40 +21,40 @@ class Sample:
     """One labelled state. Only the label's tokens are targets."""
 
     trajectory: str
-    """Round and rollout, such as `0001/00017`."""
+    """Round and rollout, for example `0001/00017`."""
     turn: int
     strand: Strand
-    """The state as the server renders it, then the label up to and with its end-of-turn token: prompt + label tokens."""
+    """The state as the server renders it, then the label including its end-of-turn token: prompt + label tokens."""
     prompt: int
-    """How many of them are the state."""
+    """Number of those tokens that are the state."""
     weight: float = 1.0
-    """What each target counts in the loss."""
+    """Weight of each target in the loss."""
     soft: Soft | None = None
-    """What the teacher told of each target, as the loss asks for it; None learns the tokens alone."""
+    """The teacher's distribution at each target, if the loss uses it; with None only the tokens are learned."""
     shard: str = ""
-    """Key of the file that it is from."""
+    """Key of the file that the sample comes from."""
 
     @property
     def tokens(self) -> Tokens:
-        """Shape (prompt + label,), put together anew."""
+        """Shape (prompt + label,); assembled on each access."""
         return self.strand.tokens()
 
     @property
     def targets(self) -> Tokens:
-        """Shape (label,): the tokens that are learned."""
+        """Shape (label,): the tokens to learn."""
         return self.strand.tokens(self.prompt)
 
 
 @dataclass(frozen=True)
 class Tokenised:
     samples: tuple[Sample, ...]
-    """In the order of rounds, rollouts and turns."""
+    """Ordered by round, rollout and turn."""
     too_long: int
     """Labelled states left out because they exceed `maxSequenceTokens`."""
     untold: int = 0
-    """Samples that should have soft targets, and of which the teacher told nothing."""
+    """Samples that should have soft targets but for which the teacher returned no log-probabilities."""
     foreign: int = 0
-    """Those of which it told other tokens than the student's."""
+    """Samples for which it returned tokens other than the student's."""
 
     @property
     def hard_labels(self) -> int:
@@ -69,11 +69,11 @@ def tokenise(
     soft_below: int | None = None,
     shard: str = "",
 ) -> Tokenised:
-    """Every labelled state of these trajectories, which are from one shard, that has a weight as a sample. With `soft_below` what the
-    teacher told is kept, of token ids below it.
+    """Return as a sample every labelled state with a weight of these trajectories, which are from one shard. With `soft_below`, the
+    teacher's log-probabilities are kept for token ids below it.
 
-    Raises `StageFailure("TemplateMismatch")` where the student acted and the server counted another number of prompt tokens: then
-    training would see other states than the student does.
+    Raises `StageFailure("TemplateMismatch")` if the student acted and the server counted a different number of prompt tokens: training
+    would then see other states than the student does.
     """
     samples: list[Sample] = []
     too_long = untold = foreign = 0
@@ -86,7 +86,7 @@ def tokenise(
             if not (weight := weights.student_acted if state.turn in students else weights.teacher_acted):
                 continue
             prompt = template.prompt(state.messages, state.tools)
-            served = counted.get(state.turn, 0)  # 0: the server did not say
+            served = counted.get(state.turn, 0)  # 0: the server did not report it
             if served and served != len(prompt):
                 raise StageFailure(
                     "TemplateMismatch",
@@ -109,7 +109,7 @@ def tokenise(
 
 
 def joined(parts: Sequence[Tokenised], training: Training) -> Tokenised:
-    """What all ranks made, as one. Raises `StageFailure` where nothing of it can be learned as training asks."""
+    """Combine the results of all ranks. Raises `StageFailure` if nothing in them can be learned as training is configured."""
     samples = sorted((sample for part in parts for sample in part.samples), key=lambda sample: (sample.trajectory, sample.turn))
     too_long, untold, foreign = (sum(getattr(part, name) for part in parts) for name in ("too_long", "untold", "foreign"))
     if not samples:

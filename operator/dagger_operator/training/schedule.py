@@ -7,7 +7,7 @@ from dagger_operator.api.training import LearningRateSchedule
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
-    """Rate of step 0, 1, ... of `steps`: linear warm-up to the peak, then the course that the resource asks for."""
+    """Return the rate of step 0, 1, ... of `steps`: linear warm-up to the peak, then the configured schedule."""
     peak, warmup = training.learning_rate, min(training.warmup_steps, steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,6 +1,6 @@
-"""Tree attention on any device: one call of torch's public attention for each chain.
+"""Tree attention on any device: one call of torch's public attention per chain.
 
-A trunk is plain causal attention. A branch attends to its prefix, which lies elsewhere and is laid before it, and causally to itself.
+A trunk is plain causal attention. A branch attends to its prefix, which is gathered from elsewhere and prepended, and causally to itself.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def segments(chains: Chains, device: torch.device) -> list[Segment]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Segment], scaling: float) -> Tensor:
-    """Query (1, heads, tokens, size), key and value of as many heads or a divisor of it; gives (1, tokens, heads, size)."""
+    """Attend: query (1, heads, tokens, size), key and value with as many heads or a divisor of it; returns (1, tokens, heads, size)."""
     grouped = query.shape[1] != key.shape[1]
     out = []
     for part in parts:

@@ -1,8 +1,8 @@
 """Sequence parallelism: several ranks share one row of tokens, by DeepSpeed-Ulysses (arXiv 2309.14509).
 
-Each rank holds a part of the row; for attention, and for nothing else, ranks exchange tokens for heads, so that each attends over the
-whole row with some of the heads. DeepSpeed's integration with transformers drops masks and builds causal ones of its own; its exchange
-alone is used here, around an attention that needs no mask.
+Each rank holds a part of the row; only for attention do ranks exchange tokens for heads, so that each attends over the whole row with
+some of the heads. DeepSpeed's integration with transformers drops masks and builds causal ones of its own; only its exchange is used
+here, around an attention that needs no mask.
 """
 
 from functools import cache
@@ -13,9 +13,9 @@ from dagger_operator.training import attention
 
 
 def share_rows(config: Any, ranks: int) -> Any:
-    """Puts the exchange around tree attention for a model of this config; returns DeepSpeed's `mpu`, None where rows are not shared.
+    """Wrap the exchange around tree attention for a model of this config; return DeepSpeed's `mpu`, or None if rows are not shared.
 
-    Collective. Raises `StageFailure` where heads cannot be dealt to so many ranks.
+    Collective. Raises `StageFailure` if the heads cannot be divided among the ranks.
     """
     attention.register()
     if ranks == 1:
@@ -46,7 +46,7 @@ def share_rows(config: Any, ranks: int) -> Any:
 
 @cache
 def _groups(ranks: int) -> Any:
-    """DeepSpeed makes them once in a process."""
+    """Return DeepSpeed's process groups, which can be initialised only once per process."""
     import deepspeed.runtime.sequence_parallel.parallel_state_sp as groups
 
     groups.initialize_sequence_parallel(ranks)

@@ -1,4 +1,4 @@
-"""Soft targets: what the teacher told of its distribution at each token of a label, as the loss takes it."""
+"""Soft targets: the teacher's reported distribution at each token of a label, in the form that the loss takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ _NOT_LISTED = -np.inf
 
 @dataclass(frozen=True)
 class Soft:
-    """The tokens that are listed at each target, k of them at most. What is left of 1 is the tail: all tokens that are not listed."""
+    """The listed tokens at each target, at most k. The rest of the probability is the tail: all tokens that are not listed."""
 
     ids: NDArray[np.int32]
-    """Shape (targets, k). A place that lists nothing repeats a token of its row that is listed."""
+    """Shape (targets, k). An unused entry repeats a listed token of its row."""
     logprobs: NDArray[np.float32]
-    """Shape (targets, k): log-probabilities; -inf where nothing is listed."""
+    """Shape (targets, k): log-probabilities; -inf in unused entries."""
 
 
 def hard(targets: Sequence[int] | NDArray[np.integer[Any]]) -> Soft:
-    """Targets of which only the token is known: all of the probability is its own."""
+    """Return targets of which only the token is known: it has all of the probability."""
     ids = np.asarray(targets, dtype=np.int32)[:, None]
     return Soft(ids, np.zeros(ids.shape, dtype=np.float32))
 
 
 def soft(label: Sequence[int], told: TopLogprobs, vocabulary: int) -> Soft | None:
-    """What was told of a label, which is these tokens of the student's; None where it was told of others: of another tokenizer's, or of
-    a text that reads the same in other pieces or another form.
+    """Return the teacher's log-probabilities for a label, given as the student's tokens; None if they are for other tokens: another
+    tokenizer's, or those of a text that is split differently or has another form.
 
-    Only the token that ends the turn may differ or not be told: it is a hard target then. Ids from `vocabulary` on are none of the
-    student's: their probability goes to the tail.
+    Only the token that ends the turn may differ or be missing: it is then a hard target. Ids from `vocabulary` on are not the student's:
+    their probability goes to the tail.
     """
     ids = np.frombuffer(told.token_ids, dtype=np.int32)
     turn, wanted = len(label) - 1, np.asarray(label, dtype=np.int32)
@@ -50,7 +50,7 @@ def soft(label: Sequence[int], told: TopLogprobs, vocabulary: int) -> Soft | Non
 
 
 def joined(parts: Sequence[Soft]) -> Soft:
-    """Targets one after the other, as wide as the widest."""
+    """Concatenate targets, all padded to the largest k."""
     k = max(part.ids.shape[1] for part in parts)
     logprobs = np.concatenate([_widened(part.logprobs, k, _NOT_LISTED) for part in parts])
     return Soft(_filled(np.concatenate([_widened(part.ids, k, 0) for part in parts]), logprobs), logprobs)
@@ -61,6 +61,6 @@ def _widened(array: NDArray[np.generic], k: int, value: float) -> NDArray[np.gen
 
 
 def _filled(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> NDArray[np.int32]:
-    """With every place that lists nothing on the likeliest token of its row."""
+    """Fill every unused entry with the most likely token of its row."""
     likeliest = np.take_along_axis(ids, logprobs.argmax(axis=1)[:, None], axis=1)
     return np.where(np.isneginf(logprobs), likeliest, ids)

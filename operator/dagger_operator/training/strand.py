@@ -1,6 +1,6 @@
-"""Token sequences that begin alike, each kept as what is new in it.
+"""Token sequences with common prefixes, each stored as what it adds.
 
-The states of a conversation repeat all that came before: kept whole, they take memory with the square of the turns.
+The states of a conversation repeat everything before: stored whole, they take memory quadratic in the number of turns.
 """
 
 from dataclasses import dataclass, field
@@ -16,23 +16,23 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Strand:
-    """A sequence that begins as an earlier one does, whatever the two are of.
+    """A sequence that shares a prefix with an earlier one, whatever the two represent.
 
-    Whoever pickles strands hands them over in the order in which they were made, as pickle follows `before` by recursion.
+    Pickle strands in the order in which they were made, as pickle follows `before` by recursion.
     """
 
     own: Tokens
-    """What is new in it, shape (len - shared,)."""
+    """The tokens that it adds, shape (len - shared,)."""
     shared: int = 0
-    """How many tokens come before those."""
+    """Number of tokens before those."""
     before: Optional["Strand"] = field(default=None, repr=False)
-    """The sequence that has the last of them as its own; None where there are none."""
+    """The sequence whose `own` has the last of the shared tokens; None if there are none."""
 
     def __len__(self) -> int:
         return self.shared + len(self.own)
 
     def tokens(self, start: int = 0) -> Tokens:
-        """Those from `start` on."""
+        """Return the tokens from `start` on."""
         parts: list[Tokens] = []
         strand: Strand | None = self
         end = len(self)
@@ -43,7 +43,7 @@ class Strand:
 
 
 def following(tokens: Tokens, last: Strand | None) -> Strand:
-    """These tokens as a strand that keeps what the last one has not."""
+    """Return these tokens as a strand that stores only what `last` lacks."""
     shared = alike(last.tokens(), tokens) if last is not None else 0
     before = last
     while before is not None and shared <= before.shared:

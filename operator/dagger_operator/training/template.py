@@ -1,7 +1,7 @@
-"""The student's chat template, applied exactly as the server applies it, so that training sees the tokens that acting sees.
+"""The student's chat template, applied exactly as the server applies it, so that training sees the same tokens as the acting student.
 
-vLLM hands a template not the request's messages but what it made of them (`vllm/renderers/chat_utils.py`, 0.32): absent content is
-the empty string, parts of text are joined, arguments of tool calls are objects. The same is done here.
+vLLM passes the template not the request's messages but a normalised form (`vllm/renderers/chat_utils.py`, 0.32): absent content is
+the empty string, text parts are joined, arguments of tool calls are objects. The same is done here.
 """
 
 import json
@@ -15,7 +15,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The parts of a Hugging Face tokenizer that are used."""
 
     eos_token: str
 
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 class StudentTemplate:
     """Renders states and labels as the student's tokens.
 
-    `options` are the template's own variables, such as `enable_thinking`, where the server sets them.
+    `options` are the template's own variables that the server sets, such as `enable_thinking`.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Mapping[str, Any] | None = None) -> None:
@@ -41,28 +41,28 @@ class StudentTemplate:
         self._cuts, self._unchecked = True, 8
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None) -> list[int]:
-        """Tokens of a state: what the student is given before its turn."""
+        """Return the tokens of a state: what the student is given before its turn."""
         return self.tokens(self._render(messages, tools, prompt=True))
 
     def label(self, messages: Sequence[Message], tools: Tools | None, label: Message) -> list[int]:
-        """Tokens of a turn at that state, its end-of-turn token last: what the student should have said.
+        """Return the tokens of a turn at that state, ending with its end-of-turn token: what the student should have said.
 
-        Raises `StageFailure` where the template renders no such turn.
+        Raises `StageFailure` if the template does not render such a turn.
         """
         prompt = self._render(messages, tools, prompt=True)
-        for turn in (label, _without_reasoning(label)):  # a prompt that closes the thinking leaves no place for the teacher's
+        for turn in (label, _without_reasoning(label)):  # a prompt that closes the thinking leaves no room for the teacher's
             whole = self._render([*messages, turn], tools)
             if whole.startswith(prompt):
                 text = whole[len(prompt) :]
                 break
         else:
-            # The template renders the state another way once a turn follows it, as when it drops earlier thinking.
+            # The template renders the state differently once a turn follows, for example dropping earlier thinking.
             text = self._alone(_without_reasoning(label), tools)
         end = text.rfind(self._tokenizer.eos_token)
         return self.tokens(text[:end] + self._tokenizer.eos_token if end >= 0 else text.rstrip("\n") + self._tokenizer.eos_token)
 
     def _alone(self, label: Message, tools: Tools | None) -> str:
-        """A turn's own text in a conversation in which nothing is earlier: what follows the header that every turn has."""
+        """Return a turn's own text, rendered as the first turn of a conversation: what follows the header that every turn has."""
         opening: list[Message] = [{"role": "user", "content": "."}]
         first, second = (self._render([*opening, {"role": "assistant", "content": probe}], tools) for probe in ("a", "b"))
         header = first[: next(i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y)]
@@ -84,17 +84,17 @@ class StudentTemplate:
                 tokenize=False,
                 **self._options,
             )
-        except Exception as error:  # a template is a program of its author: it may raise anything
+        except Exception as error:  # a template is third-party code: it may raise anything
             raise StageFailure(
                 "TemplateFailed", f"the student's chat template refuses a conversation that was recorded: {type(error).__name__}: {error}"
             ) from error
         return str(text)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of rendered text.
+        """Return the token ids of rendered text.
 
-        Added tokens part a text before anything else is done with it, so each message is tokenised once although it is rendered in
-        every state after it; where a tokenizer looks across such a border, it is seen here and nothing is cut.
+        The tokenizer splits the text at added tokens first, so each message is tokenised only once although every later state renders it
+        again. A tokenizer that looks across such a boundary is detected here, and its text is not split.
         """
         pieces = self._pieces(text)
         if len(pieces) == 1:
@@ -115,7 +115,7 @@ class StudentTemplate:
 
 
 def _memo(function: Callable[[str], list[int]], entries: int = 4096) -> Callable[[str], list[int]]:
-    """Remembers the latest results; `functools.lru_cache` would keep hold of every tokenizer."""
+    """Cache the latest results; `functools.lru_cache` would keep every tokenizer alive."""
     known: dict[str, list[int]] = {}
 
     def remembered(text: str) -> list[int]:
@@ -129,7 +129,7 @@ def _memo(function: Callable[[str], list[int]], entries: int = 4096) -> Callable
 
 
 def _served(message: Message) -> dict[str, Any]:
-    """A message as the server hands it to the template."""
+    """Return a message as the server passes it to the template."""
     content = message.get("content")
     if isinstance(content, list):
         content = "\n".join(part if isinstance(part, str) else part.get("text", "") for part in content)
@@ -147,7 +147,7 @@ def _served(message: Message) -> dict[str, Any]:
 
 
 def _without_reasoning(message: Message) -> Message:
-    """A turn as a student says it that does not think aloud."""
+    """Return the turn as a student without visible reasoning would say it."""
     content = message.get("content")
     bare = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
     return bare | {"content": content.rpartition("</think>")[2].lstrip("\n")} if isinstance(content, str) else bare
@@ -166,7 +166,7 @@ def _served_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _served_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool's schema in the order and with the absent fields of the server's own model: templates write it out as JSON."""
+    """Return a tool's schema with the field order and the absent fields of the server's model: templates print it as JSON."""
     given = tool["function"]
     function = {name: given.get(name) for name in ("name", "description", "parameters")}
     function |= {name: given[name] for name in ("strict", "defer_loading") if given.get(name) is not None}
@@ -174,7 +174,7 @@ def _served_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def template_options(server_arguments: Sequence[str]) -> dict[str, Any]:
-    """Variables that a server's command line sets for every template: vLLM's `--default-chat-template-kwargs`."""
+    """Return the variables that a server's command line sets for every template: vLLM's `--default-chat-template-kwargs`."""
     flag = "--default-chat-template-kwargs"
     for position, argument in enumerate(server_arguments):
         name, _, value = argument.partition("=")

@@ -1,8 +1,8 @@
-"""Token sequences that begin alike as one tree: what they share exists once.
+"""Merges token sequences with common prefixes into one tree, in which shared tokens exist once.
 
-The tree is a list of *chains*, runs of tokens that lie next to each other. The longest sequence is the first chain, the trunk; every
-other chain branches off an earlier one. Nothing is assumed about turns or templates: only tokens are compared, so a template that
-renders history another way costs tokens, and never changes what is learned.
+The tree is a list of *chains*, runs of adjacent tokens. The longest sequence is the first chain, the trunk; every other chain branches
+off an earlier one. Nothing is assumed about turns or templates: only tokens are compared, so a template that renders history differently
+costs tokens, but never changes what is learned.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Span = tuple[int, int]
-"""Start and end of neighbouring tokens."""
+"""Start and end of a run of adjacent tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Chain:
     start: int
     end: int
     parent: int = -1
-    """Index of an earlier chain; -1 for a trunk, which nothing comes before."""
+    """Index of an earlier chain; -1 for a trunk, which has none before it."""
     at: int = 0
 
     def __len__(self) -> int:
@@ -35,7 +35,7 @@ Chains = tuple[Chain, ...]
 
 
 def paths(chains: Chains) -> list[list[Span]]:
-    """For each chain, the spans of the layout that its tokens see before its own, from the trunk down."""
+    """Return for each chain the spans of the layout that its tokens see before their own, from the trunk down."""
     found: list[list[Span]] = []
     for chain in chains:
         if chain.parent < 0:
@@ -47,10 +47,10 @@ def paths(chains: Chains) -> list[list[Span]]:
 
 
 def visits(chains: Chains) -> tuple[Ints, Ints]:
-    """Numbers by which a mask is two comparisons: token q sees token k where `first[k] <= first[q] < last[k]`.
+    """Return numbers that reduce the mask to two comparisons: token q sees token k if `first[k] <= first[q] < last[k]`.
 
-    Both of shape (tokens,). `first` is when a walk through the tree meets a token if it takes every branch before it goes on along
-    the chain; what then follows until the end of the chain, `last`, is what descends from the token.
+    Both have shape (tokens,). `first` is the token's position in a depth-first walk that takes every branch before it continues along the
+    chain; what then follows until the end of the chain, `last`, descends from the token.
     """
     sizes = [len(chain) for chain in chains]
     for index in range(len(chains) - 1, -1, -1):
@@ -79,7 +79,7 @@ def visits(chains: Chains) -> tuple[Ints, Ints]:
 
 
 def forest(parts: Sequence[Chains]) -> Chains:
-    """Layouts one after the other as one; none sees another."""
+    """Concatenate layouts into one; none sees another."""
     joined: list[Chain] = []
     tokens = 0
     for chains in parts:
@@ -93,23 +93,23 @@ def forest(parts: Sequence[Chains]) -> Chains:
 
 
 class TreeBuilder:
-    """Grows by one sequence at a time, of which none is longer than the one before."""
+    """Builds a tree one sequence at a time; none may be longer than the one before."""
 
     def __init__(self) -> None:
         self.chains: list[Chain] = []
         self._tokens: list[Ints] = []
         self._next: dict[tuple[int, int, int], int] = {}
-        """By chain, place in it and token: the chain that goes on there."""
+        """Maps (chain, position in it, token) to the chain that continues there."""
         self.length = 0
-        """Tokens so far."""
+        """Number of tokens so far."""
 
     def cost(self, tokens: Ints) -> int:
-        """By how many tokens this sequence would make the tree larger."""
+        """Return by how many tokens this sequence would enlarge the tree."""
         *_, known = self._follow(tokens)
         return len(tokens) - known
 
     def add(self, tokens: Ints) -> Ints:
-        """Places of these tokens in the layout, shape (tokens,)."""
+        """Add a sequence; return the positions of its tokens in the layout, shape (tokens,)."""
         spans, parent, at, known = self._follow(tokens)
         if known < len(tokens):
             self._next[parent, at, int(tokens[known])] = len(self.chains)
@@ -121,18 +121,18 @@ class TreeBuilder:
         return np.concatenate([np.arange(*span) for span in spans]) if spans else np.zeros(0, dtype=np.int64)
 
     def tokens(self) -> Ints:
-        """The layout's tokens, shape (length,)."""
+        """Return the layout's tokens, shape (length,)."""
         return np.concatenate(self._tokens)
 
     def positions(self) -> Ints:
-        """How many tokens come before each one on its path, shape (length,)."""
+        """Return how many tokens come before each one on its path, shape (length,)."""
         depth: list[int] = []
         for chain in self.chains:
             depth.append(depth[chain.parent] + chain.at if chain.parent >= 0 else 0)
         return np.concatenate([np.arange(len(chain)) + before for chain, before in zip(self.chains, depth, strict=True)])
 
     def _follow(self, tokens: Ints) -> tuple[list[Span], int, int, int]:
-        """As far as the tree goes along with these tokens: the way, the chain and place where it ends, and the tokens known."""
+        """Match these tokens as far as possible. Return their spans, the chain and position where they end, and the number matched."""
         spans: list[Span] = []
         chain, at, known = -1, 0, 0
         while known < len(tokens) and (following := self._next.get((chain, at, int(tokens[known])))) is not None:
@@ -144,7 +144,7 @@ class TreeBuilder:
 
 
 def alike(left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]]) -> int:
-    """Length of what both begin with."""
+    """Return the length of the common prefix."""
     both = min(len(left), len(right))
     differs = np.flatnonzero(left[:both] != right[:both])
     return int(differs[0]) if len(differs) else both
