@@ -29,6 +29,7 @@ def _headline(spec: RunSpec, estimate: Estimate) -> Text:
         text.append(": hours are not estimated where a stage works on the CPU")
     if spec.evaluation.initial:
         text.append(f"\nround 0, the evaluation of the initial student: {_hours(estimate.initial_evaluation_seconds)}")
+        text.append(f", {_gpu_hours(estimate.initial_evaluation_gpu_hours)} GPU-hours")
     return text
 
 

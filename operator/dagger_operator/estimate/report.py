@@ -22,6 +22,7 @@ def as_data(estimate: Estimate) -> dict[str, Any]:
         "hours": estimate.hours,
         "gpuHours": estimate.gpu_hours,
         "initialEvaluationSeconds": estimate.initial_evaluation_seconds,
+        "initialEvaluationGpuHours": estimate.initial_evaluation_gpu_hours,
         "rounds": [{**_plain(one), "saved": one.saved} for one in estimate.rounds],
         "trainingMemory": _memory(estimate.training),
         "trainingNode": _node(estimate.training_node),

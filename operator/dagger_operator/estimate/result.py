@@ -68,7 +68,9 @@ class Estimate:
     gpus: int
     """GPUs that must be available at once."""
     initial_evaluation_seconds: float | None
-    """Time of evaluating the initial student, as `RoundEstimate.evaluation_seconds`; 0 if the run requests no evaluation."""
+    """Time of evaluating the initial student, as `RoundEstimate.evaluation_seconds`; 0 if the run requests no such evaluation."""
+    initial_evaluation_gpu_hours: float | None
+    """GPU-hours of that evaluation, as `RoundEstimate.evaluation_gpu_hours`; None if the run requests none."""
     hours: float | None
     """From preflight to the last stage; None if a stage's time is unknown."""
     gpu_hours: float | None

@@ -60,6 +60,7 @@ class _Planner:
             teacher=self.teacher,
             gpus=max(gpus_held(self.spec, step) for step in took),
             initial_evaluation_seconds=took.get(Step(0, StageName.EVALUATION), 0.0),
+            initial_evaluation_gpu_hours=_gpu_hours(costs, Step(0, StageName.EVALUATION)),
             hours=sum(one.seconds for one in costs.values()) / 3600 if costs else None,
             gpu_hours=sum(one.gpu_seconds for one in costs.values()) / 3600 if costs else None,
             findings=findings(self.spec, self.gpu, self.shape, memory, self.student, self.teacher, needs, self.talk, self._in_flight()),
@@ -72,10 +73,6 @@ class _Planner:
         return serving_pod(pool.shape, pool.serving, versions) if pool is not None else None
 
     def _round(self, number: int, took: Mapping[Step, float | None], costs: Mapping[Step, Cost] | None) -> RoundEstimate:
-        def gpu_hours(stage: StageName) -> float | None:
-            cost = costs.get(Step(number, stage)) if costs else None
-            return cost.gpu_seconds / 3600 if cost else None
-
         share = self.shares[number - 1]
         rollouts = self._rollouts(number)
         turns = rollouts * self.talk.turns
@@ -95,9 +92,9 @@ class _Planner:
             training_seconds=took.get(Step(number, StageName.TRAINING), 0.0),
             training_seconds_per_label=self._training_seconds(per_label, steps),
             evaluation_seconds=took.get(Step(number, StageName.EVALUATION), 0.0),
-            rollout_gpu_hours=gpu_hours(StageName.ROLLOUT),
-            training_gpu_hours=gpu_hours(StageName.TRAINING),
-            evaluation_gpu_hours=gpu_hours(StageName.EVALUATION),
+            rollout_gpu_hours=_gpu_hours(costs, Step(number, StageName.ROLLOUT)),
+            training_gpu_hours=_gpu_hours(costs, Step(number, StageName.TRAINING)),
+            evaluation_gpu_hours=_gpu_hours(costs, Step(number, StageName.EVALUATION)),
         )
 
     def _rollouts(self, number: int) -> int:
@@ -192,3 +189,8 @@ class _Planner:
 
     def _on_cpu(self, serving: Serving | None) -> bool:
         return serving is not None and serving.gpus == 0
+
+
+def _gpu_hours(costs: Mapping[Step, Cost] | None, step: Step) -> float | None:
+    cost = costs.get(step) if costs else None
+    return cost.gpu_seconds / 3600 if cost else None
