@@ -24,12 +24,10 @@ class Storage(ApiModel):
     """Storage prefix of the run: a second run on the same prefix is refused."""
 
     url: Annotated[str, Field(pattern=r"^(s3|s3a|gs|az|abfs|abfss|file)://[^\s]*$", max_length=2048)]
-    """`s3://bucket/prefix`, `gs://`, `az://` or `file:///folder`. It must support conditional writes; check it with `daggerctl store
-    check`."""
+    """`s3://bucket/prefix`, `gs://`, `az://` or `file:///folder`. It must support conditional writes (`daggerctl store check`)."""
     secret_ref: SecretRef | None = None
     """Credentials as environment variables of the storage client, with all parts of a key; defaults to the workload's own identity."""
     endpoint_url: Annotated[str, Field(pattern=ENDPOINT_PATTERN, max_length=2048)] | None = None
-    """URL of an S3-compatible server other than the cloud's own, without a user, a query or a fragment; parts of its name have 1 to 63
-    characters."""
+    """S3-compatible server other than the cloud's own, without a user, a query or a fragment; parts of its name have 1 to 63 characters."""
     region: Annotated[str, Field(pattern=REGION_PATTERN, max_length=64)] | None = None
     """Region of the bucket, such as eu-west-1, if the client cannot find it out: letters, digits, `-` and `_`."""

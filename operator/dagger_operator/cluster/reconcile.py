@@ -76,7 +76,7 @@ class Reconciler:
         if planned.expired:
             await self._delete(written)
         if planned.status.phase is Phase.SUCCEEDED or (planned.status.phase in RESTING and observed.storage_problem is None):
-            self._stores.forget(key)  # but keep the record of unavailable storage, which is polled
+            self._stores.forget(key)  # except the record of unavailable storage, which is polled
             self._read.pop(key, None)
         after = planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
         return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - it spreads reconciles; guessing it gains nothing
