@@ -139,8 +139,7 @@ class Watches:
                 self._wake(key)
 
     async def _left(self, manifest: dict[str, Any]) -> RunKey | None:
-        """Return the run of an object that left the watch. A watch by labels reports the same for a deleted object and for one that lost
-        its label, which its run has to restore."""
+        """Return the run of an object that left the watch: it is gone, or lost its label, which its run has to restore."""
         if manifest["kind"] in (KIND, "Pod"):  # runs are watched without labels, and nobody restores a pod's labels
             return self._cache.remove(manifest)
         try:

@@ -64,8 +64,7 @@ def children(
     warnings: Mapping[tuple[str, str], Trouble] = {},
     begun_anew: Mapping[str, Sequence[PodFailure]] = {},
 ) -> tuple[Child, ...]:
-    """Return the children that a run's objects and pods represent. Pods without an object (it was deleted before them) are children of kind
-    Pod.
+    """Return the children represented by a run's objects and pods. Pods without an object (deleted before them) are children of kind Pod.
 
     `warnings` says by kind and name why an object lacks pods: if its pods give no reason, that is why it waits. `begun_anew` says by name
     how often all pods of a LeaderWorkerSet's replica were replaced since it was last available.
@@ -112,8 +111,7 @@ def child(
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        # A Deployment replaces a pod at once, but creates none of a new template while one of an old is left; a group's pods keep their
-        # names.
+        # A Deployment replaces a pod at once, but uses no new template while a pod of the old one is left; a group's pods keep their names.
         away = lost([pod for pod in pods if kind == "LeaderWorkerSet" or pod not in current], now)
         server = _server(one, manifest, current, now, away, warning, begun_anew)
         return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
