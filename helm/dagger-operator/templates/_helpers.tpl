@@ -17,7 +17,7 @@ app.kubernetes.io/name: {{ include "dagger-operator.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
-{{- /* Labels of an object; call it with (list . "component"). `managed-by` is Helm here: dagger-operator marks what runs own. */}}
+{{- /* Labels of an object; call it with (list . "component"). `managed-by` is Helm here: dagger-operator marks objects of runs. */}}
 {{- define "dagger-operator.labels" -}}
 {{- $root := first . -}}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
@@ -89,17 +89,17 @@ matchExpressions:
       - {key: dagger-operator.dev/component, operator: In, values: [rollout, evaluation]}
 {{- end }}
 
-{{- /* What the operator does in the namespaces of runs. */}}
+{{- /* Rights of the operator in the namespaces of runs. */}}
 {{- define "dagger-operator.runRules" -}}
 - apiGroups: [dagger-operator.dev]
   resources: [daggerruns]
-  verbs: [get, list, watch, delete] # it deletes what ttlSecondsAfterFinished has run out for; it never writes a spec
+  verbs: [get, list, watch, delete] # it deletes runs whose ttlSecondsAfterFinished has passed; it never writes a spec
 - apiGroups: [dagger-operator.dev]
   resources: [daggerruns/status]
   verbs: [patch]
 - apiGroups: [dagger-operator.dev]
   resources: [daggerruns/finalizers]
-  verbs: [update] # where OwnerReferencesPermissionEnforcement asks for it of owners that block deletion
+  verbs: [update] # OwnerReferencesPermissionEnforcement requires it for owner references that block deletion
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, list, watch, create, patch, delete]
@@ -120,17 +120,17 @@ matchExpressions:
   verbs: [get, list, watch]
 - apiGroups: [""]
   resources: [events]
-  verbs: [get, list, create, patch] # it tells its own, and reads why a Job has no pods
+  verbs: [get, list, create, patch] # it emits its own, and reads why a Job has no pods
 - apiGroups: [""]
   resources: [secrets]
-  verbs: [get] # the storage's, by the name that a run gives; never a list
+  verbs: [get] # the storage's, by the name that a run gives; never listed
 {{- end }}
 
 {{- define "dagger-operator.s3SecretName" -}}
 {{- .Values.s3.existingSecret | default (printf "%s-s3" (include "dagger-operator.fullname" .)) }}
 {{- end }}
 
-{{- /* Fails where an API of the Prometheus Operator is missing; call it with (list . "ServiceMonitor" "value"). */}}
+{{- /* Fails if an API of the Prometheus Operator is missing; call it with (list . "ServiceMonitor" "value"). */}}
 {{- define "dagger-operator.needsMonitoring" -}}
 {{- $root := first . }}
 {{- if not ($root.Capabilities.APIVersions.Has (printf "monitoring.coreos.com/v1/%s" (index . 1))) }}
@@ -138,7 +138,7 @@ matchExpressions:
 {{- end }}
 {{- end }}
 
-{{- /* Goes where the copied CRD says `spec:`. */}}
+{{- /* Replaces `spec:` in the copied CRD. */}}
 {{- define "dagger-operator.crdMetadata" }}
   labels:
     {{- include "dagger-operator.labels" (list . "crd") | nindent 4 }}
@@ -149,7 +149,7 @@ matchExpressions:
 spec:
 {{ end }}
 
-{{- /* What the schema of the values cannot say. */}}
+{{- /* Checks that the schema of the values cannot express. */}}
 {{- define "dagger-operator.check" -}}
 {{- if and .Values.sandbox.enabled (has .Values.sandbox.namespace (append .Values.watchNamespaces .Release.Namespace)) }}
 {{- fail (printf "sandbox.namespace %q holds the operator or runs: untrusted code gets a namespace of its own, so write another name" .Values.sandbox.namespace) }}

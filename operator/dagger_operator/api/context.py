@@ -1,4 +1,4 @@
-"""How long a context a model has, and whether `maxModelLen` asks for more: for the estimate, and for the stages that fetch models."""
+"""The longest context of a model, and whether `maxModelLen` exceeds it: for the estimate, and for the stages that fetch models."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 from dagger_operator.api.policies import Serving
 
 _SCALED = {"default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
-"""Kinds of rope scaling whose result `max_position_embeddings` holds; for any other vLLM multiplies it by `factor`."""
+"""Kinds of rope scaling whose result `max_position_embeddings` already includes; for any other, vLLM multiplies it by `factor`."""
 
 
 def longest_context(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest context in which vLLM serves a model with that `config.json` (`vllm/config/model.py`, 0.32). None where it
-    does not say."""
+    """Return the longest context, in tokens, with which vLLM serves a model with this `config.json` (`vllm/config/model.py`, 0.32), or None
+    if the config does not state one."""
     inner = config.get("text_config", config)
     positions = inner.get("max_position_embeddings")
     if not isinstance(positions, int):
@@ -32,8 +32,8 @@ class TooLong:
 
 
 def too_long(serving: Serving, config: Mapping[str, Any], *, trained: bool) -> TooLong | None:
-    """Whether a server asks for more than its model has. `--hf-overrides` count, unless the model is `trained`: training reads
-    `config.json` alone, and would learn from positions that the server has not."""
+    """Return by how much a server's `maxModelLen` exceeds its model's context and the remedy, or None if it fits. `--hf-overrides` count
+    unless the model is `trained`: training reads only `config.json`, and would learn from positions that the server does not have."""
     overrides = serving.hf_overrides
     longest = longest_context(config if trained else {**config, **overrides})
     if longest is None or serving.max_model_len <= longest:

@@ -1,4 +1,4 @@
-"""The course of a run, as its spec alone decides it: its steps in order, what goes side by side, and the GPUs that are held meanwhile."""
+"""The course of a run, as determined by its spec alone: its steps in order, which of them overlap, and the GPUs held meanwhile."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ class StageName(StrEnum):
 
 
 ONCE = frozenset({StageName.PREPARE, StageName.PREFLIGHT})
-"""Stages of round 0 alone. Beside them it has at most the evaluation of the initial student."""
+"""Stages that run in round 0 only. Its only other possible stage is the evaluation of the initial student."""
 
 
 @dataclass(frozen=True, order=True)
 class Step:
-    """One stage of one round; round 0 is what comes before the first rollouts."""
+    """One stage of one round; round 0 is everything before the first rollouts."""
 
     round: int
     stage: StageName
 
 
 def steps(spec: RunSpec) -> Iterator[Step]:
-    """Every step of a run, in order of rounds."""
+    """Yield every step of a run, in order of rounds."""
     yield Step(0, StageName.PREPARE)
     yield Step(0, StageName.PREFLIGHT)
     if spec.evaluation.at(0, spec.rounds):
@@ -50,20 +50,20 @@ def steps(spec: RunSpec) -> Iterator[Step]:
 
 @dataclass(frozen=True)
 class Span:
-    """Steps that go one after the other and, beside all of them, an evaluation for which the next span waits."""
+    """Steps that run one after the other and, concurrently with all of them, an optional evaluation that the next span waits for."""
 
     steps: tuple[Step, ...]
     beside: Step | None = None
 
 
 def waits_for_evaluation(spec: RunSpec, stage: StageName) -> bool:
-    """Whether a stage would take from the evaluation of the round before the student that it asks, or the GPUs that serve it."""
+    """Whether a stage would take away the student that the previous round's evaluation queries, or the GPUs that serve it."""
     return stage is StageName.PUBLISH or (stage is StageName.TRAINING and spec.gpu_sharing is GpuSharing.TIME_SHARED)
 
 
 def spans(spec: RunSpec) -> Iterator[Span]:
-    """Every step of a run once. An evaluation goes beside all steps after it that do not wait for it: those of the next round, or all of
-    a run that trains nothing."""
+    """Yield every step of a run once. An evaluation runs concurrently with all later steps that do not wait for it: those of the next
+    round, or all of a run without training."""
     overlaps = spec.evaluation.overlap is Overlap.NEXT_ROUND
     beside: Step | None = None
     together: tuple[Step, ...] = ()
@@ -82,12 +82,12 @@ def spans(spec: RunSpec) -> Iterator[Span]:
 
 
 def rollouts_remain(spec: RunSpec, step: Step) -> bool:
-    """Whether the teacher will be asked again."""
+    """Whether the teacher will be queried again."""
     return step.round < spec.rounds or step.stage is StageName.ROLLOUT
 
 
 def gpus_held(spec: RunSpec, step: Step) -> int:
-    """GPUs that a run holds while a step is at work."""
+    """Return the number of GPUs that a run holds while a step runs."""
     if step.stage is StageName.PREPARE:
         return 0
     serving = _serving(spec, teacher=rollouts_remain(spec, step))
@@ -105,20 +105,20 @@ def _serving(spec: RunSpec, *, teacher: bool) -> int:
 @dataclass(frozen=True)
 class Cost:
     seconds: float
-    """On the clock."""
+    """Wall-clock time."""
     gpu_seconds: float
     """GPUs times the seconds for which they are held."""
 
 
 def cost(spec: RunSpec, seconds: Callable[[Step], float]) -> Cost:
-    """Of steps that take so many seconds each."""
+    """Return the total cost of a run, given the seconds that each step takes."""
     costs = cost_by_step(spec, seconds).values()
     return Cost(sum(one.seconds for one in costs), sum(one.gpu_seconds for one in costs))
 
 
 def cost_by_step(spec: RunSpec, seconds: Callable[[Step], float]) -> dict[Step, Cost]:
-    """What each step adds. An evaluation beside others has no GPUs of its own; where it outlasts them, the run waits for it, and holds
-    the servers that the next step finds."""
+    """Return what each step adds to the cost. A concurrent evaluation has no GPUs of its own; if it outlasts the steps beside it, the run
+    waits for it while holding the servers that the next step uses."""
     costs: dict[Step, Cost] = {}
     for span in spans(spec):
         took = {step: seconds(step) for step in span.steps}

@@ -1,7 +1,7 @@
-"""The CustomResourceDefinition, made from the models: `python -m dagger_operator.api.crd [ROOT]`.
+"""The CustomResourceDefinition, generated from the models: `python -m dagger_operator.api.crd [ROOT]`.
 
-A CRD takes a part of OpenAPI only (a structural schema): no references, no alternatives, no null. So references are put in
-place, an optional field is one that is not required, and exclusive bounds are booleans beside the bound.
+A CRD accepts only a subset of OpenAPI (a structural schema): no references, no alternatives, no null. References are therefore inlined, an
+optional field is one that is not required, and exclusive bounds are booleans next to the bound.
 """
 
 import sys
@@ -39,7 +39,7 @@ _COLUMNS = (
 
 
 def crd() -> Schema:
-    """The whole manifest."""
+    """Return the whole manifest."""
     plural = f"{KIND.lower()}s"
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -71,7 +71,7 @@ def crd() -> Schema:
 
 
 def schema() -> Schema:
-    """The structural schema of a `DAggerRun`. `metadata` is the API server's own business."""
+    """Return the structural schema of a `DAggerRun`. The API server itself handles `metadata`."""
     return {
         "type": "object",
         "description": DAggerRun.__doc__,
@@ -88,7 +88,7 @@ def schema() -> Schema:
 
 
 def structural(model: type[BaseModel]) -> Schema:
-    """A model's schema in the form that a CRD takes."""
+    """Return a model's schema in the form that a CRD accepts."""
     whole = model.model_json_schema(by_alias=True)
     return _structural(whole, whole.get("$defs", {}))
 
@@ -100,12 +100,12 @@ def _structural(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> Sche
             inner = definitions[node.pop("$ref").rsplit("/", 1)[-1]]
         else:
             (inner,) = (one for one in node.pop("anyOf") if one.get("type") != "null")
-        node = {**inner, **node}  # what stands at the place of use describes it better
+        node = {**inner, **node}  # the description at the place of use is more specific
 
     shaped: Schema = {}
     for key, value in node.items():
         if key in ("title", "$defs") or (key == "additionalProperties" and value is False):
-            continue  # of `additionalProperties: false`: the API server prunes or refuses unknown fields by itself
+            continue  # for `additionalProperties: false`: the API server prunes or refuses unknown fields by itself
         if key == "additionalProperties" and value is True:
             shaped["x-kubernetes-preserve-unknown-fields"] = True
             continue
@@ -138,7 +138,7 @@ def _column(name: str, kind: str, path: str, priority: int) -> Schema:
 
 
 def rendered() -> dict[Path, str]:
-    """Files made from the models, by path below the repository's root."""
+    """Return the files generated from the models, by path relative to the repository's root."""
     manifest = yaml.safe_dump(crd(), sort_keys=False, width=140, allow_unicode=True)
     return {MANIFEST: _HEAD + manifest, REFERENCE: reference(schema())}
 

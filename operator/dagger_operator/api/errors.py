@@ -1,4 +1,4 @@
-"""Bad input, said so that a reader can mend it: the field's path, the value found, what to write instead."""
+"""Bad input, reported so that a reader can fix it: the field's path, the value found, and what to write instead."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Problem:
 
 
 class InvalidRun(ValueError):
-    """A document that is no valid `DAggerRun`; `problems` lists everything wrong with it, not only the first."""
+    """A document that is not a valid `DAggerRun`; `problems` lists everything wrong with it, not only the first problem."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -33,7 +33,7 @@ class InvalidRun(ValueError):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> InvalidRun:
-    """Turns pydantic's errors into problems with remedies."""
+    """Turn pydantic's errors into problems with remedies."""
     return InvalidRun([_problem(detail, model) for detail in error.errors(include_url=False)])
 
 
@@ -50,14 +50,14 @@ def _value(value: object) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Names that would have been known where an unknown field stands."""
+    """Return the names that are valid where an unknown field was found."""
     parent = _field_at(model, location[:-1])
     current = _model_in(parent.annotation) if parent else model if len(location) == 1 else None
     return [f.alias or to_camel(name) for name, f in current.model_fields.items()] if current else []
 
 
 def _field_at(model: type[BaseModel], location: Sequence[int | str]) -> FieldInfo | None:
-    """The field that a location names; items of lists count as the list."""
+    """Return the field that a location names; an item of a list counts as the list."""
     current: type[BaseModel] | None = model
     found = None
     for part in location:

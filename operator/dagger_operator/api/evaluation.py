@@ -20,22 +20,22 @@ class Overlap(StrEnum):
 
 
 class Evaluation(ApiModel):
-    """The student alone, greedy, graded by a hidden check."""
+    """The student alone, decoded greedily, graded by a hidden check."""
 
     mode: EvaluationMode = EvaluationMode.EVERY_ROUND
     """Which rounds' students are evaluated."""
     initial: bool = False
-    """Also measure the student that the run begins with, as round 0: the one that trained students are compared with. It does not depend on
-    `mode`; with `training.mode: Disabled` it is the only evaluation."""
+    """Also evaluate the run's initial student, as round 0: the baseline for trained students. It does not depend on `mode`; with
+    `training.mode: Disabled` it is the only evaluation."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Level of the reported intervals."""
+    """Confidence level of the reported intervals."""
     max_turns: Annotated[int, Field(ge=1, le=10000)] | None = None
-    """Turn limit in evaluation; default the scaffold's."""
+    """Turn limit in evaluation; defaults to the scaffold's."""
     overlap: Overlap = Overlap.NEXT_ROUND
-    """NextRound: a round's student is evaluated while the next round's rollouts ask it too. None: before they start."""
+    """NextRound: a round's student is evaluated while the next round's rollouts also query it. None: it is evaluated before they start."""
 
     def at(self, round_number: int, rounds: int) -> bool:
-        """Whether the student that a round made is evaluated; round 0's is the initial one."""
+        """Whether the student produced by a round is evaluated; round 0's is the initial student."""
         if round_number == 0:
             return self.initial
         if self.mode is EvaluationMode.LAST_ROUND:

@@ -1,4 +1,4 @@
-"""What failures mean: which are tried again, on which budget, and what is kept of a run that failed."""
+"""How failures are handled: which are retried, on which budget, and what is kept of a failed run."""
 
 from enum import StrEnum
 from typing import Annotated, ClassVar, Self
@@ -15,7 +15,7 @@ class FailureAction(StrEnum):
 
 
 class RunStage(StrEnum):
-    """A stage, as a rule names it."""
+    """A stage, as named in a failure rule."""
 
     PREPARE = "Prepare"
     PREFLIGHT = "Preflight"
@@ -35,18 +35,18 @@ _CAUSE = "a rule needs reasons or exitCodes: write at least one of them"
 
 
 class FailureRule(ApiModel):
-    """What is done about a pod of a stage that failed in a certain way."""
+    """What to do about a stage's pod that failed in a certain way."""
 
     cel: ClassVar[tuple[Rule, ...]] = (Rule("size(self.reasons) > 0 || size(self.exitCodes) > 0", _CAUSE),)
 
     stages: Annotated[list[RunStage], Field(max_length=6)] = []
-    """Stages that the rule is about; empty: all."""
+    """Stages that the rule applies to; empty means all."""
     reasons: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Field(max_length=16)] = []
     """Reasons that match: a stage's own, such as `StorageUnavailable`, or a container's, such as `OOMKilled`."""
     exit_codes: Annotated[list[Annotated[int, Field(ge=1, le=255)]], Field(max_length=32)] = []
     """Exit codes that match."""
     action: FailureAction
-    """Retry: on the stage's own budget. RetryWithoutCounting: on the budget for infrastructure. FailRun: at once."""
+    """Retry: retry on the stage's own budget. RetryWithoutCounting: retry on the infrastructure budget. FailRun: fail the run at once."""
 
     @model_validator(mode="after")
     def _has_a_cause(self) -> Self:
@@ -56,14 +56,14 @@ class FailureRule(ApiModel):
 
 
 class FailurePolicy(ApiModel):
-    """Budgets and rules. Without a rule: exit code 3 fails the run, exit code 75 and disruption count as infrastructure, all else as the
-    stage's own fault."""
+    """Retry budgets and rules. If no rule matches, exit code 3 fails the run, exit code 75 and disruptions count as infrastructure
+    failures, and everything else counts as the stage's own failure."""
 
     infrastructure_retries: Annotated[int, Field(ge=0, le=1000)] = 20
-    """Further tries of each pod of a stage that infrastructure ended: disruption, exit code 75, and what rules add. A server that starts
-    again for want of storage or the hub has as many."""
+    """Retries of each stage pod after infrastructure failures: disruptions, exit code 75, and what rules add. A server that restarts
+    because storage or the hub is unavailable has the same budget."""
     rules: Annotated[list[FailureRule], Field(max_length=16)] = []
-    """The first rule that matches decides."""
+    """Rules in order; the first one that matches applies."""
     keep: Keep = Keep.LOGS
-    """Of a run that failed. Logs: its ended Jobs, its servers at zero. Everything: its servers too, with the GPUs they hold, until
-    it is suspended. Nothing: only the object that failed; where the API server refused one, as Logs."""
+    """What to keep of a failed run. Logs: its ended Jobs, and its servers scaled to zero. Everything: also its running servers, with the
+    GPUs they hold, until it is suspended. Nothing: only the object that failed; if the API server refused an object, the same as Logs."""

@@ -26,8 +26,8 @@ _NEEDS: dict[ScheduleType, tuple[str, ...]] = {
 class Schedule(ApiModel):
     """A number for each round i = 1, 2, ...
 
-    Constant: `value`. Linear: `start + step * (i - 1)`. Exponential: `start * factor ** (i - 1)`; both stop at `limit`
-    where it is given. List: `values[i - 1]`, the last one repeating.
+    Constant: `value`. Linear: `start + step * (i - 1)`. Exponential: `start * factor ** (i - 1)`. Linear and Exponential stop at `limit` if
+    it is given. List: `values[i - 1]`; the last one repeats.
     """
 
     cel: ClassVar[tuple[Rule, ...]] = (
@@ -41,7 +41,7 @@ class Schedule(ApiModel):
     )
 
     type: ScheduleType
-    """How the number moves over the rounds."""
+    """How the number changes over the rounds."""
     value: float | None = None
     """Constant: the number of every round."""
     start: float | None = None
@@ -63,19 +63,19 @@ class Schedule(ApiModel):
         return self
 
     def numbers(self) -> dict[str, float]:
-        """The numbers that a round's number is made from, by field."""
+        """Return the numbers that determine each round's number, by field."""
         given = {"value": self.value, "start": self.start, "limit": self.limit}
         given |= {f"values[{index}]": number for index, number in enumerate(self.values or [])}
         return {name: number for name, number in given.items() if number is not None}
 
     def refuse_outside(self, field: str, low: float, high: float, remedy: str) -> None:
-        """Raises for a number outside of low..high; `schedule_rule` says the same in CEL."""
+        """Raise `Misfit` for a number outside low..high; `schedule_rule` expresses the same in CEL."""
         for name, number in self.numbers().items():
             if not low <= number <= high:
                 raise Misfit(f"{field}.{name}", number, remedy)
 
     def at(self, round_number: int) -> float:
-        """The number of a round; rounds count from 1."""
+        """Return the number of a round; rounds count from 1."""
         if round_number < 1:
             raise ValueError(f"rounds count from 1, got {round_number}")
         n = round_number - 1
@@ -96,7 +96,7 @@ class Schedule(ApiModel):
 
 
 def schedule_rule(field: str, low: float, high: float, message: str) -> Rule:
-    """The rule that every number given in a model's schedule lies in low..high."""
+    """Return the rule that every number given in a model's schedule lies in low..high."""
     path = f"self.{field}"
     inside = f"{{0}} >= {float(low)} && {{0}} <= {float(high)}"
     parts = [f"(!has({path}.{name}) || ({inside.format(f'{path}.{name}')}))" for name in ("value", "start", "limit")]
@@ -132,12 +132,12 @@ class Mixing(ApiModel):
     )
 
     strategy: MixingStrategy = MixingStrategy.PER_TURN
-    """Whether a coin is thrown at every turn or once for each rollout."""
+    """PerTurn decides at random in every turn who acts. StudentPrefix draws once per rollout how many turns the student takes first."""
     beta: Schedule = Field(default_factory=_paper_beta)
-    """PerTurn: the probability, by round, that the teacher acts. Default: the paper's max(0.6, 1.0 - 0.2 (i - 1)).
-    A Linear or Exponential schedule is held inside 0..1."""
+    """PerTurn: the probability, by round, that the teacher acts. Default: the paper's max(0.6, 1.0 - 0.2 (i - 1)). A Linear or Exponential
+    schedule is clamped to 0..1."""
     max_prefix_turns: Schedule | None = None
-    """StudentPrefix: T_max by round, the largest number of turns that the student takes first."""
+    """StudentPrefix: T_max by round, the maximum number of turns that the student takes first."""
 
     @model_validator(mode="after")
     def _is_a_probability(self) -> Self:
@@ -149,9 +149,9 @@ class Mixing(ApiModel):
         return self
 
     def beta_at(self, round_number: int) -> float:
-        """The nominal probability that the teacher acts in a turn of this round."""
+        """Return the nominal probability that the teacher acts in a turn of this round."""
         return min(1.0, max(0.0, self.beta.at(round_number)))
 
     def max_prefix_at(self, round_number: int) -> int:
-        """T_max of this round, in turns."""
+        """Return T_max of this round, in turns."""
         return max(0, int(self.max_prefix_turns.at(round_number))) if self.max_prefix_turns else 0

@@ -1,4 +1,4 @@
-"""The base of every API model: camelCase on the wire, unknown fields refused, docstrings as field docs."""
+"""The base of every API model: camelCase on the wire, unknown fields refused, docstrings as field documentation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, to_jsonable_python
 
 @dataclass(frozen=True)
 class Rule:
-    """A CEL rule for the API server (`x-kubernetes-validations`); the model's own validator says the same in Python."""
+    """A CEL rule for the API server (`x-kubernetes-validations`); the model's own validator checks the same in Python."""
 
     rule: str
     message: str
@@ -22,7 +22,7 @@ class Rule:
 
 
 class Misfit(ValueError):
-    """Fields that are right one by one and wrong together: which one to change, its value, and to what."""
+    """Fields that are valid one by one but not together: which one to change, its value, and what to write instead."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
@@ -30,12 +30,12 @@ class Misfit(ValueError):
 
 
 def list_map(key: str) -> dict[str, Any]:
-    """Schema of a list whose items are told apart by a key, so that several writers can own items of it."""
+    """Return the schema of a list whose items are identified by a key, so that several writers can own items of it."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 def refuse_repeated(field: str, keys: Sequence[object]) -> None:
-    """What the API server refuses of a list map."""
+    """Raise `Misfit` for a repeated key, as the API server refuses it in a list map."""
     for key in keys:
         if keys.count(key) > 1:
             raise Misfit(field, key, "is there twice: keep one of them")
@@ -54,11 +54,11 @@ class ApiModel(BaseModel):
     )
 
     cel: ClassVar[tuple[Rule, ...]] = ()
-    """Rules that the generated CRD carries at this model's level."""
+    """CEL rules that the generated CRD carries at this model's level."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Adds what pydantic leaves out: CEL rules, and defaults in the JSON form, those of factories included."""
+        """Add what pydantic leaves out: CEL rules, and defaults in JSON form, including those of factories."""
         schema = handler(core_schema)
         own = handler.resolve_ref_schema(schema)
         if cls.cel:
@@ -72,14 +72,14 @@ class ApiModel(BaseModel):
         return schema
 
     def wire(self) -> dict[str, Any]:
-        """The JSON form: camelCase, enums as strings, unset optionals left out."""
+        """Return the JSON form: camelCase, enums as strings, unset optional fields left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _json(default: Any) -> Any:
-    """A default as the API server should fill it in: `{}` where the fields' own defaults say the rest.
+    """Return a default as the API server should fill it in: `{}` where the fields' own defaults supply the rest.
 
-    Not so where there are rules: an API server holds a default against them as it stands, before it fills in what is below it.
+    With CEL rules the default is written out: an API server checks a default against them as it stands, before it fills in nested defaults.
     """
     if not isinstance(default, ApiModel):
         return to_jsonable_python(default)

@@ -1,4 +1,4 @@
-"""What a cluster's users may say about the pods of a run, in the words of Kubernetes."""
+"""What users may set on the pods of a run, in Kubernetes' own terms."""
 
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
@@ -10,12 +10,12 @@ from dagger_operator.api.model import ApiModel, Misfit, Rule, list_map, refuse_r
 Label = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", max_length=63)]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", max_length=32)]
-"""An amount as a string: `500m`, `4`, `16Gi`."""
+"""A resource quantity as a string: `500m`, `4`, `16Gi`."""
 FreeForm = dict[str, Any]
-"""A part of a pod that is passed on as it is; the API server checks it when the pod is made."""
+"""A part of a pod that is passed on unchanged; the API server checks it when the pod is created."""
 
 RESERVED = ("dagger-operator.dev/", "app.kubernetes.io/managed-by")
-"""Prefixes of labels and annotations by which children are known: a user's own would break that."""
+"""Prefixes of the labels and annotations that identify children; a user's own would break that."""
 _RESERVED = f"labels and annotations that start with {' or '.join(RESERVED)} are the operator's own: choose another name"
 
 
@@ -31,25 +31,25 @@ class TaintEffect(StrEnum):
 
 
 class Toleration(ApiModel):
-    """Lets a pod onto tainted nodes."""
+    """Lets a pod be scheduled onto tainted nodes."""
 
     key: Annotated[str, Field(max_length=316)] | None = None
-    """Taint key; without one, with operator Exists, every taint."""
+    """Taint key; without one, operator Exists matches every taint."""
     operator: TolerationOperator | None = None
-    """Equal, the default, compares `value`; Exists takes any."""
+    """Equal, the default, compares `value`; Exists matches any value."""
     value: Label | None = None
     """Taint value."""
     effect: TaintEffect | None = None
-    """Effect of the taint; default any."""
+    """Effect of the taint; any effect by default."""
     toleration_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """How long a pod stays on a node that got a NoExecute taint; default for ever."""
+    """Seconds that a pod stays on a node after it gets a NoExecute taint; forever by default."""
 
 
 class LocalReference(ApiModel):
     """An object in the pod's own namespace."""
 
     name: ObjectName
-    """Its name."""
+    """Name of the object."""
 
 
 class ClaimMount(ApiModel):
@@ -58,19 +58,19 @@ class ClaimMount(ApiModel):
     claim_name: ObjectName
     """Name of the claim."""
     mount_path: Annotated[str, Field(pattern=r"^/[^:]+$", max_length=1024)]
-    """Where the pod sees it; a `model` below this path is read from there."""
+    """Path of the mount in the pod; a `model` below this path is read from there."""
     read_only: bool = True
     """Whether it is mounted read-only."""
 
 
 _OWN_PREFIX = "DAGGER_"
 _OWN_VARIABLES = ("HOME", "JOB_COMPLETION_INDEX", "POD_IP")
-"""What pods are told by the operator; of these names Kubernetes takes one each."""
+"""Variables that the operator sets; Kubernetes accepts each name only once."""
 _THE_OPERATORS = f"{', '.join(_OWN_VARIABLES)} and names that start with {_OWN_PREFIX} are the operator's own: choose another name"
 
 
 class EnvVar(ApiModel):
-    """A plain environment variable of a container; secrets have fields of their own."""
+    """A plain environment variable of a container; secrets are set by other fields."""
 
     cel: ClassVar[tuple[Rule, ...]] = (Rule(f"!self.name.startsWith('{_OWN_PREFIX}')", _THE_OPERATORS),)
 
@@ -85,23 +85,23 @@ class EnvVar(ApiModel):
 
 
 class EnvSource(ApiModel):
-    """Variables that stand together somewhere else."""
+    """Environment variables from another object."""
 
     secret_ref: LocalReference
-    """A Secret in the run's namespace; each key is a variable."""
+    """A Secret in the run's namespace; each key becomes a variable."""
 
 
 class Resources(ApiModel):
-    """Requests and limits of a pod's main container; GPUs have fields of their own."""
+    """Requests and limits of a pod's main container; GPUs are set by other fields."""
 
     requests: Annotated[dict[str, Quantity], Field(max_length=16)] = {}
-    """What the scheduler sets aside, over the operator's own defaults."""
+    """What the scheduler reserves; overrides the operator's defaults."""
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = {}
     """What the container may not exceed."""
 
 
 class PodSettings(ApiModel):
-    """Scheduling, resources, environment and identity of pods. An edit makes the pods anew."""
+    """Scheduling, resources, environment and identity of pods. An edit recreates the pods."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
         *(
@@ -115,37 +115,37 @@ class PodSettings(ApiModel):
     node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Labels that a node must have."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    """Taints that do not keep the pods away."""
+    """Taints that the pods tolerate."""
     affinity: FreeForm | None = None
-    """A pod's `affinity`, as Kubernetes has it."""
+    """The pods' `affinity`, as in Kubernetes."""
     topology_spread_constraints: Annotated[list[FreeForm], Field(max_length=8)] = []
-    """A pod's `topologySpreadConstraints`, as Kubernetes has them."""
+    """The pods' `topologySpreadConstraints`, as in Kubernetes."""
     priority_class_name: ObjectName | None = None
     """PriorityClass of the pods."""
     runtime_class_name: ObjectName | None = None
     """RuntimeClass of the pods."""
     scheduler_name: ObjectName | None = None
-    """Scheduler other than the cluster's default."""
+    """Scheduler to use instead of the cluster's default."""
     image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16, json_schema_extra=list_map("name"))] = []
-    """Secrets with which images are pulled."""
+    """Secrets for pulling images."""
     service_account_name: ObjectName | None = None
-    """ServiceAccount of the pods, as a cloud's workload identity wants it. Its token is not mounted, but for one case: with Pod sandboxes
-    that of `rollouts.pod` is the workers' own, is mounted into rollout and evaluation pods, and is bound to the Role
-    `dagger-sandbox-worker`, with which it makes pods in the sandbox namespace and runs commands in all that are there. So name one there
-    that no other pod runs as."""
+    """ServiceAccount of the pods, for example for a cloud's workload identity. Its token is not mounted, with one exception: with Pod
+    sandboxes, the account in `rollouts.pod` is the workers' own; its token is mounted into rollout and evaluation pods, and it is bound to
+    the Role `dagger-sandbox-worker`, which lets it create pods in the sandbox namespace and run commands in every pod there. So use an
+    account there that no other pod runs as."""
     resources: Resources = Resources()
     """Requests and limits of the main container."""
     env: Annotated[list[EnvVar], Field(max_length=32, json_schema_extra=list_map("name"))] = []
-    """Further environment of the containers that run this project's commands: all but vLLM's, which has `serving.env`. Nothing secret:
-    who may read the run reads it."""
+    """Additional environment variables of the containers that run this project's commands: all but vLLM's, which has `serving.env`. Do not
+    put secrets here: anyone who can read the run can read them."""
     env_from: Annotated[list[EnvSource], Field(max_length=8)] = []
-    """Secrets whose keys are further environment of the same containers, such as HF_TOKEN; `storage.secretRef` wins over them."""
+    """Secrets whose keys become environment variables of the same containers, such as HF_TOKEN; `storage.secretRef` takes precedence."""
     labels: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Further labels of the pods."""
     annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=32)] = {}
     """Further annotations of the pods."""
     shared_memory_mib: Annotated[int, Field(ge=64, le=1048576)] | None = None
-    """Bound of /dev/shm in MiB; default the pod's memory."""
+    """Size limit of /dev/shm in MiB; defaults to the pod's memory."""
     claims: Annotated[list[ClaimMount], Field(max_length=8, json_schema_extra=list_map("mountPath"))] = []
     """PersistentVolumeClaims that the pods mount."""
 
@@ -165,23 +165,23 @@ class PodSettings(ApiModel):
 
 
 class SandboxPod(ApiModel):
-    """Scheduling and identity of sandbox pods. What confines them is not theirs to choose."""
+    """Scheduling and identity of sandbox pods. The settings that confine them cannot be changed."""
 
     node_selector: Annotated[dict[str, Label], Field(max_length=32)] = {}
     """Labels that a node must have."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
-    """Taints that do not keep the pods away."""
+    """Taints that the pods tolerate."""
     priority_class_name: ObjectName | None = None
-    """PriorityClass of the pods, below that of everything else, so that a full cluster gives up sandboxes first; default the operator's
+    """PriorityClass of the pods, lower than everything else's, so that a full cluster gives up sandboxes first; defaults to the operator's
     setting."""
     runtime_class_name: ObjectName | None = None
     """RuntimeClass with stronger isolation, such as gVisor's or Kata's."""
     host_users: bool | None = None
-    """False gives each pod a user namespace of its own, where nodes can: root inside is nobody outside."""
+    """False gives each pod its own user namespace, on nodes that support it: root inside the pod is an unprivileged user outside."""
     run_as_user: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """User id of the commands; default the image's own."""
+    """User ID that commands run as; defaults to the image's own."""
     image_pull_secrets: Annotated[list[LocalReference], Field(max_length=16, json_schema_extra=list_map("name"))] = []
-    """Secrets in the sandbox namespace with which tasks' images are pulled."""
+    """Secrets in the sandbox namespace for pulling tasks' images."""
 
     @model_validator(mode="after")
     def _once(self) -> Self:

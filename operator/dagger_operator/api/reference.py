@@ -1,4 +1,4 @@
-"""`docs/crd-reference.md` from the CRD's schema: what `kubectl explain` says, on one page."""
+"""Generates `docs/crd-reference.md` from the CRD's schema: the content of `kubectl explain`, on one page."""
 
 import json
 import re
@@ -19,7 +19,7 @@ Required fields have no default. An optional field without a default may be left
 class _Section:
     shape: Schema
     uses: dict[str, str]
-    """By path, what is said of the object there; the first path is the heading."""
+    """Descriptions of the object, by the path of each use; the first path is the heading."""
 
     @property
     def heading(self) -> str:
@@ -27,7 +27,7 @@ class _Section:
 
 
 def reference(schema: Schema) -> str:
-    """Markdown: a section for each kind of object, a row for each field."""
+    """Return Markdown with a section for each kind of object and a row for each field."""
     sections: dict[str, _Section] = {}
     for name in ("spec", "status"):
         _gather(name, schema["properties"][name], sections)
@@ -35,7 +35,7 @@ def reference(schema: Schema) -> str:
 
 
 def _gather(path: str, shape: Schema, sections: dict[str, _Section]) -> None:
-    """Adds this object and those in it to `sections`, which are by what the same objects have in common."""
+    """Add this object and its nested objects to `sections`, keyed by `_key`."""
     if shape.get("items"):
         _gather(f"{path}[]", shape["items"], sections)
     elif shape.get("properties"):
@@ -45,7 +45,7 @@ def _gather(path: str, shape: Schema, sections: dict[str, _Section]) -> None:
 
 
 def _key(shape: Schema) -> str:
-    """The same for objects with the same fields and rules, whatever is said of them where they are used."""
+    """Return a key that is equal for objects with the same fields and rules, however they are described where they are used."""
     return json.dumps({name: shape.get(name) for name in ("properties", "required", "x-kubernetes-validations")}, sort_keys=True)
 
 
@@ -98,7 +98,7 @@ def _bounds(shape: Schema) -> Iterator[str]:
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub makes it of a heading."""
+    """Return the anchor that GitHub generates for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower())
 
 
@@ -112,7 +112,7 @@ def _default(shape: Schema, required: bool) -> str:
 
 
 def _is_fields_own(default: Any, shape: Schema) -> bool:
-    """Whether an object's default has nothing but its fields' own defaults."""
+    """Whether an object's default consists only of its fields' own defaults."""
     fields = shape["properties"]
     return all(
         value == fields[name].get("default") or ("properties" in fields[name] and _is_fields_own(value, fields[name]))

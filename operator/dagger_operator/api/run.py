@@ -1,4 +1,4 @@
-"""The resource itself, and the one way to load it."""
+"""The resource itself, and the one function that loads it."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ KIND = "DAggerRun"
 
 
 DEFAULT_MANAGER = f"{GROUP}/operator"
-"""`managedBy` of runs that this operator works on."""
+"""`managedBy` of the runs that this operator manages."""
 
 
 class GpuSharing(StrEnum):
@@ -40,7 +40,7 @@ class GpuSharing(StrEnum):
 
 @dataclass(frozen=True)
 class Immutable:
-    """A field that may not change once a run exists, because finished rounds rest on it."""
+    """A field that may not change once a run exists, because finished rounds depend on it."""
 
     field: str
     """Path below the spec; `?` marks parts that may be absent."""
@@ -57,15 +57,15 @@ class Immutable:
     def rule(self) -> Rule:
         same = f"self.{self.name} == oldSelf.{self.name}"
         if "?" in self.field:
-            # Not by `orValue`: the API server cannot bound what that costs.
+            # Not with `orValue`: the API server cannot bound its cost.
             here, before = self._given("self"), self._given("oldSelf")
             same = f"(({here}) == ({before}) && (!({here}) || {same}))"
-        # An older version of the CRD may have stored a run without it. Where a rule cannot be evaluated, the API server takes no write to
-        # such a run, not even one of its status.
+        # An older version of the CRD may have stored a run without the field. If a rule cannot be evaluated, the API server refuses every
+        # write to such a run, even one of its status.
         return Rule(" || ".join([*(f"!has(oldSelf.{path})" for path in self._required()), same]), self.message)
 
     def _required(self) -> list[str]:
-        """The paths that lead to the field, as far as they are always given."""
+        """Return the paths that lead to the field, up to the first optional part."""
         parts = list(takewhile(lambda part: not part.startswith("?"), self.field.split(".")))
         return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
@@ -89,7 +89,7 @@ IMMUTABLE = (
     Immutable("student.?endpoint.?model", "it is who acted in finished rounds"),
     Immutable("teacher.model", "labels of two teachers would stand in one data set"),
     Immutable("teacher.?endpoint.?model", "labels of two teachers would stand in one data set"),
-    # All but `imagePrefix`, which says where images are pulled from and not what is in them.
+    # All but `imagePrefix`, which determines where images are pulled from, not what is in them.
     *(
         Immutable(f"tasks.{field}", "finished rounds were dealt by it")
         for field in ("source", "perRound", "?firstRound", "rolloutsPerTask", "heldOut")
@@ -103,7 +103,7 @@ IMMUTABLE = (
 
 
 class Kueue(ApiModel):
-    """Where Kueue admits the run's Jobs and servers."""
+    """How Kueue admits the run's Jobs and servers."""
 
     queue_name: Label
     """LocalQueue in the run's namespace."""
@@ -112,17 +112,17 @@ class Kueue(ApiModel):
 
 
 SPEC_BYTES = 96 * 1024
-"""Most bytes of a spec as JSON: it travels to its stages in an environment variable, and Linux takes 128 KiB in one."""
+"""Maximum bytes of a spec as JSON: stages receive it in an environment variable, and Linux allows 128 KiB in one."""
 _TRAINED_ENDPOINT = "a student behind an endpoint cannot be trained here: set training.mode to Disabled, or serve the student"
 _UNTOLD = "ForwardKL learns the teacher's log-probabilities: write labels.topLogprobs, such as 8, or training.loss CrossEntropy"
 _NO_PARSER = "the ToolCall protocol needs toolCallParser, such as 'hermes' for Qwen3, wherever a policy is served here"
 
 
 class RunSpec(ApiModel):
-    """What should be done."""
+    """The desired state of the run."""
 
     cel: ClassVar[tuple[Rule, ...]] = (
-        # They say nothing where a policy is missing: that is said of itself, and a rule that cannot be evaluated refuses every write.
+        # These rules hold if a policy is missing: that is reported separately, and a rule that cannot be evaluated refuses every write.
         Rule("!has(self.student) || !has(self.student.endpoint) || self.training.mode == 'Disabled'", _TRAINED_ENDPOINT),
         Rule(
             "self.scaffold.protocol != 'ToolCall' || !has(self.student) || !has(self.teacher) || "
@@ -135,9 +135,9 @@ class RunSpec(ApiModel):
     )
 
     rounds: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Rounds of rollout, training and evaluation. It may be raised later."""
+    """Number of rounds of rollout, training and evaluation. It may be raised later."""
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
-    """Decides task order and every coin: the same seed decides the same."""
+    """Determines the task order and every random decision: the same seed gives the same ones."""
     mixing: Mixing = Mixing()
     """Who acts in a turn."""
     student: Student
@@ -145,42 +145,42 @@ class RunSpec(ApiModel):
     teacher: Teacher
     """The policy that labels."""
     tasks: Tasks
-    """What agents work on."""
+    """The tasks that agents work on."""
     scaffold: Scaffold = Scaffold()
     """The agent program."""
     sandbox: Sandbox = Sandbox()
-    """Where its commands run."""
+    """Where the agent's commands run."""
     labels: Labels = Labels()
-    """How labels are gathered."""
+    """How labels are collected."""
     rollouts: Rollouts = Rollouts()
     """Workers and their budgets."""
     training: Training = Training()
     """How labels become the next student."""
     evaluation: Evaluation = Evaluation()
-    """How students are measured."""
+    """How students are evaluated."""
     storage: Storage
-    """Where everything is kept."""
+    """Where all data of the run is kept."""
     gpu_sharing: GpuSharing = GpuSharing.DEDICATED
-    """TimeShared: serving scales to zero while training holds the GPUs."""
+    """Dedicated: serving and training hold separate GPUs. TimeShared: serving scales to zero while training holds the GPUs."""
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Image of every stage but training, and of what runs beside vLLM; default the operator's setting, an image of its own release. Not
-    used on one machine without containers."""
+    """Image of every stage but training, and of the containers beside vLLM; defaults to the operator's setting, an image of its own
+    release. Not used on a single machine without containers."""
     kueue: Kueue | None = None
-    """Have Kueue admit what the run asks for. A Job, or a group of several nodes, starts once its queue has room for all of its pods;
+    """Let Kueue admit the run's Jobs and servers. A Job, or a group of several nodes, starts once its queue has room for all of its pods;
     other servers are admitted replica by replica, so give the queue room for all replicas of a run."""
     failure_policy: FailurePolicy = FailurePolicy()
-    """Which failures are tried again, and what is kept of a run that failed."""
+    """Which failures are retried, and what is kept of a failed run."""
     managed_by: Annotated[str, Field(min_length=1, max_length=253)] = DEFAULT_MANAGER
-    """Who works on the run; an operator leaves a run alone that names another."""
+    """The controller that manages the run; an operator ignores a run that names another one."""
     suspend: bool = False
-    """Stop all stages and free their resources; finished work is kept and the run goes on when this is false again."""
+    """Stop all stages and free their resources; finished work is kept, and the run resumes when this is false again."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    """Fail the run when it is not done this long after `status.startTime`, suspended time included."""
+    """Fail the run if it is not done this many seconds after `status.startTime`, including suspended time."""
     pre_running_deadline_seconds: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    """Fail the run when a stage or server has waited this long without running, with the reason for which it waits; time in a queue
-    (Kueue) does not count. Default: it waits for ever."""
+    """Fail the run if a stage or server has waited this many seconds without running, and report the reason for the wait; time in a queue
+    (Kueue) does not count. By default it waits forever."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Delete the resource this long after it finished; data in storage stays."""
+    """Delete the resource this many seconds after it finished; data in storage is kept."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -239,7 +239,7 @@ class DAggerRun(ApiModel):
 
 
 def load(document: Mapping[str, Any]) -> DAggerRun:
-    """Validates a parsed document as strictly as an API server does: a number in quotes is no number, null is not given.
+    """Validate a parsed document as strictly as an API server does: a quoted number is not a number, and null means not given.
 
     Raises `InvalidRun` with every problem found: field, value, remedy.
     """
@@ -251,12 +251,12 @@ def load(document: Mapping[str, Any]) -> DAggerRun:
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        # Of keys JSON takes texts and numbers alone; YAML makes dates of some.
+        # JSON keys are strings or numbers only; YAML reads some keys as dates.
         pairs = ((key if isinstance(key, str | int | float) else str(key), inner) for key, inner in value.items())
         return {key: _without_nulls(inner) for key, inner in pairs if inner is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def refused_edits(old: RunSpec, new: RunSpec) -> list[str]:
-    """What an edit of a run may not change: the messages of the CRD's transition rules, for runtimes without an API server."""
+    """Return the messages of the CRD's transition rules that an edit violates, for runtimes without an API server."""
     return [f"spec.{immutable.message}" for immutable in IMMUTABLE if immutable.of(old) != immutable.of(new)]

@@ -1,4 +1,4 @@
-"""What a run reports: derived from what is observed, written once, bounded in size."""
+"""What a run reports: derived from observations, written in one place, bounded in size."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -10,7 +10,7 @@ from dagger_operator.api.model import ApiModel, list_map
 
 
 class Phase(StrEnum):
-    """One word for people; programs read conditions."""
+    """A one-word summary for people; programs read conditions."""
 
     PENDING = "Pending"
     PREPARING = "Preparing"
@@ -25,7 +25,7 @@ class Phase(StrEnum):
 
 
 class Condition(ApiModel):
-    """The standard form of Kubernetes."""
+    """A condition in the standard form of Kubernetes."""
 
     type: Annotated[str, Field(max_length=316)]
     status: Literal["True", "False", "Unknown"]
@@ -36,10 +36,10 @@ class Condition(ApiModel):
 
 
 class RolloutSummary(ApiModel):
-    """What a round's rollouts delivered; the numbers of `RolloutResult` that people look at."""
+    """The result of a round's rollouts: the numbers of `RolloutResult` that people look at."""
 
     rollouts: int
-    """Rollouts that ended, infrastructure failures included."""
+    """Rollouts that ended, including infrastructure failures."""
     outcomes: dict[str, int] = {}
     """Rollouts by outcome."""
     turns: int
@@ -49,7 +49,7 @@ class RolloutSummary(ApiModel):
     """Share of visited states with such a label."""
     nominal_beta: float | None = None
     teacher_turn_share: float
-    """Share of turns in which the teacher acted: the delivered mix."""
+    """Share of turns in which the teacher acted: the actual mix."""
     teacher_token_share: float
     """Share of completion tokens that came from the teacher's actions."""
     agreement: float | None = None
@@ -62,11 +62,11 @@ class RolloutSummary(ApiModel):
 class TrainingSummary(ApiModel):
     steps: int
     labels: int
-    """Labels that were trained on, each counted as often as it was."""
+    """Labels trained on, each counted as often as it was used."""
     tokens: int
-    """Tokens of all forward passes, padding left out."""
+    """Tokens of all forward passes, without padding."""
     token_ratio: float = 1.0
-    """Tokens that one sequence for each label would have cost, by `tokens`."""
+    """Tokens that one sequence per label would have taken, divided by `tokens`."""
     too_long: int = 0
     """Labelled states left out because they exceed maxSequenceTokens."""
     hard_labels: int = 0
@@ -76,19 +76,19 @@ class TrainingSummary(ApiModel):
     last_loss: float | None = None
     """Mean over the last ten steps."""
     checkpoint: str
-    """Policy version that training made."""
+    """Policy version that training produced."""
     seconds: float
 
 
 class EvaluationSummary(ApiModel):
     policy: str
     tasks: int
-    """Tasks graded; infrastructure failures are excluded and counted apart."""
+    """Tasks graded; infrastructure failures are excluded and counted separately."""
     resolved: int
     resolved_rate: float
     interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     false_submits: int
-    """Rollouts that were submitted as done and are not resolved."""
+    """Rollouts that were submitted as done but are not resolved."""
     infrastructure_failures: int = 0
     seconds: float
 
@@ -105,17 +105,17 @@ class RoundStatus(ApiModel):
 
 
 class Progress(ApiModel):
-    """How far the stage at work is."""
+    """Progress of the current stage."""
 
     stage: str
-    """Such as `rollout`."""
+    """Name of the stage, such as `rollout`."""
     done: int
     total: int
     unit: str
     """What is counted, such as `rollouts` or `steps`."""
     percent: int
     estimated_completion_time: datetime | None = None
-    """When this stage ends if it goes on as it has so far."""
+    """When this stage ends if it continues at its rate so far."""
 
 
 class RunStatus(ApiModel):
@@ -123,19 +123,19 @@ class RunStatus(ApiModel):
     phase: Phase = Phase.PENDING
     round: int = 0
     reason: str = ""
-    """The reason of the condition that stands in the way, or of the end."""
+    """Why the run is in its current state: the reason of the condition that blocks it, of its progress or of its end."""
     conditions: Annotated[list[Condition], Field(max_length=32, json_schema_extra=list_map("type"))] = []
     rounds: Annotated[list[RoundStatus], Field(max_length=100, json_schema_extra=list_map("round"))] = []
-    """The last rounds; all of them are in storage."""
+    """The latest rounds; storage has all of them."""
     resolved: str | None = None
-    """Resolved rate of the newest evaluation, as a percentage."""
+    """Resolved rate of the latest evaluation, as a percentage."""
     teacher_share: str | None = None
-    """The teacher's share of turns in the newest round, as a percentage."""
+    """The teacher's share of turns in the latest round, as a percentage."""
     progress: Progress | None = None
-    """The stage at work, as its workers report it; refreshed by whole percents."""
+    """Progress of the current stage, as its workers report it; updated for every whole percent."""
     gpu_hours: str | None = None
-    """GPU-hours by the seconds that finished stages took and the GPUs held meanwhile, with those of the stage at work."""
+    """GPU-hours so far: the time that finished stages and the current stage took, times the GPUs held meanwhile."""
     start_time: datetime | None = None
     estimated_completion_time: datetime | None = None
-    """When the run ends if the rounds left take as long as the newest one; absent before a round is done."""
+    """When the run ends if the remaining rounds take as long as the latest one; absent until a round is done."""
     completion_time: datetime | None = None

@@ -1,1 +1,1 @@
-"""The operator: observes and applies on Kubernetes what `control` plans; the twin of `local`."""
+"""The operator: observes the cluster and applies what `control` plans; the counterpart of `local`."""

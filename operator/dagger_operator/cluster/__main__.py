@@ -18,8 +18,8 @@ from dagger_operator.store.stage import configure_logging
 
 
 def main() -> int:
-    """Exit code: 0 told to stop, 1 unable to go on (to be started anew), 2 settings that do not do."""
-    own_identity()  # before there are threads
+    """Return the exit code: 0 asked to stop, 1 unable to continue (to be restarted), 2 invalid settings."""
+    own_identity()  # before any thread starts
     configure_logging()
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)  # kopf's
     log = structlog.get_logger()

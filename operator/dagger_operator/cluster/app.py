@@ -1,4 +1,4 @@
-"""The operator put together: who leads, watches, works."""
+"""The operator's assembly: leader election, watches, workers."""
 
 import asyncio
 import contextlib
@@ -27,9 +27,9 @@ from dagger_operator.cluster.watches import Watches
 log = structlog.get_logger()
 
 SPACING = 1.0
-"""Least seconds between two looks at one run."""
+"""Minimum seconds between two reconciles of one run."""
 CRD_PATIENCE = 60.0
-"""Seconds that a CRD that is not there yet is waited for."""
+"""Seconds to wait for a CRD that does not exist yet."""
 
 
 class NoCrd(Exception):
@@ -37,9 +37,9 @@ class NoCrd(Exception):
 
 
 async def operate(settings: Settings) -> None:
-    """Until the process is told to stop, then returns.
+    """Run until the process is told to stop, then return.
 
-    Raises `NoCluster`, `NoCrd`, `NewKind`, `LeadershipLost`, or what makes it unable to go on; a new life may.
+    Raises `NoCluster`, `NoCrd`, `NewKind`, `LeadershipLost`, or whatever prevents it from continuing; a restart may help.
     """
     metrics = Metrics()
     async with Client.connect([metrics.trace()]) as client, contextlib.AsyncExitStack() as stack:
@@ -84,7 +84,7 @@ async def _work(queue: WorkQueue[RunKey], watches: Watches, look: Callable[[RunK
 
 
 async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Runs tasks until the first one ends, ends the others, and raises what it raised."""
+    """Run tasks until the first one ends, cancel the others, and raise what it raised."""
     running = [asyncio.create_task(one) for one in tasks]
     try:
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -98,7 +98,7 @@ async def _first(tasks: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 async def _require_crd(client: Client) -> None:
     deadline = time.monotonic() + CRD_PATIENCE
-    while KIND not in await client.served(API_VERSION):  # an API server that does not answer ends this life; the kubelet starts another
+    while KIND not in await client.served(API_VERSION):  # an API server that does not answer ends this process; the kubelet restarts it
         problem = f"the cluster has no {KIND} in {API_VERSION}: apply manifests/crd/daggerruns.yaml, or install the chart with crds.install"
         if time.monotonic() > deadline:
             raise NoCrd(problem)
@@ -108,7 +108,7 @@ async def _require_crd(client: Client) -> None:
 
 @contextlib.asynccontextmanager
 async def _serving(port: int, routes: Iterable[web.RouteDef]) -> AsyncIterator[None]:
-    """Answers on a port; 0 is none."""
+    """Serve the routes on a port; 0 means none."""
     if not port:
         yield
         return
@@ -117,7 +117,7 @@ async def _serving(port: int, routes: Iterable[web.RouteDef]) -> AsyncIterator[N
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     try:
-        # On every address, IPv4's and IPv6's: the kubelet and Prometheus come from outside the pod.
+        # On every address, IPv4 and IPv6: the kubelet and Prometheus connect from outside the pod.
         await web.TCPSite(runner, None, port).start()
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Makes what should exist exist, and what should go go; asks the API server for nothing that would change nothing."""
+"""Creates and updates what should exist, and removes what should not; sends the API server no request that would change nothing."""
 
 import hashlib
 import json
@@ -31,9 +31,9 @@ class Applier:
         self._settled: dict[str, int | str] = {}
 
     async def apply(self, run: DAggerRun, manifest: Manifest, *, dry_run: bool = False) -> Trouble | None:
-        """Why the API server did not take it; None where the object is as it should be, or by a `dry_run` could be.
+        """Return why the API server refused an object; None if it is as it should be, or with `dry_run` could be.
 
-        `Conflict` passes, and `Unavailable` where no object would fare better: then it is to be looked at again.
+        Raises `Conflict`, and `Unavailable` if no other object would fare better: then the run is to be looked at again.
         """
         one = identity(manifest)
         live: Manifest | None = self._cache.get(one)
@@ -46,7 +46,7 @@ class Applier:
                 if not _may_touch(run, manifest, live):
                     return _taken(live)
                 if live["metadata"].get("deletionTimestamp"):
-                    return None  # once it is gone there is an event, and a new one is made
+                    return None  # once it is gone an event arrives, and a new one is created
                 if self._is_settled(manifest, live):
                     return None
             stamped = _stamped(manifest, live)
@@ -64,9 +64,9 @@ class Applier:
         return None
 
     async def remove(self, run: DAggerRun, ref: Ref) -> Trouble | None:
-        """In the foreground: it stays until its pods are gone. Another object of the same name is left alone (`Conflict`).
+        """Delete in the foreground: the object stays until its pods are gone. Another object of the same name is left alone (`Conflict`).
 
-        Why the API server does not remove it, as `apply` says it.
+        Returns why the API server refused, as `apply` does.
         """
         preconditions = {"uid": ref.uid} if ref.uid else {}
         try:
@@ -79,11 +79,12 @@ class Applier:
         return None
 
     def forget(self, uid: str) -> None:
-        """An object is gone."""
+        """Forget an object that is gone."""
         self._settled.pop(uid, None)
 
     async def _found(self, manifest: Manifest) -> Manifest | None:
-        """Looked at once more before something is made: the cache may be behind, and a name may be taken by what wears no label."""
+        """Return the live object, read once more before one is created: the cache may be behind, and the name may be taken by an object
+        without our labels."""
         one = identity(manifest)
         try:
             live = await self._client.get(manifest["apiVersion"], *one)
@@ -96,8 +97,8 @@ class Applier:
         return live
 
     async def _require_unchanged(self, run: DAggerRun) -> None:
-        """That a run is as it was planned for; else `Conflict`. Of two that work at once the one who hears late of an edit would make a Job
-        again that the other has removed for it, beside the one that took its place."""
+        """Raise `Conflict` unless a run is as it was planned for. If two controllers work at once, the one that is late to see an edit
+        would recreate a Job that the other has removed because of it, next to its replacement."""
         metadata = run.metadata
         try:
             fresh = await self._client.get(run.api_version, run.kind, metadata.namespace, metadata.name)
@@ -106,7 +107,7 @@ class Applier:
         self._cache.put(fresh)
         now = fresh["metadata"]
         annotations = now.get("annotations") or {}
-        # A new attempt is asked for by an annotation, which counts in no generation.
+        # A new attempt is requested by an annotation, which does not change the generation.
         planned_for = metadata.uid, metadata.generation, metadata.annotations.get(RETRY)
         if (now["uid"], now.get("generation"), annotations.get(RETRY)) != planned_for:
             raise Conflict("making a Job", 409, "Edited", f"{run.kind} {metadata.name} was changed since it was looked at")
@@ -114,9 +115,9 @@ class Applier:
     def _is_settled(self, manifest: Manifest, live: Manifest) -> bool:
         """Whether it is as we applied it: our digest, our labels, and not changed by others since.
 
-        What this process saw after it applied says so. After a restart a generation of 1 does, or, of kinds that do not count
-        generations, a comparison. What was changed is applied once more then, and the API server writes nothing where that
-        changes nothing. A Job in a queue is changed by Kueue, and rightly.
+        The evidence is what this process saw after it applied it; after a restart, a generation of 1 or, for kinds without generations, a
+        comparison. Otherwise the object is applied once more, and the API server writes nothing if that changes nothing. Kueue's changes to
+        a Job in a queue are accepted.
         """
         metadata, stated = live["metadata"], manifest["metadata"]
         if (metadata.get("annotations") or {}).get(APPLIED) != digest(manifest) or not _holds(metadata.get("labels"), stated["labels"]):
@@ -127,8 +128,8 @@ class Applier:
 
 
 def _in_a_queue(live: Manifest) -> bool:
-    """Whether Kueue decides where a Job runs and when: it puts nodes and tolerations into its template beside ours, in fields that have one
-    owner for all of their entries, and of a Job at work the API server takes no other ones."""
+    """Whether Kueue decides where and when a Job runs: it adds nodes and tolerations to the template next to ours, in fields that have one
+    owner for all of their entries, and the API server accepts no other values for a running Job."""
     return live["kind"] == "Job" and QUEUE in (live["metadata"].get("labels") or {})
 
 
@@ -158,7 +159,7 @@ def _stamped(manifest: Manifest, live: Manifest | None) -> Manifest:
 
 
 def _version(live: Manifest) -> int | str:
-    """Changes with what an object should be; of kinds that do not count that, with everything."""
+    """Return a version that changes with an object's desired state; for kinds without a generation, with every change."""
     version: int | str = live["metadata"].get("generation") or live["metadata"]["resourceVersion"]
     return version
 

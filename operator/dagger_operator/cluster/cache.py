@@ -1,7 +1,7 @@
-"""What is known of the cluster's objects: fed by watches and by the answers to our own writes, asked by run.
+"""What is known of the cluster's objects: fed by watches and by the responses to our own writes, queried by run.
 
-The newest version of an object wins, whichever way it came, so a plan sees what was just written although its event has not
-arrived. Only what is read is kept, and words that many objects share are kept once: ten thousand pods take 40 MiB.
+The newest version of an object wins, whichever way it came, so a plan sees what was just written even before its event arrives. Only what
+is read is kept, and strings that many objects share are kept once: ten thousand pods take 40 MiB.
 """
 
 import time
@@ -19,7 +19,7 @@ from dagger_operator.control.names import RUN_NAMESPACE
 Manifest = dict[str, Any]
 
 _TOMBSTONES = 4096
-"""Deletions that are remembered, so that a late answer does not bring an object back."""
+"""Number of deletions to remember, so that a late response does not bring an object back."""
 
 
 class RunKey(NamedTuple):
@@ -28,7 +28,7 @@ class RunKey(NamedTuple):
 
 
 class Id(NamedTuple):
-    """One object, whatever its kind."""
+    """Identifies one object of any kind."""
 
     kind: str
     namespace: str
@@ -39,7 +39,7 @@ class Id(NamedTuple):
 class _Kept:
     object: Manifest
     heard: float
-    """When it was heard of last, by our clock."""
+    """When it was last reported, by our clock."""
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Cache:
     _of_kind: defaultdict[str, dict[Id, _Kept]] = field(default_factory=lambda: defaultdict(dict))
     _of_run: defaultdict[RunKey, set[Id]] = field(default_factory=lambda: defaultdict(set))
     _gone: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    """Up to which version an object, by its uid, is gone."""
+    """By uid, the version up to which an object is gone."""
 
     def put(self, manifest: Mapping[str, Any]) -> RunKey | None:
-        """Takes note of an object as an API server gave it. The run that it concerns, or None where nothing new was said."""
+        """Record an object as an API server returned it. Returns the run that it concerns, or None if it brings nothing new."""
         one = identity(manifest)
         known = self._objects.get(one)
         metadata = manifest["metadata"]
@@ -70,9 +70,9 @@ class Cache:
         return key
 
     def remove(self, manifest: Mapping[str, Any], *, not_found: bool = False) -> RunKey | None:
-        """An object is gone: this one, and not a later one of the same name. The run that it concerns.
+        """Record that an object is gone: this one, not a later one of the same name. Returns the run that it concerns.
 
-        A watch says so too of one that lost its label: what is newer brings it back, unless it was asked for and `not_found`.
+        A watch also reports an object that lost its label this way: a newer version brings it back, unless it was queried and `not_found`.
         """
         uid, version = manifest["metadata"].get("uid", ""), inf if not_found else float(_version(manifest))
         self._gone[uid] = max(version, self._gone.get(uid, version))
@@ -106,11 +106,11 @@ class Cache:
         return len(self._of_kind[kind])
 
     def children(self, key: RunKey) -> list[Manifest]:
-        """Everything that wears a run's label, in whatever namespace."""
+        """Return everything with a run's label, in any namespace."""
         return [self._objects[one].object for one in sorted(self._of_run.get(key, ()))]
 
     def unheard(self, kind: str, namespace: str | None, since: float) -> list[Manifest]:
-        """Objects of a kind (in a namespace, or in all) of which nothing was heard since: what a fresh list of them left out."""
+        """Return the objects of a kind (in a namespace, or in all) that were not reported since then: those missing from a fresh list."""
         return [kept.object for one, kept in self._of_kind[kind].items() if namespace in (None, one.namespace) and kept.heard < since]
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ def identity(manifest: Mapping[str, Any]) -> Id:
 
 
 def run_key(manifest: Mapping[str, Any]) -> RunKey | None:
-    """The run that an object is, or says that it belongs to."""
+    """Return the run that an object is, or claims to belong to."""
     metadata = manifest["metadata"]
     if manifest["kind"] == KIND:
         return RunKey(metadata["namespace"], metadata["name"])
@@ -133,12 +133,13 @@ def run_key(manifest: Mapping[str, Any]) -> RunKey | None:
 
 
 def _version(manifest: Mapping[str, Any]) -> int:
-    """Versions are opaque by contract and ordered numbers in every API server; from 1.35 on the contract says so too."""
+    """Return the resourceVersion as a number. Versions are opaque by contract but ordered numbers in every API server; from 1.35 on the
+    contract says so too."""
     return int(manifest["metadata"].get("resourceVersion") or 0)
 
 
 def slim(manifest: Mapping[str, Any]) -> Manifest:
-    """An object without what nobody reads: who manages which field, and, of pods and their templates, all but what they ask for."""
+    """Return an object without what nobody reads: managed fields and, for pods and their templates, everything but what they request."""
     kept = {name: part for name, part in manifest.items() if name != "metadata"}
     kept["metadata"] = {name: part for name, part in manifest["metadata"].items() if name != "managedFields"}
     if (annotations := kept["metadata"].get("annotations")) is not None:
@@ -154,7 +155,7 @@ def slim(manifest: Mapping[str, Any]) -> Manifest:
 
 
 def _shared(value: Any) -> Any:
-    """The same, whose names and short texts are those of all other objects: a parser makes each of them anew."""
+    """Return the same value with its names and short strings interned: a parser creates each of them again."""
     if isinstance(value, dict):
         return {intern(name): _shared(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""The few requests that the operator makes, in Kubernetes' own terms: manifests in, manifests out, errors typed.
+"""The few requests that the operator makes, in Kubernetes' own terms: manifests in, manifests out, typed errors.
 
-Generic: any kind is found by discovery, so that a new kind of object in a plan needs nothing here.
+Generic: any kind is found by discovery, so a new kind of object in a plan needs no change here.
 """
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -25,21 +25,22 @@ class Client:
     @classmethod
     @asynccontextmanager
     async def connect(cls, traces: Sequence[aiohttp.TraceConfig] = ()) -> AsyncIterator[Self]:
-        """Raises `NoCluster`."""
+        """Connect to the cluster. Raises `NoCluster`."""
         settings = await configuration()
         async with session(settings, traces=traces) as http:
             yield cls(Api(settings, http))
 
     def fenced(self, fence: Callable[[], None]) -> Self:
-        """The same, asking `fence` before every write, which raises where this process may not write any more."""
+        """Return a client that calls `fence` before every write; it raises if this process may no longer write."""
         return type(self)(self._api, fence)
 
     async def get(self, api_version: str, kind: str, namespace: str, name: str) -> Manifest:
-        """Raises `Missing`."""
+        """Return an object. Raises `Missing`."""
         return await self._ask("GET", await self._path(api_version, kind, namespace, name))
 
     async def list(self, api_version: str, kind: str, namespace: str, **query: str) -> AsyncIterator[Manifest]:
-        """In pages, of all namespaces where it is empty; `query` as in the API: `labelSelector`, `fieldSelector`."""
+        """Yield the objects of a kind, read in pages, from all namespaces if `namespace` is empty; `query` as in the API: `labelSelector`,
+        `fieldSelector`."""
         path = await self._path(api_version, kind, namespace)
         page: dict[str, str] = {"limit": str(_PAGE), **query}
         while True:
@@ -51,10 +52,10 @@ class Client:
             page["continue"] = more
 
     async def apply(self, manifest: Mapping[str, Any], subresource: str = "", *, dry_run: bool = False) -> Manifest:
-        """Server-side apply: what we stated before and state no more is removed, and what others changed is changed back.
+        """Server-side apply: what we stated before and no longer state is removed, and what others changed is changed back.
 
-        A uid or resourceVersion in the manifest is a precondition: `Conflict` where the object is another one now. A `dry_run` is
-        judged by quotas and admission in the same way, and changes nothing.
+        A uid or resourceVersion in the manifest is a precondition: `Conflict` if the object is another one now. Quotas and admission treat
+        a `dry_run` in the same way, and it changes nothing.
         """
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
         path += f"/{subresource}" if subresource else ""
@@ -62,25 +63,26 @@ class Client:
         return await self._ask("PATCH", path, query=query, body=manifest, content="application/apply-patch+yaml")
 
     async def create(self, manifest: Mapping[str, Any]) -> Manifest:
-        """Raises `Conflict` where the name is taken."""
+        """Create an object. Raises `Conflict` if the name is taken."""
         namespace, _ = _place(manifest)
         path = await self._path(manifest["apiVersion"], manifest["kind"], namespace)
         return await self._ask("POST", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
 
     async def patch(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> Manifest:
-        """Merges what the manifest holds into the object."""
+        """Merge the manifest into the object."""
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
         return await self._ask("PATCH", path, query=_as_us(dry_run), body=manifest, content="application/merge-patch+json")
 
     async def replace(self, manifest: Mapping[str, Any]) -> Manifest:
-        """`metadata.resourceVersion` is a precondition: `Conflict` where the object changed since."""
+        """Replace an object. `metadata.resourceVersion` is a precondition: `Conflict` if the object changed since."""
         path = await self._path(manifest["apiVersion"], manifest["kind"], *_place(manifest))
         return await self._ask("PUT", path, query={"fieldManager": FIELD_MANAGER}, body=manifest)
 
     async def delete(
         self, api_version: str, kind: str, namespace: str, name: str, *, preconditions: Mapping[str, str], propagation: str = "Foreground"
     ) -> Manifest | None:
-        """The object, where it does not go at once. Not to be found is fine; `Conflict` where `uid` or `resourceVersion` is another."""
+        """Delete an object; return it if it is not gone at once. A missing object is no error; `Conflict` if `uid` or `resourceVersion`
+        differs."""
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation, "preconditions": dict(preconditions)}
         try:
             answer = await self._ask("DELETE", await self._path(api_version, kind, namespace, name), body=body)
@@ -89,7 +91,7 @@ class Client:
         return answer if answer.get("kind") == kind else None
 
     async def served(self, api_version: str) -> Mapping[str, str]:
-        """Plural by kind of a group and version; empty where the cluster does not have it. Kept once found."""
+        """Return plurals by kind of a group and version; empty if the cluster does not serve it. Cached once found."""
         if not self._kinds.get(api_version):
             path = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
             try:

@@ -1,4 +1,4 @@
-"""Events about runs, for `kubectl describe`: one for each thing that is said, counted where it is said again."""
+"""Events about runs, for `kubectl describe`: one for each distinct message, counted if it is repeated."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from dagger_operator.kube.errors import ApiError, Conflict
 log = structlog.get_logger()
 
 _LONGEST = 1024
-"""Characters of a message that the API server takes."""
+"""Maximum characters of a message that the API server accepts."""
 
 
 class Teller:
@@ -22,7 +22,7 @@ class Teller:
         self._client = client
 
     async def tell(self, run: Mapping[str, Any], event: Event) -> None:
-        """Called once the status that says the same was written. What fails is logged: nothing rests on an Event."""
+        """Emit an event; called once the status with the same content was written. Failures are logged: nothing depends on an Event."""
         manifest = _manifest(run, event)
         try:
             try:

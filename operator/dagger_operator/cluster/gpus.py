@@ -1,4 +1,4 @@
-"""What GPUs are held for, from pods as they are seen; pure. The semantics are those of `docs/metrics.md`."""
+"""What GPUs are held for, derived from observed pods; pure. The semantics are those of `docs/metrics.md`."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,11 +19,11 @@ _ASKS: Mapping[str, frozenset[str]] = {
     StageName.PUBLISH: frozenset({Role.STUDENT}),
     StageName.EVALUATION: frozenset({Role.STUDENT}),
 }
-"""Policies that a stage asks."""
+"""Policies that a stage queries."""
 
 
 def held(pods: Iterable[Manifest]) -> Counter[str]:
-    """GPUs by use, over the pods of all runs."""
+    """Return GPUs by use, over the pods of all runs."""
     stages: defaultdict[RunKey | None, set[str]] = defaultdict(set)
     holding: list[tuple[Manifest, int]] = []
     for pod in pods:
@@ -40,7 +40,7 @@ def held(pods: Iterable[Manifest]) -> Counter[str]:
 
 
 def _use(pod: Manifest, stages: Iterable[str]) -> str:
-    """`stages`: those of its run that are at work."""
+    """Return the use of a pod's GPUs; `stages` are its run's current stages."""
     component = _component(pod)
     if component not in set(Role):
         return "training"
@@ -50,7 +50,7 @@ def _use(pod: Manifest, stages: Iterable[str]) -> str:
 
 
 def _gpus(pod: Manifest) -> int:
-    """Of whatever vendor: extended resources whose name ends with `/gpu`."""
+    """Return the GPUs of a pod, of any vendor: extended resources whose name ends with `/gpu`."""
     limits = ((one.get("resources") or {}).get("limits") or {} for one in (pod.get("spec") or {}).get("containers") or ())
     return sum(int(amount) for one in limits for name, amount in one.items() if name.endswith("/gpu"))
 

@@ -1,7 +1,7 @@
-"""How often the nodes of a LeaderWorkerSet were begun anew.
+"""How often the nodes of a LeaderWorkerSet were recreated.
 
-Its controller replaces all pods of a replica when a container of one of them ends, so no pod is there that would have counted it: only
-Events tell, for as long as the API server keeps them (an hour).
+Its controller replaces all pods of a replica when a container of one of them ends, so no remaining pod has counted it: only Events record
+it, for as long as the API server keeps them (an hour).
 """
 
 from collections import defaultdict
@@ -18,7 +18,8 @@ Manifest = Mapping[str, Any]
 
 
 async def begun_anew(client: Client, objects: Iterable[Manifest]) -> dict[str, tuple[PodFailure, ...]]:
-    """Of each LeaderWorkerSet that is not available, by name: an entry for each time since it last was, of the replica that has most."""
+    """Return, by name of each LeaderWorkerSet that is not available, an entry for each recreation since it last was, for the replica with
+    most of them."""
     found: dict[str, tuple[PodFailure, ...]] = {}
     for one in objects:
         if one["kind"] == "LeaderWorkerSet" and (since := _unavailable_since(one)) is not None:
@@ -38,11 +39,11 @@ async def _ends(client: Client, group: Manifest, since: datetime) -> tuple[PodFa
     try:
         events = [one async for one in client.list("v1", "Event", metadata["namespace"], fieldSelector=about)]
     except (Refused, Unavailable):
-        return ()  # an explanation less; the run is none the worse
+        return ()  # one explanation less; the run is unaffected
     by_replica: dict[str, dict[str, PodFailure]] = defaultdict(dict)
     for event in sorted(events, key=lambda one: str(one.get("eventTime") or one.get("lastTimestamp") or "")):
         at, first = time(event.get("eventTime") or event.get("lastTimestamp")), event.get("related") or {}
         if at is not None and at >= since and first.get("name"):
-            # Each first node that was taken away is one time, however often it was told.
+            # Each removed first node counts once, however often it was reported.
             by_replica[first["name"]][first.get("uid", "")] = PodFailure("GroupBegunAnew", str(event.get("message") or ""))
     return max((tuple(times.values()) for times in by_replica.values()), key=len, default=())

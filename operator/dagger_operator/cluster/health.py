@@ -1,7 +1,7 @@
-"""Whether this process gets on with its work, and whether it works at all, for the kubelet.
+"""Whether this process makes progress, and whether it does its job, for the kubelet.
 
-`/livez` measures progress: a process whose watches, queue or Lease stand still is to be started anew. `/readyz` says whether it
-does its job: a standby is ready, it waits.
+`/livez` measures progress: a process whose watches, queue or Lease are stuck has to be restarted. `/readyz` says whether it does its job: a
+standby is ready, it waits.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from aiohttp import web
 from dagger_operator.cluster.streams import Streams
 
 LONGEST_SILENCE = 600.0
-"""Seconds. Every watch is opened anew within 240 s; one that is not is dead."""
+"""Seconds. Every watch is reopened within 240 s; one that is not is dead."""
 LONGEST_STANDSTILL = 300.0
 """Seconds that runs may wait while none is finished."""
 
@@ -27,10 +27,10 @@ class Health:
     leads: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
     lag: float = field(default=0.0)
-    """Seconds by which the event loop was late when it was last looked at. One that is held up answers no probe."""
+    """Seconds by which the event loop was late at the last measurement. A blocked loop answers no probe."""
 
     def stuck(self) -> str | None:
-        """Why this process should be started anew."""
+        """Return why this process should be restarted."""
         if (silence := self.streams.silence) > LONGEST_SILENCE:
             return f"a watch gave no sign of life for {silence:.0f} s"
         if (standstill := self.standstill()) > LONGEST_STANDSTILL:
@@ -38,13 +38,13 @@ class Health:
         return None
 
     def idle(self) -> str | None:
-        """Why this process does not do its job yet."""
+        """Return why this process does not do its job yet."""
         if self.leads() and (waiting := self.streams.waiting):
             return f"not watching yet: {', '.join(waiting)}"
         return self.stuck()
 
     async def watch_the_loop(self, every: float = 1.0) -> None:
-        """Measures how late the event loop is, for ever."""
+        """Measure forever how late the event loop is."""
         while True:
             due = self.clock() + every
             await asyncio.sleep(every)

@@ -1,11 +1,11 @@
-"""Who works: one replica at a time, by a Lease.
+"""Leader election: one replica works at a time, by a Lease.
 
-Another replica takes over once the holder did not renew for `duration`, by its own clock from when it saw the last renewal, so
-clocks need not agree. The holder stops to write when it could not renew for `deadline`, which is shorter: `fence` is asked
-before every write, and `keep` raises, which ends the process. A new life begins with what is observed.
+Another replica takes over once the holder has not renewed for `duration`, measured by its own clock from when it saw the last renewal, so
+clocks need not agree. The holder stops writing when it could not renew for `deadline`, which is shorter: `fence` is called before every
+write, and `keep` raises, which ends the process. A restarted process begins with what it observes.
 
-It is renewed by a thread with a connection of its own: a thousand runs that are made at once keep the loop busy for longer than a
-Lease lasts, and that is no reason to begin anew. A loop that stands still is found by the liveness probe.
+The Lease is renewed by a thread with its own connection: a thousand runs created at once keep the loop busy for longer than a Lease lasts,
+and that is no reason to restart. A stuck loop is found by the liveness probe.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ _API, _KIND = "coordination.k8s.io/v1", "Lease"
 
 
 class LeadershipLost(Exception):
-    """Another replica may be at work: this process has to end."""
+    """Another replica may be working: this process has to end."""
 
 
 @dataclass
 class Leader:
     client: Client
-    """Not fenced: the Lease is what the fence rests on."""
+    """Not fenced: the fence depends on the Lease."""
     connect: Callable[[], AbstractAsyncContextManager[Client]]
-    """Another such client, for another event loop."""
+    """Opens another such client, for another event loop."""
     namespace: str
     name: str
     identity: str
-    """Of this life of this process: a replica that was started again is another one."""
+    """Identifies this run of this process: a restarted replica is a different one."""
     duration: float = 15.0
     """Seconds after which others may take over from a holder that does not renew."""
     deadline: float = 10.0
@@ -48,7 +48,7 @@ class Leader:
     retry: float = 2.0
     clock: Callable[[], float] = time.monotonic
     _seen: tuple[str, float] = ("", 0.0)
-    """Version of another's Lease, and when it was first seen."""
+    """Version of another holder's Lease, and when it was first seen."""
     _renewed: float | None = field(default=None)
 
     @property
@@ -56,25 +56,25 @@ class Leader:
         return self._renewed is not None and self.clock() - self._renewed < self.deadline
 
     def fence(self) -> None:
-        """Raises `LeadershipLost` where this process may not write: its last renewal is too old, however busy it was meanwhile."""
+        """Raise `LeadershipLost` if this process may not write: its last renewal is too old, however busy it was meanwhile."""
         if not self.holds:
             raise LeadershipLost(f"Lease {self.namespace}/{self.name} was not renewed for {self.deadline:.0f} s")
 
     async def acquire(self) -> None:
-        """Returns once this process holds the Lease. Waits through an API server that is away; `Refused` is raised."""
-        while not await self._tried(self.client):  # noqa: ASYNC110 - what is waited for happens in the cluster
+        """Return once this process holds the Lease. Waits while the API server is unavailable; raises `Refused`."""
+        while not await self._tried(self.client):  # noqa: ASYNC110 - the wait is for a change in the cluster
             await asyncio.sleep(self.retry)
         log.info("leading", lease=f"{self.namespace}/{self.name}", identity=self.identity)
 
     async def keep(self) -> None:
-        """Renews for ever. Raises `LeadershipLost`."""
+        """Renew forever. Raises `LeadershipLost`."""
         ended = threading.Event()
         renewing = asyncio.ensure_future(asyncio.to_thread(lambda: asyncio.run(self._renewing(ended))))
         try:
             await asyncio.shield(renewing)
         finally:
             ended.set()
-            await asyncio.wait({renewing})  # else it may renew what is being released
+            await asyncio.wait({renewing})  # otherwise it may renew what is being released
 
     async def _renewing(self, ended: threading.Event) -> None:
         async with self.connect() as client:
@@ -83,7 +83,7 @@ class Leader:
                     self.fence()
 
     async def release(self) -> None:
-        """Lets another replica take over at once; what fails does not matter, the Lease expires."""
+        """Let another replica take over at once; a failure does not matter, since the Lease expires."""
         if not self.holds:
             return
         self._renewed = None
@@ -95,7 +95,7 @@ class Leader:
             log.debug("lease not released", error=str(error))
 
     async def _tried(self, client: Client) -> bool:
-        """Takes or renews the Lease, where that may be done. False: not now."""
+        """Take or renew the Lease if possible. Returns False if not now."""
         began = self.clock()
         try:
             async with asyncio.timeout(self.deadline / 2):

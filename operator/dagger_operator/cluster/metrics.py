@@ -1,4 +1,4 @@
-"""The operator's Prometheus metrics, named in `docs/metrics.md`."""
+"""The operator's Prometheus metrics, documented in `docs/metrics.md`."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ from dagger_operator.store.exposition import fresh_registry
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _STAGE = (10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 48 * 3600.0)
 _GPU_SECONDS = 5.0
-"""Between two looks at who holds GPUs."""
+"""Seconds between two counts of held GPUs."""
 
 
 class Metrics:
@@ -57,7 +57,7 @@ class Metrics:
         self.waited = waited.labels("runs")
 
     def read(self, readings: Readings) -> None:
-        """Registers what is read when it is asked for."""
+        """Register metrics that are read at scrape time."""
         self.registry.register(readings)
 
     def timed(self, work: Callable[[RunKey], Awaitable[float | None]]) -> Callable[[RunKey], Awaitable[float | None]]:
@@ -73,7 +73,7 @@ class Metrics:
         return measured
 
     def heard(self, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-        """Told of every event; a Job that was seen before and has ended now is a stage that did."""
+        """Handle every watch event; a Job that was seen before and has ended now is a finished stage."""
         self._events.labels(now["kind"]).inc()
         if now["kind"] != "Job" or before is None or _end(before) is not None or (end := _end(now)) is None:
             return
@@ -83,7 +83,7 @@ class Metrics:
             self._stages.labels(stage, "Succeeded" if end["type"] == "Complete" else "Failed").observe(took.total_seconds())
 
     async def count_gpus(self, cache: Cache) -> None:
-        """Adds up GPU-seconds, for ever."""
+        """Add up GPU-seconds forever."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(_GPU_SECONDS)
@@ -93,7 +93,7 @@ class Metrics:
             last = now
 
     def trace(self) -> aiohttp.TraceConfig:
-        """Counts the requests of an HTTP session."""
+        """Return a trace that counts the requests of an HTTP session."""
         trace = aiohttp.TraceConfig()
 
         async def begun(_: aiohttp.ClientSession, context: SimpleNamespace, __: aiohttp.TraceRequestStartParams) -> None:

@@ -1,4 +1,4 @@
-"""From the cache, the API server's warnings and object storage to what a plan is made of."""
+"""Builds `Observed` for a plan from the cache, the API server's warnings and object storage."""
 
 from datetime import UTC, datetime
 
@@ -18,7 +18,7 @@ class Observer:
         self._cache, self._client, self._stores, self._scrapers = cache, client, stores, scrapers
 
     async def observe(self, run: DAggerRun, refused: Trouble | None) -> Observed:
-        """Children before results: a Job that is seen to be done has its result in storage by then."""
+        """Read children before results: a Job that is observed as done has its result in storage by then."""
         objects, pods = own(run, self._cache.children(RunKey(run.metadata.namespace, run.metadata.name)))
         now = datetime.now(UTC)
         warnings = await warnings_about(self._client, objects, pods, now)

@@ -1,7 +1,7 @@
-"""What is a run's own, and what only wears its label. Pure.
+"""What belongs to a run, and what only has its label. Pure.
 
-A label may be written by anyone; an owner reference with the run's uid is ours. Pods are owned by what a controller made for them:
-a Job, a ReplicaSet of a Deployment, or the StatefulSets of a LeaderWorkerSet.
+Anyone may write a label; an owner reference with the run's uid is ours. Pods are owned by what a controller created for them: a Job, a
+ReplicaSet of a Deployment, or the StatefulSets of a LeaderWorkerSet.
 """
 
 import re
@@ -16,7 +16,7 @@ Manifest = Mapping[str, Any]
 
 
 def controller(manifest: Manifest) -> Mapping[str, Any] | None:
-    """The owner reference of the one object that controls this one."""
+    """Return the owner reference of the one object that controls this one."""
     return next((one for one in manifest["metadata"].get("ownerReferences") or () if one.get("controller")), None)
 
 
@@ -27,7 +27,7 @@ def is_own(run: DAggerRun, manifest: Manifest) -> bool:
 
 
 def own(run: DAggerRun, labelled: Iterable[Manifest]) -> tuple[list[Manifest], list[Manifest]]:
-    """Of everything that wears a run's label: its objects, and its pods, which may outlive their objects."""
+    """Return the run's objects among everything with its label, and its pods, which may outlive their objects."""
     here = [one for one in labelled if one["metadata"].get("namespace") == run.metadata.namespace]
     objects: list[Manifest] = []
     strangers: list[Manifest] = []
@@ -38,7 +38,8 @@ def own(run: DAggerRun, labelled: Iterable[Manifest]) -> tuple[list[Manifest], l
 
 
 def _is_own_pod(run: DAggerRun, pod: Manifest, objects: Iterable[Manifest], strangers: Iterable[Manifest]) -> bool:
-    """A pod whose object is unknown counts as ours where only we would name that so: what might hold GPUs is waited for."""
+    """Whether a pod is the run's. A pod whose object is unknown counts as ours if only we would use that name: anything that may hold GPUs
+    is waited for."""
     maker = controller(pod)
     if maker is None:
         return False
@@ -57,10 +58,10 @@ def _is_own_pod(run: DAggerRun, pod: Manifest, objects: Iterable[Manifest], stra
 
 
 _MADE_FOR = {"ReplicaSet": ("Deployment", r"-[^-]*$", server_name), "StatefulSet": ("LeaderWorkerSet", r"-[0-9]+$", group_name)}
-"""What makes the pods of a server: of which kind that is, what follows its name, and how we name it."""
+"""By kind of what creates a server's pods: the kind that it belongs to, the suffix of its name, and how we name the server."""
 
 
 def _job_of(run: DAggerRun, pod: Manifest) -> str:
-    """The name of the Job that a pod's labels tell of."""
+    """Return the name of the Job that a pod's labels state."""
     labels = pod["metadata"].get("labels") or {}
     return job_name(run, labels.get(COMPONENT, ""), round_of(labels), labels.get(ATTEMPT, ""))

@@ -1,24 +1,24 @@
-"""How many runs are looked at at the same time: few that work, so that none waits long for its turn at one processor and one API server,
-and more that wait for storage, which may be far away."""
+"""Limits how many runs are reconciled at the same time: few that work, so that none waits long for its turn at one processor and one API
+server, and more that wait for storage, which may be far away."""
 
 import asyncio
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 WAITING_FOR_EACH = 3
-"""Looks that may wait for storage, for each that may work."""
+"""Reconciles that may wait for storage, for each one that may work."""
 
 
 @dataclass
 class Place:
-    """One look's, from `Places.take` to `leave`."""
+    """The place of one reconcile, from `Places.take` to `leave`."""
 
     _at_work: asyncio.Semaphore
     _under_way: asyncio.Semaphore
     _gave_way: bool = False
 
     def give_way(self) -> None:
-        """Another may work from now on. It is not waited for afterwards: who waited for storage has waited enough."""
+        """Let another one work from now on. The place is not taken again afterwards: whoever waited for storage has waited enough."""
         if not self._gave_way:
             self._gave_way = True
             self._at_work.release()
@@ -43,11 +43,11 @@ _own: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
 def sit(place: Place) -> None:
-    """The task that calls this has the place."""
+    """Give the place to the calling task."""
     _own.set(place)
 
 
 def give_way() -> None:
-    """Called by a look that waits for something slow; elsewhere it does nothing."""
+    """Give way while a reconcile waits for something slow; elsewhere this does nothing."""
     if (place := _own.get()) is not None:
         place.give_way()

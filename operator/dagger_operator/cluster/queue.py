@@ -1,7 +1,7 @@
-"""A queue of keys with controller-runtime's semantics: what is asked for twice is done once, and nobody does one key twice at a time.
+"""A queue of keys with controller-runtime's semantics: what is requested twice is done once, and no key is processed twice at a time.
 
-A key says that something about an object should be looked at, never what happened. Events that come while its key is being
-worked on make it be worked on once more afterwards.
+A key says that something about an object should be looked at, never what happened. If events arrive while their key is being processed, it
+is processed once more afterwards.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Backoff:
-    """How long a key waits after failures in a row."""
+    """How long a key waits after consecutive failures."""
 
     first: float = 0.25
     """Seconds after the first failure; doubled with each further one."""
     longest: float = 60.0
     jitter: float = 0.5
-    """Share of the wait that is left to chance, so that what failed together does not come back together."""
+    """Random share of the wait, so that keys that failed together are not retried together."""
 
     def seconds(self, failures: int, chance: float) -> float:
         whole = min(self.longest, self.first * 2.0 ** min(failures - 1, 32))
@@ -38,11 +38,11 @@ class Backoff:
 @dataclass
 class _Entry:
     due: float | None = None
-    """When it is to be worked on; None where nothing is asked."""
+    """When it is due; None if it was not requested."""
     working: bool = False
     failures: int = 0
     last: float = float("-inf")
-    """When it was given to a worker last."""
+    """When it was last given to a worker."""
 
 
 @dataclass
@@ -53,12 +53,12 @@ class WorkQueue(Generic[K]):
     """Seconds, monotonic."""
     backoff: Backoff = field(default_factory=Backoff)
     spacing: float = 0.0
-    """Least seconds between two starts of one key: a burst of events costs one look at its beginning and one at its end."""
+    """Minimum seconds between two starts of one key: a burst of events costs one run at its beginning and one at its end."""
     chance: Callable[[], float] = random.random
     on_add: Callable[[], object] = lambda: None
     on_retry: Callable[[], object] = lambda: None
     on_take: Callable[[float], object] = lambda seconds: None
-    """Told of what happens, for metrics; `on_take` of the seconds from due to begun."""
+    """Callbacks for metrics; `on_take` gets the seconds from due to started."""
     _entries: dict[K, _Entry] = field(default_factory=dict)
     _heap: list[tuple[float, int, K]] = field(default_factory=list)
     _ticket: int = 0
@@ -66,7 +66,7 @@ class WorkQueue(Generic[K]):
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, key: K, after: float = 0.0) -> None:
-        """Asks for `key` in `after` seconds, or earlier where that was asked for already."""
+        """Request `key` in `after` seconds, or earlier if that was requested already."""
         self.on_add()
         entry = self._entries.setdefault(key, _Entry())
         due = max(self.clock() + after, entry.last + self.spacing)
@@ -76,7 +76,7 @@ class WorkQueue(Generic[K]):
                 self._push(key, due)
 
     def take(self) -> K | None:
-        """A key that is due and that nobody works on, or None. `done` or `failed` has to follow."""
+        """Return a key that is due and not being processed, or None. `done` or `failed` has to follow."""
         now = self.clock()
         while self._heap and self._heap[0][0] <= now:
             due, _, key = heapq.heappop(self._heap)
@@ -84,20 +84,20 @@ class WorkQueue(Generic[K]):
             if entry is None or entry.working:
                 continue
             if entry.due is None:
-                if entry.last + self.spacing <= now:  # else it was popped for a time that counts no more
-                    del self._entries[key]  # nobody asked for it since it was done
-            elif entry.due == due:  # else it was asked for at another time too
+                if entry.last + self.spacing <= now:  # otherwise it was popped for an outdated time
+                    del self._entries[key]  # not requested again since it was done
+            elif entry.due == due:  # otherwise it was requested at another time too
                 entry.due, entry.working, entry.last = None, True, now
                 self.on_take(now - due)
                 return key
         return None
 
     def done(self, key: K, *, again_after: float | None = None) -> None:
-        """`key` was worked on successfully and is to be looked at again after so many seconds; None: when somebody asks."""
+        """Record that `key` was processed successfully and is due again after so many seconds; None: when it is requested."""
         self._finish(key, failures=0, again_after=again_after)
 
     def failed(self, key: K) -> float:
-        """Working on `key` failed: it is tried again after the seconds that are returned, or earlier where somebody asks."""
+        """Record that processing `key` failed: it is retried after the returned seconds, or earlier if it is requested."""
         self.on_retry()
         failures = self._entries[key].failures + 1
         wait = self.backoff.seconds(failures, self.chance())
@@ -119,17 +119,17 @@ class WorkQueue(Generic[K]):
 
     @property
     def depth(self) -> int:
-        """Keys that could be worked on now."""
+        """Keys that could be processed now."""
         return len(self._waits())
 
     @property
     def oldest(self) -> float:
-        """Seconds that the key that waits longest has been due; 0 where none is."""
+        """Seconds for which the longest-waiting key has been due; 0 if none is."""
         return max(self._waits(), default=0.0)
 
     @property
     def standstill(self) -> float:
-        """Seconds for which a key has been due while nothing was finished: a queue that is long is slow, one that stands still is stuck."""
+        """Seconds for which a key has been due while nothing was finished: a long queue is slow, one that finishes nothing is stuck."""
         return min(self.oldest, self.clock() - self._finished)
 
     def _waits(self) -> list[float]:
@@ -137,7 +137,7 @@ class WorkQueue(Generic[K]):
         return [now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now]
 
     async def run(self, work: Callable[[K], Awaitable[float | None]], places: Places) -> None:
-        """Works until it is cancelled, where there is a place. `work` returns the seconds after which it wants to look again."""
+        """Process keys until cancelled, whenever there is a place. `work` returns the seconds after which the key is due again."""
         async with asyncio.TaskGroup() as group:
             while True:
                 place = await places.take()

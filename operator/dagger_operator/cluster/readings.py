@@ -1,4 +1,4 @@
-"""Metrics that are read off the operator's state when Prometheus asks, so that what is gone is gone from them too."""
+"""Metrics read from the operator's state at scrape time, so that what no longer exists is not reported."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,7 +49,7 @@ class Readings(Collector):
 
 
 def _reason(status: Mapping[str, Any]) -> str:
-    """Empty where the run progresses."""
+    """Return the reason of a run that does not progress; empty if it does."""
     conditions = status.get("conditions") or ()
     progresses = any(one["type"] == ConditionType.PROGRESSING and one["status"] == "True" for one in conditions)
     return "" if progresses else str(status.get("reason") or "")

@@ -1,7 +1,7 @@
-"""What no owner reference can clear: in the sandbox namespace, Leases and bindings of runs that are gone, Leases of workers that are, and
-bindings of accounts that are.
+"""Removes what no owner reference can clean up in the sandbox namespace: Leases and bindings of runs that are gone, Leases of workers that
+are gone, and bindings of accounts that are gone.
 
-Sandbox pods belong to their worker's Lease, so the garbage collector takes them with it.
+Sandbox pods belong to their worker's Lease, so the garbage collector removes them with it.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 EVERY = 60.0
 """Seconds between two rounds."""
 GRACE = 60.0
-"""A Lease that stood still for so many seconds more than it lasts is nobody's: its worker is gone, and no sibling took it away."""
+"""Seconds beyond its duration after which an unrenewed Lease is removed: its worker is gone, and no sibling removed it."""
 
 
 class Reaper:
@@ -34,7 +34,7 @@ class Reaper:
         self._witness = Witness(EVERY, clock)
 
     async def run(self) -> None:
-        """For ever."""
+        """Reap forever."""
         while True:
             await asyncio.sleep(EVERY)
             try:
@@ -43,7 +43,7 @@ class Reaper:
                 log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error))
 
     async def reap(self) -> int:
-        """How many objects were removed; Leases go first, since their pods cost something."""
+        """Return how many objects were removed; Leases go first, since their pods cost something."""
         leases = [one async for one in self._labelled("coordination.k8s.io/v1", "Lease")]
         dead = self._witness.dead(leases, grace=GRACE)
         removed = [await self._cleared(one) for one in dead]
@@ -54,8 +54,8 @@ class Reaper:
         return sum(removed)
 
     async def _cleared(self, one: Manifest, run: RunKey | None = None) -> bool:
-        """Whether it was removed; where it is a run's, not before that is gone, or whom it binds. What the API server refuses is kept and
-        named."""
+        """Return whether an object was removed; a run's object is not removed before the run, or the account that it binds, is gone. What
+        the API server refuses to remove is kept and logged."""
         try:
             return (run is None or await self._is_gone(run) or await self._binds_nobody(one)) and await self._removed(one)
         except ApiError as error:
@@ -72,14 +72,14 @@ class Reaper:
         return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGED_BY_VALUE}")
 
     def _notice(self, bindings: list[Manifest]) -> None:
-        """Nobody watches bindings: here it shows that one went which we made, and its run makes it again."""
+        """Notice bindings of ours that are gone, since bindings are not watched, and wake their runs to create them again."""
         there = {one["metadata"]["uid"] for one in bindings}
         for known in [one for one in self._cache.of_kind("RoleBinding") if one["metadata"]["uid"] not in there]:
             if known["metadata"]["namespace"] == self._namespace and (key := self._cache.remove(known)) is not None:
                 self._wake(key)
 
     async def _is_gone(self, key: RunKey) -> bool:
-        """Asked of the API server itself: the cache may not have heard of a run yet."""
+        """Whether a run is gone, according to the API server itself: the cache may not know of a run yet."""
         if self._cache.run(key) is not None:
             return False
         try:
@@ -89,8 +89,8 @@ class Reaper:
         return False
 
     async def _binds_nobody(self, one: Manifest) -> bool:
-        """Whether it is a binding of an account that is gone, as with the last worker of a stage: who makes another of that name would have
-        its rights."""
+        """Whether it is a binding of an account that is gone, as with the last worker of a stage: whoever creates another account of that
+        name would have its rights."""
         account: Manifest = next(iter(one.get("subjects") or ()), {})
         if one["kind"] != "RoleBinding" or account.get("kind") != "ServiceAccount":
             return False
@@ -104,7 +104,7 @@ class Reaper:
         return False
 
     async def _removed(self, one: Manifest) -> bool:
-        """Not where it changed since it was looked at: a worker that was slow has renewed its Lease."""
+        """Return whether an object was removed; not if it changed since it was read: a slow worker may have renewed its Lease."""
         metadata = one["metadata"]
         preconditions = {name: metadata[name] for name in ("uid", "resourceVersion")}
         try:
@@ -115,5 +115,5 @@ class Reaper:
             return False
         log.info("cleared", kind=one["kind"], namespace=self._namespace, name=metadata["name"])
         if self._cache.get(identity(one)) is not None and (key := self._cache.remove(one)) is not None:
-            self._wake(key)  # its run may have come to want it again
+            self._wake(key)  # its run may need it again by now
         return True

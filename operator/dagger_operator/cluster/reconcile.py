@@ -1,6 +1,6 @@
-"""One run, from what is observed to what should be: read it from top to bottom.
+"""One run, from observation to desired state: read it from top to bottom.
 
-It is told a key, never what happened. It may be killed at any line and asked again; asked twice, the second time does nothing.
+It gets a key, never what happened. It may be killed at any line and called again; a second call does nothing.
 """
 
 import random
@@ -27,13 +27,13 @@ from dagger_operator.control.refusals import dated, failed_by
 log = structlog.get_logger()
 
 RESTING = frozenset({Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED})
-"""Phases in which nothing is read again and again."""
+"""Phases in which storage is not polled."""
 AGAIN_AFTER_REFUSAL = 10.0
-"""Seconds until what the API server refused is tried again."""
+"""Seconds until what the API server refused is retried."""
 LOOKS_A_SECOND = 50.0
-"""Looks that nothing but time asks for, over all runs. Up to 500 runs are looked at every ten seconds, a thousand every twenty."""
+"""Periodic reconciles per second, over all runs. Up to 500 runs are reconciled every ten seconds, a thousand every twenty."""
 SPREAD_SECONDS = 3.0
-"""How much sooner a look may come, by chance: runs that were made together are not to be looked at together for ever."""
+"""Maximum seconds by which a reconcile may randomly come earlier: runs created together should not be reconciled together forever."""
 
 Manifest = Mapping[str, Any]
 Section = TypeVar("Section", bound=BaseModel)
@@ -53,7 +53,7 @@ class Reconciler:
         await self._stores.close()
 
     async def reconcile(self, key: RunKey) -> float | None:
-        """Seconds until it should be asked again; None: when something changes. Raises `ApiError` where it has to be tried again."""
+        """Return the seconds until the next call; None: when something changes. Raises `ApiError` if it has to be retried."""
         stored = self._cache.run(key)
         if stored is None or not _is_ours(stored):
             self._forget(key)
@@ -76,36 +76,38 @@ class Reconciler:
         if planned.expired:
             await self._delete(written)
         if planned.status.phase is Phase.SUCCEEDED or (planned.status.phase in RESTING and observed.storage_problem is None):
-            self._stores.forget(key)  # not that its storage is away, where it is asked again and again
+            self._stores.forget(key)  # except the record of unavailable storage, which is polled
             self._read.pop(key, None)
         after = planned.requeue_after if refusal is None else AGAIN_AFTER_REFUSAL
-        return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - it spreads looks; who guesses it gains nothing
+        return paced(after, self._cache.count(KIND), random.random())  # noqa: S311 - it spreads reconciles; guessing it gains nothing
 
     def _run(self, key: RunKey, stored: Manifest) -> DAggerRun:
-        """The run, read once for each of its versions: that is a third of a look at which nothing is to be done. Raises `InvalidRun`."""
+        """Return the run, parsed once for each of its versions: that is a third of a reconcile in which nothing is to be done. Raises
+        `InvalidRun`."""
         version = f"{stored['metadata']['uid']}/{stored['metadata']['resourceVersion']}"
         read = self._read.get(key)
         if read is not None and read[1].metadata.uid != stored["metadata"]["uid"]:
-            self._forget(key)  # another, of the same name
+            self._forget(key)  # another run of the same name
         if read is None or read[0] != version:
             read = self._read[key] = version, completed(_loaded(stored), self._settings)
         return read[1]
 
     async def _carry_out(self, key: RunKey, run: DAggerRun, planned: Plan, observed: Observed) -> Trouble | None:
-        """Applies, removes, asks. The first refusal, dated by when it was met first; what else is planned is done all the same."""
+        """Apply, remove and dry-run what is planned. Returns the first refusal, dated by its first occurrence; everything else planned is
+        done regardless."""
         refusals = [trouble for one in planned.objects if (trouble := await self.applier.apply(run, one)) is not None]
         refusals += [trouble for ref in planned.remove if (trouble := await self.applier.remove(run, ref)) is not None]
         refusals += [trouble for one in planned.asked if (trouble := await self.applier.apply(run, one, dry_run=True)) is not None]
         if refusals:
             self._refused[key] = dated(refusals[0], self._refused.get(key), run.status)
             return self._refused[key]
-        if observed.storage_problem is None:  # else nothing was asked for, and nothing taken
+        if observed.storage_problem is None:  # otherwise nothing was applied, and nothing accepted
             self._refused.pop(key, None)
         return None
 
     async def _say(self, stored: Manifest, known: RunStatus | None, status: RunStatus, events: Sequence[Event]) -> Manifest:
-        """Writes the status where it differs, unless the run changed meanwhile (`Conflict`); then tells what is new in it. The run as it
-        was looked at, with the status that it has now."""
+        """Write the status if it differs, unless the run changed meanwhile (`Conflict`); then emit what is new in it. Returns the run as it
+        was read, with its current status."""
         if status == known or stored["metadata"].get("deletionTimestamp") is not None:
             return stored
         metadata = {name: stored["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion")}
@@ -122,7 +124,7 @@ class Reconciler:
         return written
 
     async def _delete(self, stored: Manifest) -> None:
-        """Its time to live is over; not if somebody changed it since it was looked at."""
+        """Delete a run whose time to live is over; not if somebody changed it since it was read."""
         metadata = stored["metadata"]
         preconditions = {name: metadata[name] for name in ("uid", "resourceVersion")}
         await self._client.delete(
@@ -142,15 +144,15 @@ class Reconciler:
 
 
 def paced(after: float | None, runs: int, dice: float) -> float | None:
-    """Seconds until a run is looked at again; `dice` from 0 to 1.
+    """Return the seconds until a run is reconciled again; `dice` is from 0 to 1.
 
-    A wait of ten seconds or more is longer in a large fleet, and spread; what is awaited sooner is not.
+    A wait of ten seconds or more is longer in a large fleet, and spread; a shorter one is unchanged.
     """
     return after if after is None or after < LOOK_AGAIN else max(after, runs / LOOKS_A_SECOND) - SPREAD_SECONDS * dice
 
 
 def completed(run: DAggerRun, settings: Settings) -> DAggerRun:
-    """With our own settings where the spec leaves them open; they are never written back."""
+    """Return the run with the operator's settings where the spec leaves them open; they are never written back."""
     sandbox = _filled(run.spec.sandbox, namespace=settings.sandbox_namespace, helper_image=settings.helper_image)
     sandbox = sandbox.model_copy(update={"pod": _filled(sandbox.pod, priority_class_name=settings.sandbox_priority_class)})
     training = _filled(run.spec.training, image=settings.trainer_image)
@@ -163,12 +165,13 @@ def _filled(section: Section, **own: str | None) -> Section:
 
 
 def _is_ours(stored: Manifest) -> bool:
-    """Whether no other is to work on it. Asked before it is read: what we do not understand may be another's way to write a run."""
+    """Whether this operator manages the run. Checked before it is parsed: what we do not understand may be another controller's format."""
     return ((stored.get("spec") or {}).get("managedBy") or DEFAULT_MANAGER) == DEFAULT_MANAGER
 
 
 def _loaded(stored: Manifest) -> DAggerRun:
-    """The run as it is stored. A status that another version wrote is none to go by; a spec that is not understood is `InvalidRun`."""
+    """Return the run as stored. A status that another version wrote and that is not understood is ignored; such a spec raises
+    `InvalidRun`."""
     status = _understood(stored.get("status"))
     return load({**stored, "status": status.wire() if status else None})
 

@@ -19,7 +19,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class InvalidSettings(ValueError):
-    """A variable with a value that does not do; the message names variable, value and remedy."""
+    """A variable with an invalid value; the message names variable, value and remedy."""
 
 
 def _listed(value: Any) -> Any:
@@ -27,12 +27,12 @@ def _listed(value: Any) -> Any:
 
 
 class Settings(BaseModel):
-    """What the chart sets. An empty variable is one that is not set."""
+    """Settings, as the chart sets them. An empty variable counts as not set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     namespaces: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = ()
-    """Namespaces whose runs are worked on, comma-separated; empty is all."""
+    """Namespaces whose runs are managed, comma-separated; empty means all."""
     namespace: Name = "default"
     """The operator's own namespace: its Lease is kept there."""
     pod: Annotated[str, Field(min_length=1, max_length=253)] = Field(default_factory=lambda: os.uname().nodename)
@@ -48,18 +48,18 @@ class Settings(BaseModel):
     trainer_image: Image | None = None
     """Trainer image for runs that name none."""
     scrapers: Json[tuple[Peer, ...]] = PROMETHEUS
-    """Who may scrape the servers of runs: peers of a NetworkPolicy, as a JSON list; `[]` is nobody."""
+    """Peers that may scrape the servers of runs: peers of a NetworkPolicy, as a JSON list; `[]` means none."""
     metrics_port: Port = 8080
     health_port: Port = 8081
     """0 turns a server off."""
     lease: Annotated[str, Field(pattern=r"^(-|[a-z0-9]([-a-z0-9.]*[a-z0-9])?)$", max_length=253)] = "dagger-operator"
-    """Name of the Lease by which replicas agree who works; `-` goes without, for one replica alone."""
+    """Name of the Lease by which replicas elect a leader; `-` means none, for a single replica."""
     workers: Annotated[int, Field(ge=1, le=256)] = 4
-    """Runs that are looked at at the same time, not counting those that wait for storage."""
+    """Runs reconciled at the same time, not counting those that wait for storage."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
-        """Raises `InvalidSettings`, also for a variable with this prefix that is unknown: a misspelt setting is not ignored."""
+        """Read the settings. Raises `InvalidSettings`, also for an unknown variable with this prefix: a misspelt setting is not ignored."""
         given = {name.removeprefix(PREFIX).lower(): value for name, value in environ.items() if name.startswith(PREFIX) and value}
         try:
             return cls.model_validate(given)

@@ -1,4 +1,4 @@
-"""The results of runs in object storage: one open store for each run, and no run that holds up another's."""
+"""The results of runs in object storage: one open store per run, and no run that delays another."""
 
 import asyncio
 import time
@@ -22,28 +22,30 @@ from dagger_operator.store.credentials import Credentials, Keys, own_identity
 from dagger_operator.store.objects import Clients, Reads, Store, StoreUnavailable
 
 SECRET_SECONDS = 60.0
-"""How long a Secret's content is taken for current; after a failure it is read at once."""
+"""Seconds for which a Secret's content is considered current; after a failure it is read at once."""
 PATIENCE_SECONDS = 10.0
-"""A store that takes longer is said to be away. Its answer is left to come, so that it is asked once at a time and nobody waits twice."""
+"""A store that takes longer is reported as unavailable. The read continues, so that there is one at a time and nobody waits twice."""
 GLANCE_SECONDS = 0.2
-"""For one that was away, until it has answered in time again: whoever waits for it does no other run's work meanwhile."""
+"""For a store that was unavailable, until it has answered in time again: a worker that waits for it cannot reconcile other runs."""
 WARY_SECONDS = 2.0
-"""For one whose server kept another run waiting that long: else all of its runs would, and those of other servers with them."""
+"""For a store whose server kept another run waiting that long: otherwise all of its runs would wait, and those of other servers with
+them."""
 AT_HAND_SECONDS = 0.05
-"""What a look waits for a store without giving its place to another."""
+"""Seconds that a reconcile waits for a store without giving its place to another."""
 PROGRESS_A_SECOND = 20.0
-"""Reads of progress, over all runs: what is only shown does not cost more with every run. Up to 200 runs show theirs at every look."""
+"""Reads of progress per second, over all runs, so that what is only shown does not cost more with every run. Up to 200 runs show theirs at
+every reconcile."""
 _THREADS = 16
 _ENCRYPTS = "AWS_SSE_CUSTOMER_KEY_BASE64"
-"""Takes headers beside it, which the signed URLs for a `NamedServer` cannot hold."""
+"""Needs additional headers, which the signed URLs for a `NamedServer` cannot contain."""
 
 
 @dataclass
 class _Server:
-    """What runs with storage on one server share."""
+    """State shared by runs with storage on one server."""
 
     threads: ThreadPoolExecutor
-    """One server that hangs holds up its own runs only. They end with the last run that uses them."""
+    """A hanging server delays only its own runs. The threads end with the last run that uses them."""
     silent: bool = False
     """Whether it kept a run waiting for too long, and has answered none in time since."""
 
@@ -54,7 +56,7 @@ class _Open:
     storage: Storage
     secret_version: str
     checked: float
-    """When the Secret was read last."""
+    """When the Secret was last read."""
     server: _Server
     store: Store
     reads: Reads
@@ -63,9 +65,9 @@ class _Open:
     progress_due: float = float("-inf")
     reading: asyncio.Task[tuple[Results, Progress]] | None = None
     took: float = 0.0
-    """Seconds of the last read that has ended."""
+    """Seconds that the last finished read took."""
     problem: str | None = None
-    """Why the store is said to be away; None once it has answered in time."""
+    """Why the store is considered unavailable; None once it has answered in time."""
 
 
 class Stores:
@@ -81,9 +83,9 @@ class Stores:
             await self._http.close()
 
     async def read(self, run: DAggerRun) -> tuple[Results, Progress]:
-        """All results of a run so far, and how far its stages are.
+        """Return all results of a run so far, and the progress of its stages.
 
-        Raises `StoreUnavailable`, also for credentials that are not there, or `DamagedObject`.
+        Raises `StoreUnavailable`, also for missing credentials, or `DamagedObject`.
         """
         key = RunKey(run.metadata.namespace, run.metadata.name)
         opened = await self._opened(key, run)
@@ -109,11 +111,11 @@ class Stores:
             if progress is not opened.progress:
                 opened.progress, opened.progress_due = progress, time.monotonic() + len(self._open) / PROGRESS_A_SECOND
             opened.results = results
-            if not begun_before:  # else it may be older than the children that were observed
+            if not begun_before:  # otherwise it may be older than the observed children
                 return results, progress
 
     def forget(self, key: RunKey) -> None:
-        """Frees what is kept for a run that is over or gone."""
+        """Free what is kept for a run that is over or gone."""
         opened = self._open.pop(key, None)
         if opened is not None and opened.reading is not None:
             opened.reading.cancel()
@@ -134,7 +136,7 @@ class Stores:
         return self._open[key]
 
     async def _credentials(self, run: DAggerRun) -> tuple[str, Credentials]:
-        """The Secret's version and content; without one the operator's own identity."""
+        """Return the Secret's version and content; without a Secret the operator's own identity."""
         reference = run.spec.storage.secret_ref
         if reference is None:
             return "", own_identity()
@@ -175,7 +177,7 @@ def _decoded(value: str, what: str) -> str:
 
 
 async def _waited_for(reading: asyncio.Task[tuple[Results, Progress]], seconds: float) -> None:
-    """Until it is done, or so long; whoever waits longer than for a store at hand lets others work."""
+    """Wait until it is done, or for so long; whoever waits longer than for a fast store lets others work."""
     await asyncio.wait({reading}, timeout=min(seconds, AT_HAND_SECONDS))
     if not reading.done():
         give_way()

@@ -1,6 +1,6 @@
-"""What kopf's requests tell about its watches: that each of them lives, and when a list was read anew.
+"""What kopf's requests reveal about its watches: that each of them is alive, and when a list was read again.
 
-kopf keeps bookmarks and relists to itself; the requests that it makes are seen from outside, by a trace of its HTTP session.
+kopf does not expose bookmarks and relists; its requests are observed from outside, by a trace of its HTTP session.
 """
 
 import time
@@ -13,7 +13,8 @@ from yarl import URL
 
 class Streams:
     def __init__(self, listed: Callable[[str, str | None, float], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`listed(plural, namespace, began)` is told that a list, begun then, was read to its end while things were known already."""
+        """`listed(plural, namespace, began)` is called when a list, begun at that time, was read to its end while objects were already
+        known."""
         self._listed, self._clock = listed, clock
         self._expected: set[tuple[str, str | None]] = set()
         self._opened: dict[tuple[str, str | None], float] = {}
@@ -23,12 +24,12 @@ class Streams:
         self.trace.on_request_end.append(self._on_end)
 
     def expect(self, plurals: Collection[str], namespaces: Collection[str]) -> None:
-        """Names the streams that have to live."""
+        """Set the streams that have to be alive."""
         self._expected = {(plural, namespace) for plural in plurals for namespace in (*namespaces,) or (None,)}
 
     @property
     def waiting(self) -> list[str]:
-        """Streams that were not opened yet."""
+        """Streams that have not been opened yet."""
         return sorted(_name(one) for one in self._expected - self._opened.keys())
 
     @property
@@ -38,7 +39,7 @@ class Streams:
 
     @property
     def silence(self) -> float:
-        """Seconds since the stream that was opened longest ago gave its last sign of life; 0 before all were open."""
+        """Seconds since the least recently opened stream gave its last sign of life; 0 before all were open."""
         if not self.open:
             return 0.0
         return self._clock() - min(self._opened[one] for one in self._expected)
@@ -59,7 +60,7 @@ class Streams:
             self._opened[stream] = self._clock()
 
     def _of(self, url: URL) -> tuple[str, str | None] | None:
-        """The stream that a request belongs to: `/apis/batch/v1/jobs`, `/api/v1/namespaces/lab/pods`."""
+        """Return the stream that a request belongs to: `/apis/batch/v1/jobs`, `/api/v1/namespaces/lab/pods`."""
         parts = url.path.strip("/").split("/")
         stream = (parts[-1], parts[-2] if len(parts) > 2 and parts[-3] == "namespaces" else None)
         return stream if stream in self._expected else None

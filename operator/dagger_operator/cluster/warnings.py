@@ -1,4 +1,4 @@
-"""What the API server keeps about objects that lack pods: a quota, an admission policy, a missing ServiceAccount."""
+"""What the API server records about objects that lack pods: a quota, an admission policy, a missing ServiceAccount."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -13,14 +13,14 @@ from dagger_operator.kube.errors import Refused, Unavailable
 Manifest = Mapping[str, Any]
 
 PATIENCE = timedelta(seconds=5)
-"""An object this young may just not have been given its pods yet."""
+"""An object this young may simply not have its pods yet."""
 _ENDS = frozenset({"Complete", "SuccessCriteriaMet", "Failed", "FailureTarget"})
 
 
 async def warnings_about(
     client: Client, objects: Iterable[Manifest], pods: Sequence[Manifest], now: datetime
 ) -> dict[tuple[str, str], Trouble]:
-    """Why objects lack pods, by kind and name. Events are listed for those alone that lack some."""
+    """Return why objects lack pods, by kind and name. Events are listed only for objects that lack some."""
     found: dict[tuple[str, str], Trouble] = {}
     for one in objects:
         kind, name = one["kind"], one["metadata"]["name"]
@@ -31,7 +31,7 @@ async def warnings_about(
             makers = _MAKERS[kind](one)
             own = [pod for pod in pods if (owner := controller(pod)) is not None and (owner["kind"], owner["name"]) in makers]
             newest = max(_begun(each) for each in (one, *own))
-            # The newest pod may not have been seen by its controller, nor counted by it.
+            # The newest pod may not have been seen or counted by its controller yet.
             if _lacks_pods(one, own) and now - newest > PATIENCE:
                 trouble = await _newest_warning(client, one["metadata"]["namespace"], makers, newest)
         if trouble is not None:
@@ -40,7 +40,7 @@ async def warnings_about(
 
 
 def _of_group(group: Manifest) -> set[tuple[str, str]]:
-    """A group's first nodes are one StatefulSet, the others of each replica another."""
+    """Return the StatefulSets of a group: one for the first nodes, and one for the others of each replica."""
     name = group["metadata"]["name"]
     return {("StatefulSet", name), *(("StatefulSet", f"{name}-{index}") for index in range(int(group["spec"].get("replicas", 1))))}
 
@@ -49,11 +49,11 @@ _MAKERS: Mapping[str, Callable[[Manifest], set[tuple[str, str]]]] = {
     "Job": lambda job: {("Job", job["metadata"]["name"])},
     "LeaderWorkerSet": _of_group,
 }
-"""Kind and name of whom an object's pods are made by, and Events are about."""
+"""Kind and name of the creators of an object's pods, which Events refer to."""
 
 
 def replica_failure(deployment: Manifest) -> Trouble | None:
-    """A Deployment tells itself why its ReplicaSet cannot make pods."""
+    """Return why a Deployment's ReplicaSet cannot create pods; the Deployment itself reports this."""
     for condition in (deployment.get("status") or {}).get("conditions") or ():
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             message = condition.get("message") or ""
@@ -62,7 +62,7 @@ def replica_failure(deployment: Manifest) -> Trouble | None:
 
 
 def _lacks_pods(one: Manifest, pods: Iterable[Manifest]) -> bool:
-    """Whether it has fewer than it is to have. Those that are ending count: none is made in their place yet."""
+    """Whether it has fewer pods than it should have. Terminating ones count: they are not replaced yet."""
     spec, status = one["spec"], one.get("status") or {}
     living = sum(map(lives, pods))
     if one["kind"] == "LeaderWorkerSet":
@@ -74,14 +74,14 @@ def _lacks_pods(one: Manifest, pods: Iterable[Manifest]) -> bool:
 
 
 async def _newest_warning(client: Client, namespace: str, makers: Collection[tuple[str, str]], newest_pod: datetime) -> Trouble | None:
-    """The last one, unless a pod was made after it: then it is about one that was refused before. An event tells of many refusals,
-    so this one began when the newest pod was made, or later."""
+    """Return the last warning, unless a pod was created after it: then it is about an earlier refusal. An event covers many refusals, so
+    this one began when the newest pod was created, or later."""
     ((kind, name), *others) = sorted(makers)
     about = f"involvedObject.kind={kind},type=Warning" + ("" if others else f",involvedObject.name={name}")
     try:
         every = [one async for one in client.list("v1", "Event", namespace, fieldSelector=about)]
     except (Refused, Unavailable):
-        return None  # an explanation less; the run is none the worse
+        return None  # one explanation less; the run is unaffected
     warnings = [one for one in every if (one["involvedObject"]["kind"], one["involvedObject"]["name"]) in makers]
     newest = max(warnings, key=_last_seen, default=None)
     if newest is None or (seen := time(_last_seen(newest))) is None or seen < newest_pod:
@@ -97,7 +97,7 @@ def _last_seen(event: Manifest) -> str:
 
 
 def _begun(manifest: Manifest) -> datetime:
-    """When an object was made, or a Job let go on."""
+    """Return when an object was created, or a Job resumed."""
     times = (manifest["metadata"]["creationTimestamp"], (manifest.get("status") or {}).get("startTime"))
     return max(at for text in times if (at := time(text)) is not None)
 

@@ -1,4 +1,4 @@
-"""kopf as the transport: lists and watches go into the cache, and the keys of runs into the queue; nothing is decided here."""
+"""kopf as the transport: lists and watches fill the cache, and the keys of runs go into the queue; nothing is decided here."""
 
 import asyncio
 import contextlib
@@ -31,16 +31,16 @@ CHILDREN = (
     ("", "v1", "pods", "Pod"),
 )
 OPTIONAL = (("leaderworkerset.x-k8s.io", "v1", "leaderworkersets", "LeaderWorkerSet"),)
-"""Watched where the cluster has it; where it is given one later, a new life of the operator watches it."""
+"""Watched if the cluster has it; if it is added later, the operator watches it after a restart."""
 
 _IDLE_SECONDS = 0.05
-"""kopf keeps what it heard of an object last for so long: at a start this is everything, in full."""
+"""Seconds for which kopf keeps what it last received about an object: at a start this is everything, in full."""
 _RECONNECT_SECONDS = 240
-"""A watch is opened anew this often, so that each gives a sign of life even where nothing happens."""
+"""Seconds after which a watch is reopened, so that each gives a sign of life even if nothing happens."""
 
 
 class NewKind(Exception):
-    """The cluster has a kind that is not watched, since it was not there when the watches were opened."""
+    """The cluster has a kind that is not watched, since it did not exist when the watches were opened."""
 
 
 class Watches:
@@ -54,7 +54,7 @@ class Watches:
         gone: Callable[[str], None],
         heard: Callable[[Mapping[str, Any] | None, Mapping[str, Any]], None],
     ) -> None:
-        """`wake` is told the run that something concerns, `gone` the uid of a deleted object, `heard` what was known and what is."""
+        """`wake` gets the run that something concerns, `gone` the uid of a deleted object, `heard` the previous and the current object."""
         self._settings, self._cache, self._client = settings, cache, client
         self._wake, self._gone, self._heard = wake, gone, heard
         self.streams = Streams(self._listed)
@@ -62,7 +62,7 @@ class Watches:
         self._watched: frozenset[str] = frozenset()
 
     async def run(self, traces: Collection[Any] = ()) -> None:
-        """Watches until the process is told to stop (SIGTERM, SIGINT), then returns. What cannot be watched is an exception."""
+        """Watch until the process is told to stop (SIGTERM, SIGINT), then return. Raises if something cannot be watched."""
         kinds = await self._kinds()
         self._watched = frozenset(kind for *_, kind in kinds)
         self.streams.expect({plural for _, _, plural, _ in kinds}, self._settings.namespaces)
@@ -80,12 +80,12 @@ class Watches:
         await kopf.operator(registry=registry, settings=_settings(), memories=memories, clusterwide=not namespaces, namespaces=namespaces)
 
     async def fill(self) -> None:
-        """Returns once the cache holds all that there was when the watches were opened; then every run is to be looked at.
+        """Return once the cache holds everything that existed when the watches were opened; then every run is reconciled.
 
-        A run that is looked at with half its children seems to have lost them. kopf does not tell when it has handed on what its
-        lists held, so everything is listed once more. Raises `ApiError`.
+        A run reconciled with half its children seems to have lost them. kopf does not say when it has delivered its initial lists, so
+        everything is listed once more. Raises `ApiError`.
         """
-        while not self.streams.open:  # noqa: ASYNC110 - kopf opens them, and tells nobody
+        while not self.streams.open:  # noqa: ASYNC110 - kopf opens them without notification
             await asyncio.sleep(0.1)
         selectors = _settings().watching.label_selectors
         for group, version, plural, kind in await self._kinds():
@@ -98,7 +98,7 @@ class Watches:
             self._wake(RunKey(run["metadata"]["namespace"], run["metadata"]["name"]))
 
     async def outgrow(self, every: float = 30.0) -> None:
-        """Watches for ever whether there is something new to watch. Raises `NewKind`: kopf opens watches at a start only."""
+        """Check forever whether there is a new kind to watch. Raises `NewKind`: kopf opens watches only at a start."""
         while True:
             await asyncio.sleep(every)
             with contextlib.suppress(ApiError):
@@ -112,7 +112,7 @@ class Watches:
 
     def _handler(self, api_version: str, kind: str) -> Callable[..., Any]:
         async def heard(event: kopf.RawEvent, **_: Any) -> None:
-            # Items of a list carry neither, events do.
+            # Items of a list have neither field, events have both.
             manifest: dict[str, Any] = {**event["object"], "apiVersion": api_version, "kind": kind}
             self._heard(self._cache.get(identity(manifest)), manifest)
             if event["type"] == "DELETED":
@@ -126,7 +126,7 @@ class Watches:
         return heard
 
     def _listed(self, plural: str, namespace: str | None, since: float) -> None:
-        """A list that was read anew leaves out what went while nobody watched, and no event will tell."""
+        """Handle a list that was read again: it lacks what was deleted while nobody watched, and no event will report that."""
         kind = next(kind for _, _, known, kind in (RUNS, *CHILDREN, *OPTIONAL) if known == plural)
         for manifest in self._cache.unheard(kind, namespace, since):
             task = asyncio.create_task(self._verify(manifest))
@@ -134,13 +134,13 @@ class Watches:
             task.add_done_callback(self._sweeps.discard)
 
     async def _verify(self, manifest: dict[str, Any]) -> None:
-        with contextlib.suppress(ApiError):  # the next look at its run finds out, or the next list
+        with contextlib.suppress(ApiError):  # the next reconcile of its run finds out, or the next list
             if (key := await self._asked(manifest)) is not None:
                 self._wake(key)
 
     async def _left(self, manifest: dict[str, Any]) -> RunKey | None:
-        """A watch by labels says the same of an object that is gone and of one that lost its label, which its run is to put back."""
-        if manifest["kind"] in (KIND, "Pod"):  # the one is watched whatever it wears, the other is nobody's to put right
+        """Return the run of an object that left the watch: it is gone, or lost its label, which its run has to restore."""
+        if manifest["kind"] in (KIND, "Pod"):  # runs are watched without labels, and nobody restores a pod's labels
             return self._cache.remove(manifest)
         try:
             return await self._asked(manifest)
@@ -148,7 +148,7 @@ class Watches:
             return self._cache.remove(manifest)
 
     async def _asked(self, manifest: dict[str, Any]) -> RunKey | None:
-        """The run that is concerned by what the API server says of an object now. Raises `ApiError`."""
+        """Return the run that is concerned by the current state of an object, as queried from the API server. Raises `ApiError`."""
         metadata = manifest["metadata"]
         try:
             found = await self._client.get(manifest["apiVersion"], manifest["kind"], metadata["namespace"], metadata["name"])
@@ -162,7 +162,7 @@ def _api_version(group: str, version: str) -> str:
 
 
 class _NoMemory(kopf.DiffBaseStorage):
-    """kopf compares each object with how it was handled last, which takes deep copies of it; nothing here is told what changed."""
+    """kopf compares each object with its last handled state, which takes deep copies; nothing here needs to know what changed."""
 
     def build(self, **_: Any) -> Any:
         return {}
@@ -175,7 +175,7 @@ class _NoMemory(kopf.DiffBaseStorage):
 
 
 class _Forgetful(ResourceMemories):
-    """kopf keeps a kilobyte of each object, for kinds of handlers of which there is none here."""
+    """kopf keeps a kilobyte for each object, for kinds of handlers that are not used here."""
 
     async def recall(self, raw_body: RawBody, *, ephemeral: bool = False, **more: Any) -> ResourceMemory:
         return await super().recall(raw_body, ephemeral=True, **more)
@@ -193,7 +193,7 @@ def _settings() -> kopf.OperatorSettings:
     settings.queueing.idle_timeout = _IDLE_SECONDS
     ours = f"{MANAGED_BY}={MANAGED_BY_VALUE}"
     for group, version, plural, _ in (*CHILDREN, *OPTIONAL):
-        # A sandbox belongs to its worker; nobody here looks at it.
+        # A sandbox belongs to its worker; the operator does not look at it.
         settings.watching.label_selectors[group, version, plural] = (
             f"{ours},app.kubernetes.io/component!=sandbox" if plural == "pods" else ours
         )

@@ -1,7 +1,7 @@
 """The round state machine as a pure function: what should exist, given what is observed.
 
-A runtime reads objects, pods and results, makes `Observed` of them (`children`, `Results`), asks `plan`, applies what it says
-and writes its status. It decides nothing.
+A runtime reads objects, pods and results, builds `Observed` from them (`children`, `Results`), calls `plan`, applies the plan and writes
+its status. The runtime itself decides nothing.
 """
 
 from dagger_operator.control.child import Child, ChildState, PodFailure, Trouble

@@ -1,4 +1,4 @@
-"""A run's children, in the few words that the plan decides by."""
+"""A run's children, reduced to what the plan needs for its decisions."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,9 +9,9 @@ from dagger_operator.control.names import Ref
 
 class ChildState(StrEnum):
     WAITING = "Waiting"
-    """Nothing of it runs yet."""
+    """None of its pods runs yet."""
     RUNNING = "Running"
-    """A Job whose pods run; a server that is on its way."""
+    """A Job whose pods run; a server that is starting."""
     READY = "Ready"
     """A server with all replicas ready; anything else that exists."""
     SUSPENDED = "Suspended"
@@ -22,7 +22,7 @@ class ChildState(StrEnum):
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why something waits or failed, in the words of the one who knows."""
+    """Why something waits or failed, in the words of its source."""
 
     reason: str
     message: str = ""
@@ -31,15 +31,16 @@ class Trouble:
 
 @dataclass(frozen=True)
 class PodFailure:
-    """How one pod of a Job, or a container of a server, ended. It is known as long as the pod is there, which is as long as its Job is."""
+    """How one pod of a Job, or a container of a server, ended. It is known as long as the pod exists, which is as long as its Job
+    exists."""
 
     reason: str
     message: str
     exit_code: int | None = None
     disrupted: bool = False
-    """Evicted, preempted, or its node went away."""
+    """Evicted, preempted, or its node is gone."""
     index: str = ""
-    """Completion index of the pod, by which the one that takes its place is known."""
+    """Completion index of the pod, which identifies its replacement."""
 
 
 SERVERS = frozenset({"Deployment", "LeaderWorkerSet"})
@@ -62,14 +63,14 @@ class Child:
     attempt: str = ""
     state: ChildState = ChildState.READY
     pods: int = 0
-    """Pods that exist and have not ended, terminating ones included: they may hold GPUs."""
+    """Pods that exist and have not ended, including terminating ones: they may hold GPUs."""
     trouble: Trouble | None = None
     waiting_since: datetime | None = None
-    """Since when something of it waits to run; None where nothing does, or where it waits in a queue."""
+    """Since when one of its pods has been waiting to run; None if none is, or if it waits in a queue."""
     lost: Trouble | None = None
-    """That a pod of it, of whatever attempt, should have gone, and its node does not say that it did: what it holds it holds until then."""
+    """Set if one of its pods, of any attempt, should be gone but its node does not confirm that: until then the pod keeps its resources."""
     failures: tuple[PodFailure, ...] = ()
-    """Of a Job: its pods that failed, oldest first. Of a server: the ends, one for each start, of a container that lacks a service."""
+    """For a Job: its failed pods, oldest first. For a server: one entry per start of a container that ended for lack of a service."""
     finished: datetime | None = None
     """When a Job ended."""
     api_version: str = ""
@@ -78,7 +79,7 @@ class Child:
 
     @property
     def holds(self) -> bool:
-        """Whether it has pods, or may be given some at any moment by the controller that works on it."""
+        """Whether it has pods, or its controller may create some at any moment."""
         return self.pods > 0 or (self.kind in _AT_REST and self.state not in _AT_REST[self.kind])
 
     @property

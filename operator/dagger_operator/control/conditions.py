@@ -1,4 +1,4 @@
-"""Conditions in the standard form, their reasons side by side, and what changed in them."""
+"""Conditions in the standard form, all their reasons, and what changed in them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from typing import Literal
 from dagger_operator.api import Condition
 
 MESSAGE_LIMIT = 1024
-"""Characters of a message; the start says what it is about."""
+"""Maximum characters of a message; the end is cut, since the start says what it is about."""
 
 
 class ConditionType(StrEnum):
     ACCEPTED = "Accepted"
-    """The resource is one that can be run."""
+    """The resource can be run."""
     PROGRESSING = "Progressing"
-    """A stage is at work; where not, the reason says what it waits for."""
+    """A stage is running; if not, the reason says what the run waits for."""
     SERVERS_READY = "ServersReady"
-    """The policies that are served here answer; absent where none is."""
+    """The policies served by the run answer; absent if there are none."""
     SUSPENDED = "Suspended"
     SUCCEEDED = "Succeeded"
     """All rounds are done."""
     FAILED = "Failed"
-    """The run stands still until it is changed or resumed."""
+    """The run is stopped until it is changed or resumed."""
 
 
 class Reason(StrEnum):
-    """Reasons of this operator's own; a pod's or a stage's reason is passed on as it is."""
+    """This operator's own reasons; a pod's or a stage's reason is passed on unchanged."""
 
     VALID = "Valid"
     INVALID_SPEC = "InvalidSpec"
@@ -52,17 +52,17 @@ class Reason(StrEnum):
 
 
 IN_A_QUEUE = "SchedulingGated"
-"""Reason of a pod that somebody, such as Kueue, has yet to admit."""
+"""Reason of a pod that still has to be admitted, for example by Kueue."""
 
 
 def running(stage: str) -> str:
-    """The reason for which a run with a stage at work progresses, such as `RolloutRunning`."""
+    """Return the reason of a progressing run with a running stage, such as `RolloutRunning`."""
     return f"{stage.capitalize()}Running"
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that people should hear of once; emitted after the status that says the same was written."""
+    """Something to report to people once; emitted after the status with the same content was written."""
 
     type: Literal["Normal", "Warning"]
     reason: str
@@ -76,7 +76,7 @@ def condition(kind: ConditionType, holds: bool, reason: str, message: str = "") 
 
 
 def settle(fresh: Iterable[Condition], previous: Sequence[Condition], generation: int | None, now: datetime) -> list[Condition]:
-    """Fresh conditions with the generation they were made for, and the time at which their status last changed."""
+    """Return fresh conditions with the generation they were made for, and the time when their status last changed."""
     before = {one.type: one for one in previous}
     settled = []
     for one in fresh:
@@ -87,7 +87,7 @@ def settle(fresh: Iterable[Condition], previous: Sequence[Condition], generation
 
 
 def events(previous: Sequence[Condition], settled: Sequence[Condition]) -> tuple[Event, ...]:
-    """What is worth telling of a change: an end, a new reason to wait, a new stage."""
+    """Return the events for a change of conditions: an end, a new reason to wait, a new stage."""
     before, ended = {one.type: one for one in previous}, any(one.type == ConditionType.FAILED and one.status == "True" for one in settled)
     told = []
     for one in settled:
@@ -116,4 +116,4 @@ _PASSES_BY_ITSELF = frozenset(
         IN_A_QUEUE,
     }
 )
-"""Reasons to wait that belong to every run's way; of any other somebody has to hear."""
+"""Reasons to wait that occur in every run; any other one is a warning."""

@@ -1,7 +1,7 @@
-"""Which failures of a stage's pods are tried again, and on whose account: `spec.failurePolicy` as decisions.
+"""Which failures of a stage's pods are retried, and on which budget: `spec.failurePolicy` as decisions.
 
-The Job controller decides what it can by exit code and condition. From the first rule on that goes by reasons, which it cannot see, the
-plan decides; so a Job may then be tried more often than its own budget says, by what infrastructure may add to it.
+The Job controller decides what it can by exit code and condition. From the first rule with reasons on, which the controller cannot see, the
+plan decides; the Job's own limit is then raised by the retries that infrastructure failures may add.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from dagger_operator.store.stage import ExitCode
 Json = dict[str, Any]
 
 RETRIES = 6
-"""Further tries of each pod of a stage that has no setting of its own."""
+"""Retries of each pod of a stage that has no setting of its own."""
 
 _ACTIONS = {
     FailureAction.RETRY: "Count",
@@ -26,19 +26,19 @@ _ACTIONS = {
 
 
 def own_retries(run: DAggerRun, stage: StageName, pods: int) -> int:
-    """Further tries of a stage's pods that failed by themselves."""
+    """Return the retries of a stage's pods that failed by themselves."""
     return run.spec.training.retries if stage is StageName.TRAINING else RETRIES * pods
 
 
 def of_the_worst(failures: Sequence[PodFailure]) -> Sequence[PodFailure]:
-    """Those of the pod, with what took its place, that failed most often."""
+    """Return the failures of the pod, including its replacements, that failed most often."""
     by_pod = Counter(failure.index for failure in failures)
     most = max(by_pod, key=by_pod.__getitem__, default="")
     return [failure for failure in failures if failure.index == most]
 
 
 def verdict(run: DAggerRun, stage: StageName, failure: PodFailure) -> FailureAction:
-    """What is done about one pod that failed."""
+    """Return what to do about one pod that failed."""
     for rule in _rules(run, stage):
         if (not rule.reasons or failure.reason in rule.reasons) and (not rule.exit_codes or failure.exit_code in rule.exit_codes):
             return rule.action
@@ -50,7 +50,7 @@ def verdict(run: DAggerRun, stage: StageName, failure: PodFailure) -> FailureAct
 
 
 def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble | None:
-    """Why a Job that still tries is given up: a failure that ends the run, or a budget that is spent."""
+    """Return why to give up a Job that still retries: a failure that ends the run, or an exhausted budget."""
     verdicts = [(verdict(run, stage, failure), failure) for failure in job.failures]
     if fatal := next((failure for action, failure in verdicts if action is FailureAction.FAIL_RUN), None):
         return Trouble(fatal.reason, fatal.message)
@@ -60,7 +60,7 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
     }
     for action, (name, budget) in budgets.items():
         spent: Sequence[PodFailure] = [failure for one, failure in verdicts if one is action]
-        # An outage ends all workers, and what ends one node of a training ends its peers.
+        # An outage ends all workers, and the end of one node of a training ends its peers.
         by_pod = action is FailureAction.RETRY_WITHOUT_COUNTING or stage is StageName.TRAINING
         if by_pod:
             spent = of_the_worst(spent)
@@ -72,7 +72,7 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
 
 
 def server_given_up(run: DAggerRun, server: Child) -> Trouble | None:
-    """Why a server that starts again and again for want of a service is given up: the budget of a stage's pods is its own too."""
+    """Return why to give up a server that keeps restarting for lack of a service; its budget is the same as that of a stage's pods."""
     budget, failures = run.spec.failure_policy.infrastructure_retries, server.failures
     if len(failures) <= budget:
         return None
@@ -81,7 +81,7 @@ def server_given_up(run: DAggerRun, server: Child) -> Trouble | None:
 
 
 def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
-    """`backoffLimit` and `podFailurePolicy` of a stage's Job."""
+    """Return `backoffLimit` and `podFailurePolicy` of a stage's Job."""
     rules = _rules(run, stage)
     by_code = rules[: next((index for index, rule in enumerate(rules) if rule.reasons), len(rules))]
     decided = [_on_exit_codes(_ACTIONS[rule.action], *rule.exit_codes) for rule in by_code]
@@ -93,7 +93,7 @@ def retry_settings(run: DAggerRun, stage: StageName, pods: int) -> Json:
         decided.append(_on_exit_codes("Ignore", ExitCode.UNAVAILABLE))
         decided.append({"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
     if stage is StageName.TRAINING:
-        limit *= pods  # the controller counts pods; the plan stops it where one of the nodes has failed too often
+        limit *= pods  # the controller counts pods; the plan stops the Job once one of its nodes has failed too often
     return {"backoffLimit": limit, **({"podFailurePolicy": {"rules": decided}} if decided else {})}
 
 

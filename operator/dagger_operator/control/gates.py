@@ -1,4 +1,4 @@
-"""What stands in a step's way, and what has failed for good."""
+"""What blocks a step, and what has failed for good."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from dagger_operator.control.refusals import since, waited_since
 from dagger_operator.control.rounds import StageName, Step, Work
 
 RESULT_GRACE = timedelta(seconds=60)
-"""A Job that succeeded wrote its result before it ended; one that cannot be seen for this long is not there."""
+"""A Job that succeeded wrote its result before it ended; a result that is not visible for this long is missing."""
 
 ASKS_SERVERS = frozenset({StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION})
-"""Stages that start once the servers answer. Publish does not: it is what brings servers to a version, and waits itself."""
+"""Stages that start once the servers answer. Publish is not one of them: it brings servers to a version, and waits by itself."""
 
 Servers = Mapping[Role, Child | None]
-"""The policies served here that a step needs, with their server of the current attempt where one is observed."""
+"""The policies served by the run that a step needs, with their server of the current attempt if one is observed."""
 Jobs = Mapping[Step, Child | None]
-"""The steps at work, with their Job of the current attempt where one is observed."""
+"""The current steps, with their Job of the current attempt if one is observed."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run stands still until it is changed or resumed, and which child shows it."""
+    """Why a run is stopped until it is changed or resumed, and which child shows it."""
 
     step: Step
     trouble: Trouble
     child: Child | None = None
     refused: bool = False
-    """The API server did not take an object for too long."""
+    """The API server refused an object for too long."""
 
 
 def failure(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
-    """What a retry would not mend, or took too long."""
+    """Return a failure that a retry would not fix, or something that took too long."""
     for step, job in jobs.items():
         if job is not None and (trouble := _of_job(run, observed, step, job)) is not None:
             return Failure(step, trouble, job)
@@ -71,7 +71,7 @@ def _of_server(run: DAggerRun, server: Child) -> Trouble | None:
 
 
 def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
-    """Deadlines of the run, and of what waits to run."""
+    """Return the failure of a run, or of what waits to run, that is past its deadline."""
     if (late := overdue(run, observed.now)) is not None:
         return Failure(work.step, late)
     waiting = [(step, job) for step, job in jobs.items()] + [(work.step, server) for server in servers.values()]
@@ -89,13 +89,13 @@ def _too_late(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, server
 
 
 def active_deadline(run: DAggerRun, status: RunStatus | None) -> datetime | None:
-    """When the run has to be done."""
+    """Return when the run has to be done."""
     started, limit = status.start_time if status else None, run.spec.active_deadline_seconds
     return None if started is None or limit is None else started + timedelta(seconds=limit)
 
 
 def overdue(run: DAggerRun, now: datetime) -> Trouble | None:
-    """That the run took longer than it may, whatever it did meanwhile."""
+    """Return the trouble of a run that exceeded its deadline, whatever it did meanwhile."""
     deadline = active_deadline(run, run.status)
     if deadline is None or now < deadline:
         return None
@@ -114,7 +114,7 @@ def _patience(run: DAggerRun) -> str:
 
 
 def blocked(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> dict[Step, Trouble]:
-    """The steps whose Job may not be made, or not be resumed, at this moment, and why."""
+    """Return the steps whose Job may not be created or resumed at this moment, and why."""
     released = gpus_released(run, observed, work)
     idle = {step: job for step, job in jobs.items() if not _may_work(run, step, job, released)}
     found = {step: _obstacle(run, observed, work, step, job, servers) for step, job in idle.items()}
@@ -122,7 +122,7 @@ def blocked(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers:
 
 
 def _may_work(run: DAggerRun, step: Step, job: Child | None, released: bool) -> bool:
-    """Whether a Job is left at its work: it was let go once, and what it asks is still there."""
+    """Whether a Job keeps running: it was started before, and what it queries is still there."""
     if job is None or job.deleting or (released and step.stage in ASKS_SERVERS):
         return False
     # A Job in a queue is suspended by whoever admits it.
@@ -144,7 +144,8 @@ def _obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: C
 
 
 def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
-    """That others have to end first, and which of them never will by itself: in this run's way since it waits, not since that is lost."""
+    """Return the trouble of a step that waits for others to end, with the reason if one of them never will by itself. Its time counts from
+    when this run began to wait, not from when that child was lost."""
     lost = next((one.lost for one in sorted(by, key=lambda one: one.name) if one.lost is not None), None)
     if lost is None:
         return Trouble(reason, message)
@@ -152,7 +153,7 @@ def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, b
 
 
 def servers_trouble(servers: Servers) -> Trouble | None:
-    """Why a server does not answer yet; None where all are ready."""
+    """Return why a server does not answer yet; None if all are ready."""
     for role, server in servers.items():
         if server is None or server.state is not ChildState.READY:
             known = server.trouble if server else None
@@ -161,7 +162,7 @@ def servers_trouble(servers: Servers) -> Trouble | None:
 
 
 def gpus_released(run: DAggerRun, observed: Observed, work: Work) -> bool:
-    """Whether servers leave their GPUs to training: it is next and nothing asks them any more, or it has not stopped yet."""
+    """Whether servers leave their GPUs to training: it is next and nothing queries them any more, or it has not stopped yet."""
     if run.spec.gpu_sharing is not GpuSharing.TIME_SHARED:
         return False
     trains = work.step.stage is StageName.TRAINING and work.beside is None
@@ -169,7 +170,7 @@ def gpus_released(run: DAggerRun, observed: Observed, work: Work) -> bool:
 
 
 def _holding(observed: Observed, step: Step) -> list[Child]:
-    """Under TimeShared: who holds the GPUs that a step is to have."""
+    """Return which children hold the GPUs that a step needs under TimeShared."""
     components: tuple[str, ...] = tuple(Role) if step.stage is StageName.TRAINING else (StageName.TRAINING,)
     return [one for one in observed.children if one.component in components and one.holds]
 

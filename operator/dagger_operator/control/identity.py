@@ -1,4 +1,4 @@
-"""Who a worker is: the ServiceAccount of stages that make sandbox pods, and what it may do where those live."""
+"""The identity of workers: the ServiceAccount of stages that create sandbox pods, and its rights in the sandbox namespace."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ from dagger_operator.control.pods import owned
 from dagger_operator.control.rounds import StageName
 
 WORKER_ROLE = "dagger-sandbox-worker"
-"""Role in the sandbox namespace; the chart makes it."""
+"""Role in the sandbox namespace; the chart creates it."""
 WORKER = "worker"
-"""Component of what belongs to no single stage of workers."""
+"""Component of objects shared by all stages with workers."""
 
 
 def sandbox_namespace(run: DAggerRun, stage: StageName) -> str | None:
-    """Where a stage makes sandbox pods; None where it makes none."""
+    """Return the namespace in which a stage creates sandbox pods; None if it creates none."""
     if stage not in (StageName.ROLLOUT, StageName.EVALUATION) or run.spec.sandbox.backend is SandboxBackend.PROCESS:
         return None
     return run.spec.sandbox.namespace
 
 
 def worker_account(run: DAggerRun) -> str:
-    """Name of the ServiceAccount: the run's own, unless its user gives one, such as a cloud's workload identity."""
+    """Return the name of the ServiceAccount: the run's own, unless the user gives one, such as a cloud's workload identity."""
     return run.spec.rollouts.pod.service_account_name or f"{run.metadata.name}-worker"
 
 
 def build_identity(run: DAggerRun, namespace: str) -> list[dict[str, Any]]:
-    """The ServiceAccount, and its RoleBinding in the sandbox namespace. An owner there would have to live there too: the operator
-    removes bindings whose run is gone."""
+    """Return the ServiceAccount, and its RoleBinding in the sandbox namespace. The binding has no owner, since that would have to be in the
+    same namespace: the operator removes bindings whose run is gone."""
     own = labels(run, WORKER, 0, "")
     account = {"kind": "ServiceAccount", "name": worker_account(run), "namespace": run.metadata.namespace}
     binding = {

@@ -36,7 +36,7 @@ class _Shape:
 
     module: str
     roles: tuple[Role, ...] = ()
-    """Policies that it asks."""
+    """Policies that it queries."""
     cpu: str = "100m"
     memory: str = "256Mi"
     ports: tuple[tuple[str, int], ...] = ()
@@ -50,13 +50,13 @@ _SHAPES: dict[StageName, _Shape] = {
     StageName.ROLLOUT: _Shape("dagger_operator.rollout", (Role.STUDENT, Role.TEACHER), cpu="1", memory="2Gi", ports=_WORKER),
     StageName.TRAINING: _Shape("dagger_operator.training", cpu="1", memory="4Gi", ports=_METRICS),
     StageName.PUBLISH: _Shape("dagger_operator.serving.publish", (Role.STUDENT,)),
-    # No teacher: the student is measured alone, and a Job holds no Secret that it does not need.
+    # No teacher: the student is evaluated alone, and a Job has no Secret that it does not need.
     StageName.EVALUATION: _Shape("dagger_operator.evaluation", (Role.STUDENT,), cpu="1", memory="2Gi", ports=_WORKER),
 }
 
 
 def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = False, given_up: Trouble | None = None) -> dict[str, Any]:
-    """The Job of a step, Indexed, a pod for each worker or node. `given_up` ends it for good and says why.
+    """Return the Job of a step, Indexed, with a pod for each worker or node. `given_up` ends it for good and records why.
 
     Its attempt is a hash of its spec: a Job's spec is immutable, so another spec is another Job.
     """
@@ -67,7 +67,7 @@ def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = F
     name = job_name(run, step.stage, step.round, attempt)
     spec["template"]["metadata"]["labels"] |= own
     if step.stage is StageName.TRAINING and run.spec.training.nodes > 1:
-        # Nodes find the first one by its host name below the Service; both hold the attempt, so they join only now.
+        # Nodes find the first one by its host name below the Service; both contain the attempt, so they are added only now.
         spec["template"]["spec"]["subdomain"] = training_service_name(run)
         address = f"{name}-0.{training_service_name(run)}.{run.metadata.namespace}.svc"
         spec["template"]["spec"]["containers"][0]["env"].append(value("DAGGER_MASTER_ADDR", address))
@@ -76,7 +76,7 @@ def build_job(run: DAggerRun, step: Step, results: Results, *, suspend: bool = F
         annotations = {FAILED: json.dumps({"reason": given_up.reason, "message": given_up.message})}
         spec["activeDeadlineSeconds"] = 1
     if (suspend or given_up is not None) and run.spec.kueue is None:
-        # Left out otherwise: Kueue sets it on the Jobs that it admits, and nobody fights over a field that is not applied.
+        # Left out otherwise: Kueue sets this field on the Jobs that it admits, and a field that is not applied causes no conflict.
         spec["suspend"] = True
     return {**owned(run, "batch/v1", "Job", name, own | queue, annotations), "spec": spec}
 
@@ -86,12 +86,12 @@ def training_service_name(run: DAggerRun) -> str:
 
 
 def build_training_service(run: DAggerRun) -> dict[str, Any]:
-    """Host names for the pods of a training Job with several nodes."""
+    """Return the Service that gives host names to the pods of a training Job with several nodes."""
     own = labels(run, StageName.TRAINING, 0, "")
     selector = {key: own[key] for key in own if own[key] and not key.endswith("/round")}
     return {
         **owned(run, "v1", "Service", training_service_name(run), own),
-        # Ranks meet before any of them is ready.
+        # Ranks connect before any of them is ready.
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -108,14 +108,14 @@ def _job_spec(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         "completions": pods,
         "parallelism": pods,
         **retry_settings(run, step.stage, pods),
-        # A worker's name is its index: no second one starts before the first has ended.
+        # A worker's name is its index: no second worker starts before the first has ended.
         "podReplacementPolicy": "Failed",
         "template": _template(run, step, results),
     }
 
 
 def pods_of(run: DAggerRun, stage: StageName) -> int:
-    """Pods of a stage's Job."""
+    """Return the number of pods of a stage's Job."""
     if stage is StageName.TRAINING:
         return run.spec.training.nodes
     return run.spec.rollouts.workers if stage in (StageName.ROLLOUT, StageName.EVALUATION) else 1
@@ -124,7 +124,7 @@ def pods_of(run: DAggerRun, stage: StageName) -> int:
 def _template(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
     settings = _settings(run, step.stage)
     served = (run.spec.student.served, run.spec.teacher.serving)
-    # Weights on a claim are read where the first policy is prepared, as they are where it is served.
+    # Weights on a claim are read both where the first policy is prepared and where it is served.
     claims = [claim for one in served if one is not None for claim in one.pod.claims] if step.stage is StageName.PREPARE else []
     template = pod_template({}, _pod(run, step, results), settings, main="stage", claims=claims)
     if sandbox_namespace(run, step.stage) is not None:
@@ -145,7 +145,7 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         value("DAGGER_WORKER", f"{step.stage}-$(JOB_COMPLETION_INDEX)"),
         *policy_environment(run, shape.roles),
     ]
-    policy = results.student_after(step.round)  # in rollouts, what the round before made: this one's is not trained yet
+    policy = results.student_after(step.round)  # in rollouts, that of the previous round: this round's is not trained yet
     if policy is not None and step.stage in (StageName.ROLLOUT, StageName.PUBLISH, StageName.EVALUATION):
         env.append(value("DAGGER_POLICY", policy))
     if training and run.spec.training.nodes > 1:
@@ -172,6 +172,6 @@ def _pod(run: DAggerRun, step: Step, results: Results) -> dict[str, Any]:
         volumes=["scratch"],
         memory_volumes=["shm"] if training else [],
         restartPolicy="Never",
-        # A trainer stores a checkpoint and a worker gives its claims back before they go.
+        # Time for a trainer to store a checkpoint, and for a worker to release its claims.
         terminationGracePeriodSeconds=run.spec.training.termination_grace_period_seconds if training else 60,
     )

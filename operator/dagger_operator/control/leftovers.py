@@ -1,4 +1,4 @@
-"""What should go: servers that nobody asks, Jobs of other attempts, and Jobs of stages that were done long ago."""
+"""What should be removed: servers that nothing queries, Jobs of other attempts, and Jobs of stages that were done long ago."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +14,12 @@ Manifest = dict[str, Any]
 
 
 def kept(run: DAggerRun, failed: Failure | None) -> Keep:
-    """What stays of a run that stands still."""
+    """Return what is kept of a stopped run."""
     keep = run.spec.failure_policy.keep if failed is not None else Keep.LOGS
     if keep is Keep.EVERYTHING and run.spec.suspend:
-        return Keep.LOGS  # whoever suspends wants the GPUs back, and has looked at what was left up for it
+        return Keep.LOGS  # whoever suspends wants the GPUs back, and has looked at what was kept
     if keep is Keep.NOTHING and failed is not None and failed.refused:
-        return Keep.LOGS  # it counts in the quota that has no room for more: without it all would seem to fit, and the run would go on
+        return Keep.LOGS  # it counts in the full quota: without it everything would seem to fit, and the run would continue
     return keep
 
 
@@ -32,10 +32,10 @@ def leftovers(
     *,
     failed: Failure | None = None,
 ) -> tuple[Ref, ...]:
-    """Every child that is neither asked for nor kept."""
+    """Return every child that is neither wanted nor kept."""
     wanted = {(one["kind"], one["metadata"]["name"]) for one in objects}
     nothing_stays = kept(run, failed) is Keep.NOTHING
-    # A worker's pod that has yet to begin cannot without its token, and one that ends gives its sandboxes back with it.
+    # A worker's pod that has yet to start cannot do so without its token, and one that ends uses it to release its sandboxes.
     workers_there = any(child.holds for child in observed.children if child.component in (StageName.ROLLOUT, StageName.EVALUATION))
     found = [
         child.ref
@@ -43,7 +43,7 @@ def leftovers(
         if not child.deleting
         and not any(child is one for one in keep)
         and (child.kind, child.name) not in wanted
-        and child.kind != "Pod"  # what it belonged to is gone, or not seen yet; the cluster collects it
+        and child.kind != "Pod"  # its owner is gone, or not seen yet; the cluster collects it
         and not (child.kind == "ServiceAccount" and workers_there)
         and not (child.kind == "Job" and not nothing_stays and _may_stay(run, observed, work, child))
     ]
@@ -51,9 +51,9 @@ def leftovers(
 
 
 def _may_stay(run: DAggerRun, observed: Observed, work: Work | None, job: Child) -> bool:
-    """Whether the Job of a stage that is done is left alone: while it winds up, and then for its logs until two rounds on.
+    """Whether the Job of a finished stage is left alone: while it winds up, and then, for its logs, until two rounds later.
 
-    Once all rounds are done, results are not asked for what has ended: they may be gone.
+    Once all rounds are done, results are not looked up for what has ended: they may be gone.
     """
     if (work is not None or job.holds) and not observed.results.has(job.round, job.component):
         return False

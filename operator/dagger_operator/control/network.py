@@ -1,4 +1,4 @@
-"""Who may reach a run's servers."""
+"""Which pods may reach a run's servers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,14 +9,15 @@ from dagger_operator.control.names import COMPONENT, MANAGED_BY, MANAGED_BY_VALU
 from dagger_operator.control.pods import owned
 
 SERVING = "serving"
-"""Component of what belongs to both policies' servers."""
+"""Component of objects shared by the servers of both policies."""
 Peer = dict[str, Any]
 """An entry below `from` in a NetworkPolicy."""
 PROMETHEUS: tuple[Peer, ...] = ({"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}},)
 
 
 def build_network_policy(run: DAggerRun, scrapers: Iterable[Peer] = PROMETHEUS) -> dict[str, Any]:
-    """Serving pods take requests from this run's pods alone, and are scraped by those who may. Probes come from the node and pass."""
+    """Return the policy by which serving pods accept requests only from this run's pods, and scrapes from `scrapers`. Probes come from the
+    node and pass."""
     own_pods = {"matchLabels": {MANAGED_BY: MANAGED_BY_VALUE, RUN: run.metadata.name}}
     roles = [{"key": COMPONENT, "operator": "In", "values": sorted(Role)}]
     servers = {**own_pods, "matchExpressions": roles}
@@ -27,7 +28,7 @@ def build_network_policy(run: DAggerRun, scrapers: Iterable[Peer] = PROMETHEUS) 
         }
     ]
     if run.spec.teacher.serving is not None and run.spec.teacher.serving.nodes > 1:
-        ingress.append({"from": [{"podSelector": servers}]})  # the nodes of one replica speak on ports of their own choice
+        ingress.append({"from": [{"podSelector": servers}]})  # the nodes of one replica communicate on ports that they choose themselves
     return {
         **owned(run, "networking.k8s.io/v1", "NetworkPolicy", f"{run.metadata.name}-serving", labels(run, SERVING, 0, "")),
         "spec": {"podSelector": servers, "policyTypes": ["Ingress"], "ingress": ingress},

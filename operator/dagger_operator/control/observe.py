@@ -1,7 +1,7 @@
-"""What is observed, in the few words that the plan decides by.
+"""What is observed, reduced to what the plan needs for its decisions.
 
-Pure: Kubernetes-form objects and pods go in, from an API server or from the local runtime, and `Child`ren come out. A child
-mirrors its pods' own reasons, so that a condition can say why a run waits without anyone looking at pods.
+Pure: Kubernetes-form objects and pods go in, from an API server or from the local runtime, and `Child`ren come out. A child mirrors its
+pods' own reasons, so that a condition can say why a run waits without anyone looking at pods.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,20 +41,20 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """All that a plan rests on beside the run itself. A view of children may be a moment old, but shows what this controller itself
-    wrote. Read children first, then results: a finished Job's result is then seen."""
+    """Everything that a plan depends on besides the run itself. A view of children may be slightly old, but shows what this controller
+    itself wrote. Read children first, then results: a finished Job's result is then seen."""
 
     now: datetime
     children: tuple[Child, ...] = ()
     results: Results = field(default_factory=Results)
     storage_problem: str | None = None
-    """Set where results could not be read: then nothing is known about progress, and nothing is started or thrown away."""
+    """Set if results could not be read: then nothing is known about progress, and nothing is started or thrown away."""
     refused: Trouble | None = None
-    """An object that the API server did not take at the last try; `since` is when it was refused first."""
+    """An object that the API server refused at the last attempt; `since` is when it was first refused."""
     progress: Progress = field(default_factory=dict)
-    """How far the steps at work are; shown, never decided by."""
+    """Progress of the current steps; only shown, never used for decisions."""
     scrapers: tuple[Peer, ...] = PROMETHEUS
-    """Who may scrape servers here."""
+    """Which peers may scrape servers."""
 
 
 def children(
@@ -64,10 +64,10 @@ def children(
     warnings: Mapping[tuple[str, str], Trouble] = {},
     begun_anew: Mapping[str, Sequence[PodFailure]] = {},
 ) -> tuple[Child, ...]:
-    """The children that a run's objects and pods are. Pods without an object (its deletion was quicker) are children of kind Pod.
+    """Return the children represented by a run's objects and pods. Pods without an object (deleted before them) are children of kind Pod.
 
-    `warnings` say by kind and name why an object lacks pods: where those that it has say nothing, that is why it waits. `begun_anew`
-    says by name how often all pods of a LeaderWorkerSet's replica were replaced since it was last available.
+    `warnings` says by kind and name why an object lacks pods: if its pods give no reason, that is why it waits. `begun_anew` says by name
+    how often all pods of a LeaderWorkerSet's replica were replaced since it was last available.
     """
     unclaimed = list(pods)
     found = []
@@ -88,11 +88,11 @@ def child(
     warning: Trouble | None = None,
     begun_anew: Sequence[PodFailure] = (),
 ) -> Child:
-    """One object with its own pods, why it lacks some, and how often all were replaced."""
+    """Return the child for one object with its own pods, why it lacks some, and how often all were replaced."""
     metadata, kind = manifest["metadata"], manifest["kind"]
     labels = metadata.get("labels") or {}
     attempt = labels.get(names.ATTEMPT, "")
-    # Pods of an earlier template say nothing about this one, but they hold what they hold.
+    # Pods of an earlier template say nothing about the current one, but they still hold resources.
     current = [pod for pod in pods if not attempt or (pod["metadata"].get("labels") or {}).get(names.ATTEMPT) == attempt]
     one = Child(
         kind=kind,
@@ -111,7 +111,7 @@ def child(
         counted = int(status(manifest).get("active") or 0) + int(status(manifest).get("terminating") or 0)
         return replace(_job(one, manifest, current, now, warning), pods=max(one.pods, counted), failures=failures(current))
     if kind in SERVERS:
-        # A Deployment makes another pod at once, but none of a new template while one of an old is left; a group's keep their names.
+        # A Deployment replaces a pod at once, but uses no new template while a pod of the old one is left; a group's pods keep their names.
         away = lost([pod for pod in pods if kind == "LeaderWorkerSet" or pod not in current], now)
         server = _server(one, manifest, current, now, away, warning, begun_anew)
         return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
@@ -119,7 +119,8 @@ def child(
 
 
 def _owns(manifest: Manifest, pod: Manifest) -> bool:
-    """By labels, since a Deployment's pods are owned by ReplicaSets that nobody here looks at; a Job's pods also by their owner."""
+    """Whether a pod belongs to an object: by labels, since a Deployment's pods are owned by ReplicaSets, which are not observed; for a
+    Job's pods also by their owner."""
     keys = {"Job": (names.COMPONENT, names.ROUND, names.ATTEMPT), **dict.fromkeys(SERVERS, (names.COMPONENT,))}.get(manifest["kind"])
     ours, theirs = manifest["metadata"].get("labels") or {}, pod["metadata"].get("labels") or {}
     if keys is None or any(ours.get(key) != theirs.get(key) for key in keys):
@@ -129,7 +130,7 @@ def _owns(manifest: Manifest, pod: Manifest) -> bool:
 
 
 def _given_up(manifest: Manifest) -> Trouble | None:
-    """What the plan itself wrote about a child that failed."""
+    """Return what the plan itself wrote about a child that failed."""
     note = (manifest["metadata"].get("annotations") or {}).get(names.FAILED)
     return None if note is None else stated(note) or Trouble("Failed", note)
 
@@ -152,7 +153,7 @@ def _job(one: Child, manifest: Manifest, pods: Sequence[Manifest], now: datetime
     gang = one.component == StageName.TRAINING
     if any(phase(pod) == "Running" and not lost([pod], now) for pod in pods) and not (gang and held):
         return replace(one, state=ChildState.RUNNING, trouble=held, waiting_since=since if gang else None)
-    # Between two tries, why the last one failed is why it waits. How long it has had no pods nobody knows but who warns of it.
+    # Between retries, the last failure is the reason for the wait. Only the source of a warning knows for how long pods have been missing.
     return replace(one, state=ChildState.WAITING, trouble=held or last_words(pods), waiting_since=since)
 
 
@@ -174,14 +175,14 @@ def _server(
     found, wanted = status(manifest), manifest["spec"].get("replicas", 1)
     if wanted == 0:
         return replace(one, state=ChildState.SUSPENDED)
-    # How long it may take to be ready.
+    # How long it may take to become ready.
     patience = timedelta(seconds=manifest["spec"].get("progressDeadlineSeconds", 600))
     again = restarting(begun_anew, pods)
     held = away or waiting(pods) or warning or again
     if (broken := broken_server(pods, now, patience)) is not None or (again is not None and len(begun_anew) > SERVER_RESTARTS):
         return replace(one, state=ChildState.FAILED, trouble=broken or again)
     progress: Manifest = next((c for c in found.get("conditions") or () if c["type"] == "Progressing"), {})
-    # To be given a node is no progress to a Deployment: one that waited for its turn is late before it begins.
+    # A Deployment does not count scheduling as progress: a pod that waited for a node would be late before it starts.
     late = next((pod for pod in pods if unready_for(pod, now) >= patience), None)
     if late is not None and progress.get("reason") in _PROGRESSES_NO_MORE:
         return replace(one, state=ChildState.FAILED, trouble=last_words(pods) or held or overdue(late, patience))
@@ -195,5 +196,5 @@ def _server(
 
 
 _PROGRESSES_NO_MORE = frozenset({"ProgressDeadlineExceeded", "NewReplicaSetAvailable"})
-"""Reasons with which a Deployment says that it does not reckon with progress: it gave up, or was complete once. From then on it estimates
-none, however often it is scaled to zero and back."""
+"""Reasons with which a Deployment says that it no longer tracks progress: it gave up, or was complete once. From then on it does not,
+however often it is scaled to zero and back."""

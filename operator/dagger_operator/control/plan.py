@@ -1,7 +1,7 @@
-"""The plan: what should exist, what should go, what to report, when to look again.
+"""The plan: what should exist, what should be removed, what to report, when to look again.
 
-Pure. It may be asked at any moment, twice, by two controllers, with children observed a while ago: the same input gives the same
-plan, and every Job that it asks for has a name that says what is inside.
+Pure. It may be called at any moment, twice, by two controllers, with slightly old observations: the same input gives the same plan, and the
+name of every Job that it wants identifies its content.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from dagger_operator.control.status import blind, report, succeeded
 from dagger_operator.control.wanted import build_all, build_support, needed, observed_jobs, observed_servers
 
 LOOK_AGAIN = 10.0
-"""Seconds. Results in object storage announce themselves to nobody."""
+"""Seconds. Results in object storage cause no notification."""
 LOOK_AGAIN_SOON = 2.0
 
 Manifest = dict[str, Any]
@@ -34,31 +34,31 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Observed objects that neither `objects` nor `remove` names are left alone."""
+    """Observed objects that are in neither `objects` nor `remove` are left alone."""
 
     objects: tuple[Manifest, ...]
     """Should exist in this form; apply each."""
     remove: tuple[Ref, ...]
-    """Should go, in the foreground: an object stays until its pods are gone."""
+    """Should be removed, with foreground deletion: an object stays until its pods are gone."""
     status: RunStatus
     requeue_after: float | None
-    """Seconds; None where only a change can change the plan."""
+    """Seconds; None if only a change can change the plan."""
     events: tuple[Event, ...] = ()
-    """To be told once the status is written."""
+    """To be emitted once the status is written."""
     asked: tuple[Manifest, ...] = ()
-    """Only asked for, by a dry run: a run that failed by a refusal goes on once the API server would take all of them."""
+    """To be applied as a dry run only: a run that failed because of a refusal continues once the API server would accept all of them."""
     expired: bool = False
-    """The run itself is to be deleted: its `ttlSecondsAfterFinished` is over."""
+    """The run itself is to be deleted: its `ttlSecondsAfterFinished` has passed."""
 
 
 def plan(run: DAggerRun, observed: Observed) -> Plan:
-    """Decides from nothing but its arguments."""
+    """Return the plan, which depends on the arguments only."""
     if run.metadata.deletion_timestamp is not None:
-        # Pods on their own are the cluster's to collect.
+        # The cluster collects pods without an owner.
         made = tuple(child.ref for child in observed.children if not child.deleting and child.kind != "Pod")
         return Plan((), made, run.status or RunStatus(), None)
     if run.status is not None and run.status.phase is Phase.SUCCEEDED and run.status.round >= run.spec.rounds:
-        # Final: whoever clears storage after the end, or loses it, does not want the run to begin anew.
+        # Final: whoever clears storage after the end, or loses it, does not want the run to start over.
         status = succeeded(run, _done(run.status.round), observed.now)
         return _ended(run, observed, (), leftovers(run, observed, None, []), status)
     if observed.storage_problem is not None:
@@ -111,8 +111,8 @@ def _go_on(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: 
 
 
 def _makes_room(run: DAggerRun, waits: Trouble) -> bool:
-    """Whether a Job that may not work is removed instead of suspended: Kueue would let it go; and an evaluation that is to come first may
-    want the GPUs for which it would stay in line."""
+    """Whether a Job that may not run is removed instead of suspended: Kueue would start it; and an evaluation that has to come first may
+    need the GPUs for which it would stay in the queue."""
     return run.spec.kueue is not None or waits.reason == Reason.WAITING_FOR_EVALUATION
 
 
@@ -140,12 +140,12 @@ def _close(
         deadline = active_deadline(run, status)  # suspended time counts
         requeue = None if deadline is None else (deadline - observed.now).total_seconds()
     elif any(child.state is ChildState.SUCCEEDED for child in observed.children if work and _is_at_work(work, child)):
-        requeue = LOOK_AGAIN_SOON  # its result is about to be seen
+        requeue = LOOK_AGAIN_SOON  # its result will be visible soon
     return Plan(tuple(objects), remove, status, requeue, news(run.status, status))
 
 
 def _ended(run: DAggerRun, observed: Observed, objects: Sequence[Manifest], remove: tuple[Ref, ...], status: RunStatus) -> Plan:
-    """Nothing is left to wait for but the end of its time to live."""
+    """Return the plan of a finished run, which waits only for the end of its time to live."""
     requeue, expired = None, False
     if run.spec.ttl_seconds_after_finished is not None and status.completion_time is not None:
         left = status.completion_time + timedelta(seconds=run.spec.ttl_seconds_after_finished) - observed.now
@@ -158,5 +158,5 @@ def _is_at_work(work: Work, child: Child) -> bool:
 
 
 def news(before: RunStatus | None, status: RunStatus) -> tuple[Event, ...]:
-    """What a new status is worth telling."""
+    """Return the events that a new status causes."""
     return events(before.conditions if before else (), status.conditions)

@@ -20,7 +20,7 @@ USER_ID = 10001
 
 WORKER_IMAGE = f"dagger-operator/worker:{__version__}"
 TRAINER_IMAGE = f"dagger-operator/trainer:{__version__}"
-"""Where neither the run nor its operator names others."""
+"""Defaults if neither the run nor its operator names an image."""
 
 READS: dict[str, frozenset[str]] = {
     "prepare": frozenset(),
@@ -31,20 +31,20 @@ READS: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"sandbox", "labels", "rollouts", "evaluation"}),
     "serving": frozenset(),
 }
-"""Sections of the spec that a command reads, beside those that every command may read because they cannot change (`_ALWAYS`).
-Its pods carry no others, so that an edit restarts what it concerns and nothing else."""
+"""Sections of the spec that a command reads, in addition to those that every command may read because they cannot change (`_ALWAYS`). Its
+pods carry no others, so that an edit restarts only what it affects."""
 
 _ALWAYS = frozenset({"seed", "mixing", "student", "teacher", "tasks", "scaffold", "storage"})
 
 
 def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
-    """`DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads; `role`: that of a serving pod."""
+    """Return `DAGGER_RUN` of a command: the resource as JSON, reduced to what the command reads. `role` is that of a serving pod."""
     kept = _ALWAYS | READS[command]
     spec = {key: part for key, part in run.spec.wire().items() if key in kept}
     for section in (spec.get("rollouts"), spec.get("training"), *(spec[role].get("serving") for role in Role)):
         if section is not None:
-            section.pop("pod", None)  # where a pod runs is no business of what runs in it
-    if "sandbox" not in kept:  # where tasks' images are pulled from concerns nobody else, and may be changed
+            section.pop("pod", None)  # where a pod runs does not concern what runs in it
+    if "sandbox" not in kept:  # where tasks' images are pulled from concerns only sandboxes, and may be changed
         spec["tasks"].pop("imagePrefix", None)
     if command == "serving":
         spec.update({one: _as_a_server_sees(spec[one], own=one == role) for one in Role})
@@ -58,7 +58,8 @@ def carried_run(run: DAggerRun, command: str, role: Role | None = None) -> str:
 
 
 def _of_training(run: DAggerRun, command: str) -> Json:
-    """Of `training`, for a command that does not read it all: what it reads, and what the document would be refused without."""
+    """Return the part of `training` for a command that does not read all of it: what it reads, and what the document would be refused
+    without."""
     part: Json = {}
     if run.spec.student.endpoint:  # which is not trained
         part["mode"] = run.spec.training.mode
@@ -68,7 +69,7 @@ def _of_training(run: DAggerRun, command: str) -> Json:
 
 
 def _as_a_server_sees(policy: Json, *, own: bool) -> Json:
-    """A policy without what would restart servers for nothing: sampling, replicas, and most of the other policy."""
+    """Return a policy without what would restart servers needlessly: sampling, replicas, and most of the other policy."""
     seen = {"model": policy["model"]}
     if serving := policy.get("serving"):
         seen["serving"] = {key: part for key, part in serving.items() if key == "toolCallParser" or (own and key != "replicas")}
@@ -86,7 +87,7 @@ def from_field(name: str, path: str) -> Json:
 
 
 def from_secret(name: str, endpoint: Endpoint | None) -> list[Json]:
-    """A policy's token, where its endpoint needs one."""
+    """Return a policy's token variable if its endpoint needs one."""
     if endpoint is None or endpoint.secret_ref is None:
         return []
     reference = {"name": endpoint.secret_ref.name, "key": endpoint.secret_ref.key}
@@ -94,7 +95,7 @@ def from_secret(name: str, endpoint: Endpoint | None) -> list[Json]:
 
 
 def policy_environment(run: DAggerRun, roles: Iterable[Role]) -> list[Json]:
-    """Where policies answer, for the commands that ask them."""
+    """Return the variables with the addresses of policies, for the commands that query them."""
     env: list[Json] = []
     for role in roles:
         policy = run.spec.student if role is Role.STUDENT else run.spec.teacher
@@ -110,20 +111,21 @@ def policy_environment(run: DAggerRun, roles: Iterable[Role]) -> list[Json]:
 
 
 def own_secrets(run: DAggerRun, settings: PodSettings) -> list[Json]:
-    """`envFrom` of every container that runs a command of this project; the last one wins, so all read the storage as the operator does."""
+    """Return `envFrom` of every container that runs a command of this project; the last entry wins, so all read the storage as the operator
+    does."""
     storage = run.spec.storage.secret_ref
     names = [source.secret_ref.name for source in settings.env_from] + ([storage.name] if storage else [])
     return [{"secretRef": {"name": name}} for name in names]
 
 
 def own_environment(run: DAggerRun, settings: PodSettings, command: str, role: Role | None = None) -> list[Json]:
-    """What every container that runs a command of this project is told."""
+    """Return the environment of every container that runs a command of this project."""
     return [
         value("DAGGER_RUN", carried_run(run, command, role)),
         from_field("DAGGER_POD", "metadata.name"),
         from_field("POD_IP", "status.podIP"),
         value("DAGGER_SCRATCH", SCRATCH),
-        # The user of the pod has no entry in the image's passwd, and no home.
+        # The pod's user has no entry in the image's passwd, and no home.
         value("HOME", SCRATCH),
         *(value(variable.name, variable.value) for variable in settings.env),
     ]
@@ -141,7 +143,7 @@ def container(
     requests: Json | None = None,
     **more: Any,
 ) -> Json:
-    """A container as the restricted pod security standard wants it; `mounts` are (volume, path)."""
+    """Return a container that meets the restricted pod security standard; `mounts` are (volume, path)."""
     resources: Json = {"requests": requests} if requests else {}
     if gpus:
         resources["limits"] = {"nvidia.com/gpu": str(gpus)}
@@ -161,7 +163,7 @@ def container(
 
 
 def pod_spec(containers: list[Json], *, memory_volumes: Iterable[str] = (), volumes: Iterable[str] = (), **more: Any) -> Json:
-    """A pod that has no identity in the cluster, no root and no links to services."""
+    """Return a pod spec with no identity in the cluster, no root and no service links."""
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -184,7 +186,7 @@ def pod_spec(containers: list[Json], *, memory_volumes: Iterable[str] = (), volu
 def owned(
     run: DAggerRun, api_version: str, kind: str, name: str, labels: dict[str, str], annotations: dict[str, str] | None = None
 ) -> Json:
-    """The head of an object that goes when the run goes."""
+    """Return the metadata of an object that is deleted with the run."""
     metadata: Json = {"name": name, "namespace": run.metadata.namespace, "labels": labels}
     if annotations:
         metadata["annotations"] = annotations

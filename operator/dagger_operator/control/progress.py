@@ -1,4 +1,4 @@
-"""How far stages are, what is left, and what it has cost: for people, and never a basis for decisions."""
+"""Progress of stages, remaining time and cost so far: for people, and never used for decisions."""
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -16,23 +16,23 @@ from dagger_operator.store.results import EvaluationResult, PublishResult, Rollo
 Progress = Mapping[Step, Mapping[int, StageProgress]]
 """What workers report, by step and by worker's index."""
 _WORKERS = 16
-"""As many are asked how far they are: each sees the whole."""
+"""Maximum number of workers whose progress is read: each reports on the whole stage."""
 
 
 async def read_progress(store: Reads, run: DAggerRun, results: Results) -> Progress:
-    """What both runtimes read for `Observed.progress`: the steps at work, as their workers report them. Never fails."""
+    """Read `Observed.progress`, for both runtimes: the current steps, as their workers report them. Never fails."""
     found: dict[Step, Mapping[int, StageProgress]] = {}
     for step in next_steps(run.spec, results) or ():
         try:
             if reports := await read_reports(store, step.round, step.stage, min(pods_of(run, step.stage), _WORKERS)):
                 found[step] = reports
         except StoreUnavailable:
-            continue  # whoever decides something by what is in storage says so
+            continue  # code that decides by what is in storage reports this
     return found
 
 
 def shown(progress: Progress, work: Work | None, previous: ProgressShown | None, now: datetime) -> ProgressShown | None:
-    """The step that a run shows. What was shown before stands until a percent is gained, so that a status is not written for less."""
+    """Return the progress that a run shows. The previous value stays until a percent is gained, to avoid writing a status for less."""
     for step in work or ():
         if (furthest := _furthest(progress, step)) is None:
             continue
@@ -48,7 +48,7 @@ def shown(progress: Progress, work: Work | None, previous: ProgressShown | None,
 
 
 def run_end(run: DAggerRun, results: Results, work: Work | None, progress: Progress, now: datetime) -> datetime | None:
-    """When the run ends, if every stage left takes as long as it took last; None where one was never seen."""
+    """Return when the run ends if every remaining stage takes as long as it took last; None if one was never seen."""
     if work is None:
         return None
     every = list(steps(run.spec))
@@ -63,19 +63,19 @@ def run_end(run: DAggerRun, results: Results, work: Work | None, progress: Progr
 
 
 def _furthest(progress: Progress, step: Step) -> StageProgress | None:
-    """Each worker sees the whole; one that has reported how much there is."""
+    """Return the most advanced report: each worker reports on the whole stage once it knows its size."""
     furthest = max(progress.get(step, {}).values(), key=lambda one: one.done, default=None)
     return furthest if furthest is not None and furthest.total > 0 else None
 
 
 def _left(furthest: StageProgress) -> float | None:
-    """Seconds until a step is done if it goes on as it has so far; None where nothing was gained yet."""
+    """Return the seconds until a step is done if it continues at its rate so far; None if nothing was gained yet."""
     gained = furthest.done - furthest.before
     return furthest.seconds * (furthest.total - furthest.done) / gained if gained > 0 else None
 
 
 def seconds_of(results: Results, step: Step) -> float | None:
-    """How long a finished step took."""
+    """Return how many seconds a finished step took."""
     match results.records.get((step.round, step.stage)):
         case PublishResult(seconds=seconds):
             return seconds
@@ -85,7 +85,7 @@ def seconds_of(results: Results, step: Step) -> float | None:
 
 
 def gpu_hours(run: DAggerRun, progress: Progress, results: Results) -> float:
-    """GPUs times the hours for which the steps so far have held them."""
+    """Return the GPUs times the hours for which the steps so far have held them."""
 
     def seconds(step: Step) -> float:
         took = seconds_of(results, step)

@@ -1,4 +1,4 @@
-"""Since when the API server does not take an object. It keeps what it stores alone, so the status is what remembers."""
+"""Since when the API server has been refusing an object. It does not store refusals, so the status records them."""
 
 import re
 from dataclasses import replace
@@ -13,18 +13,18 @@ _SINCE = re.compile(r"\(since (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) UTC\)")
 
 
 def since(trouble: Trouble) -> str:
-    """A message that says since when, as far as that was observed."""
+    """Return the message with the time since when, as far as that was observed."""
     return f"{trouble.message} (since {trouble.since:{_FORM}} UTC)" if trouble.since else trouble.message
 
 
 def failed_by(status: RunStatus | None) -> Trouble | None:
-    """The refusal that a run failed by: it holds until the object is taken, whoever looks."""
+    """Return the refusal that made a run fail: it holds until the object is accepted, whichever controller looks."""
     told = _told(status, ConditionType.FAILED) if status is not None and status.phase is Phase.FAILED else None
     return None if told is None or told.reason == Reason.NODE_LOST else told
 
 
 def waited_since(status: RunStatus | None, reason: str, now: datetime) -> datetime:
-    """Since when a run waits for a reason of which nothing else tells how long it has been in the run's way."""
+    """Return since when a run has been waiting for a reason that carries no time of its own."""
     for kind in (ConditionType.FAILED, ConditionType.PROGRESSING):
         if (told := _told(status, kind)) is not None and told.reason == reason and told.since is not None:
             return told.since
@@ -32,7 +32,7 @@ def waited_since(status: RunStatus | None, reason: str, now: datetime) -> dateti
 
 
 def dated(refusal: Trouble, known: Trouble | None, status: RunStatus | None) -> Trouble:
-    """The same, since it was met first: as a controller knows it, or one before it wrote it down."""
+    """Return the refusal, dated by its first occurrence as known to this controller or recorded by an earlier one."""
     if (failed := failed_by(status)) is not None:
         return replace(refusal, since=failed.since)
     for before in (known, _told(status, ConditionType.PROGRESSING)):
@@ -42,7 +42,8 @@ def dated(refusal: Trouble, known: Trouble | None, status: RunStatus | None) -> 
 
 
 def _told(status: RunStatus | None, kind: ConditionType) -> Trouble | None:
-    """What a condition tells with its date. Not by its `lastTransitionTime`: the run may have waited for other things before."""
+    """Return a condition's reason and message with the date in its message. Not its `lastTransitionTime`: the run may have waited for other
+    things before."""
     told = next((one for one in (status.conditions if status else ()) if one.type == kind), None)
     if told is None or (written := _SINCE.search(told.message)) is None:
         return None

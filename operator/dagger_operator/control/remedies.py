@@ -1,4 +1,5 @@
-"""Which field of a run asked for what its pod does not get. Kubelet and scheduler name what is missing; they know no runs."""
+"""Which field of a run asked for something that its pod does not get. Kubelet and scheduler name what is missing, but know nothing of
+runs."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,13 +11,13 @@ from dagger_operator.control.names import COMPONENT
 from dagger_operator.control.rounds import StageName
 
 SAID_LIMIT = 600
-"""Characters of what others say that are passed on: room is left for the rest of a condition's message, the remedy and since when."""
+"""Maximum characters of a quoted message: this leaves room for the rest of a condition's message, the remedy and the time."""
 
 _IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"})
 
 
 def explained(pod: Mapping[str, Any], reason: str, said: str, container: str = "") -> str:
-    """What was said about a pod, with the field to look at before it and what to write after it where that is known."""
+    """Return a message about a pod, preceded by the field to look at and followed by what to write, if known."""
     said = f"pod {pod['metadata']['name']}: {shortened(said)}"
     component = (pod["metadata"].get("labels") or {}).get(COMPONENT, "")
     settings = _settings(component)
@@ -35,7 +36,7 @@ def shortened(said: str) -> str:
 
 
 def within_quota(trouble: Trouble, component: str) -> Trouble:
-    """With what to change where a quota of the namespace is used up."""
+    """Return the trouble with the fields to change if a quota of the namespace is used up."""
     if trouble.reason != "QuotaExceeded":
         return trouble
     fields = (*_numbers(component), *_gpus(component), f"{_settings(component)}.resources")
@@ -43,7 +44,7 @@ def within_quota(trouble: Trouble, component: str) -> Trouble:
 
 
 def _image(component: str, container: str) -> str:
-    """What names an image: the run or, where it leaves that open, whoever installed the operator."""
+    """Return what names an image: the run or, if it does not, whoever installed the operator."""
     if container == "vllm":
         return f"spec.{component}.serving.image"
     if component == StageName.TRAINING:
@@ -52,7 +53,7 @@ def _image(component: str, container: str) -> str:
 
 
 def _settings(component: str) -> str:
-    """Where the spec says something about a component's pods."""
+    """Return the part of the spec that configures a component's pods."""
     if component in tuple(Role):
         return f"spec.{component}.serving.pod"
     return "spec.training.pod" if component == StageName.TRAINING else "spec.rollouts.pod"
@@ -65,7 +66,7 @@ def _gpus(component: str) -> tuple[str, ...]:
 
 
 def _numbers(component: str) -> tuple[str, ...]:
-    """What says how many pods a component has."""
+    """Return the fields that set how many pods a component has."""
     if component in tuple(Role):
         return (f"spec.{component}.serving.replicas",)
     if component == StageName.TRAINING:

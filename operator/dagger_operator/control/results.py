@@ -20,32 +20,32 @@ from dagger_operator.store.results import (
 
 R = TypeVar("R", bound=Result)
 RUN_BYTES = 16 << 20
-"""More than the results of a thousand rounds have, without their lists."""
+"""Maximum bytes of a run's results: more than a thousand rounds need, without their lists."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Results by round and stage. They are created once, so a copy of any age is right in what it has."""
+    """Results by round and stage. Each is created once, so a copy of any age is correct in what it contains."""
 
     records: Mapping[tuple[int, str], Result] = field(default_factory=dict)
     size: int = field(default=0, compare=False)
-    """Bytes of all of them together."""
+    """Total bytes of all of them."""
 
     def has(self, round_number: int, stage: str) -> bool:
         return (round_number, stage) in self.records
 
     def get(self, kind: type[R], round_number: int) -> R | None:
-        """A round's result of one kind, such as `results.get(RolloutResult, 3)`."""
+        """Return a round's result of one kind, such as `results.get(RolloutResult, 3)`."""
         record = self.records.get((round_number, kind.stage))
         return record if isinstance(record, kind) else None
 
     @property
     def newest_round(self) -> int:
-        """The furthest round that any stage was done in; 0 before round 1."""
+        """The last round in which any stage was done; 0 before round 1."""
         return max((number for number, _ in self.records), default=0)
 
     def student_after(self, round_number: int) -> str | None:
-        """Version of the student once a round is over; round 0 is the initial one, and a round without training changes nothing."""
+        """Return the version of the student after a round; round 0 gives the initial one, and a round without training changes nothing."""
         for number in range(round_number, 0, -1):
             if (trained := self.get(TrainingResult, number)) is not None:
                 return trained.policy
@@ -54,18 +54,18 @@ class Results:
 
 
 async def read_results(store: Reads, run: DAggerRun, known: Results | None = None) -> Results:
-    """What both runtimes read before they plan: all results of a run, those `known` already not again.
+    """Read all results of a run, for both runtimes; results in `known` are not read again.
 
-    What stands below a prefix that is another run's is none of this run's: then there are no results, and its prepare stage
-    says whose they are. Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so.
-    Whatever a store answers, this ends with the run's last round, and keeps `RUN_BYTES` at most.
+    If the prefix belongs to another run, nothing below it counts: there are no results, and the run's prepare stage reports the owner.
+    Raises `StoreUnavailable` or `DamagedObject`; then nothing is known, and `Observed.storage_problem` says so. Whatever a store answers,
+    this ends with the run's last round, and keeps at most `RUN_BYTES`.
     """
     results = known or Results()
     if not results.records and await read_owner(store) != owner_of(run):
         return Results()
     records, size = dict(results.records), results.size
-    # An evaluation may end beside the next round, up to its publish, which waits for it: the round before is still asked for. Where
-    # nothing is trained, none waits for the one of round 0.
+    # An evaluation may end during the next round, up to its publish, which waits for it: the previous round is still read. Without
+    # training, nothing waits for the one of round 0.
     first = max(0, results.newest_round - 1)
     for number in (*([0] if first and run.spec.evaluation.initial else []), *range(first, run.spec.rounds + 1)):
         missing = [stage for stage in KINDS if (number, stage) not in records and stage in (_ROUND_0 if number == 0 else _ROUND)]
@@ -82,7 +82,7 @@ async def read_results(store: Reads, run: DAggerRun, known: Results | None = Non
 
 
 def _planned_by(record: Result) -> Result:
-    """A result without the lists that grow with tasks and steps, which no plan reads."""
+    """Return a result without the lists that grow with tasks and steps, which no plan reads."""
     return record.model_copy(update=dict.fromkeys(_LISTS & type(record).model_fields.keys(), ()))
 
 

@@ -1,4 +1,4 @@
-"""The round state machine: which steps are at work, decided from results alone."""
+"""The round state machine: the current steps, determined from results alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ __all__ = ["StageName", "Step", "Work", "before", "next_steps", "settled", "step
 
 @dataclass(frozen=True)
 class Work:
-    """What a run works on: the next step of its rounds and, beside it, the evaluation of the student that the round before made."""
+    """What a run works on: the next step of its rounds and, beside it, the evaluation of the previous round's student."""
 
     step: Step
     beside: Step | None = None
     rollouts_remain: bool = True
-    """Whether the teacher will be asked again."""
+    """Whether the teacher will be queried again."""
 
     def __iter__(self) -> Iterator[Step]:
         yield self.step
@@ -26,11 +26,11 @@ class Work:
 
 
 def next_steps(spec: RunSpec, results: Results) -> Work | None:
-    """The first step without a result, and what may be done beside it; None where the run is done.
+    """Return the first step without a result, and what may run beside it; None if the run is done.
 
-    An evaluation can be made up for until the next student is published, if one ever is: then this one is served no more. What `overlap`
-    says is when the next round begins: one whose rollouts are done is not held back, and its training not ended, where that is changed
-    meanwhile.
+    An evaluation can be caught up until the next student is published, if one ever is: then this one is no longer served. `overlap`
+    determines when the next round starts: if it is changed while a round's rollouts are already done, that round is not held back, and its
+    training is not ended.
     """
     left = [step for step in steps(spec) if not settled(step, results)]
     if not left:
@@ -50,7 +50,7 @@ def settled(step: Step, results: Results) -> bool:
 
 
 def before(spec: RunSpec, work: Work | None) -> frozenset[Step]:
-    """The steps that were at work last: the one before the next, and the newest evaluation before that."""
+    """Return the steps that ran last: the one before the next, and the newest evaluation before that."""
     passed: list[Step] = []
     for step in steps(spec):
         if work is not None and step == work.step:

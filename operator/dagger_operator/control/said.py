@@ -1,4 +1,4 @@
-"""What pods say about themselves: why they wait, how they ended. Pure; pods come in Kubernetes' form."""
+"""What pods report about themselves: why they wait, how they ended. Pure; pods are in Kubernetes form."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,16 +15,16 @@ from dagger_operator.store.stage import ExitCode
 Manifest = Mapping[str, Any]
 
 SERVER_RESTARTS = 5
-"""A server that is in back-off after this many restarts since it last was ready, or whose nodes were begun anew more often, is given up,
-but for those that infrastructure asked for."""
+"""A server that is in back-off after this many restarts since it was last ready, or whose nodes were recreated more often, is given up.
+Restarts for lack of a service do not count."""
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=5)
-"""A kubelet's, before it starts a container again that ended again."""
+"""A kubelet's pauses before it restarts a container that ended again."""
 _OVERDUE = timedelta(seconds=60)
-"""A pod should be gone at its deletionTimestamp, which has its grace in it; a kubelet that lives says so within this."""
+"""A pod should be gone at its deletionTimestamp, which includes its grace period; a live kubelet confirms that within this time."""
 
 
 def waiting(pods: Iterable[Manifest]) -> Trouble | None:
-    """The first reason, in order of pods' names, for which a pod does not run."""
+    """Return the first reason, in order of pods' names, for which a pod does not run."""
     for pod in sorted(pods, key=lambda one: str(one["metadata"]["name"])):
         if not lives(pod):
             continue
@@ -47,7 +47,8 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
 
 
 def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
-    """The pod that should have gone first and is still there, because its node tells nobody that it ended; none is made in its place."""
+    """Return the trouble of the first pod that should be gone and still exists, because its node does not report that it ended; no
+    replacement is created."""
     due = [
         (at, str(pod["metadata"]["name"]), str((pod.get("spec") or {}).get("nodeName") or "unknown"))
         for pod in pods
@@ -66,7 +67,7 @@ def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
 
 
 def waiting_since(pods: Iterable[Manifest]) -> datetime | None:
-    """When the oldest pod was made of which nothing runs; those in a queue do not count."""
+    """Return when the oldest pod in which nothing runs was created; those in a queue do not count."""
     made = [time(pod["metadata"].get("creationTimestamp")) for pod in pods if _idle(pod)]
     return min((at for at in made if at is not None), default=None)
 
@@ -78,9 +79,9 @@ def _idle(pod: Manifest) -> bool:
 
 
 def unready_for(pod: Manifest, now: datetime) -> timedelta:
-    """For how long a pod has had its node without being ready: nothing where it is ready, has no node yet, or is to go.
+    """Return for how long a pod has had its node without being ready: zero if it is ready, has no node yet, or is to be deleted.
 
-    A runtime without a scheduler tells no times: then it is for ever.
+    A runtime without a scheduler gives no times: then it is infinite.
     """
     told = {one["type"]: one for one in status(pod).get("conditions") or ()}
     ready, placed = told.get("Ready", {}), told.get("PodScheduled", {})
@@ -92,14 +93,15 @@ def unready_for(pod: Manifest, now: datetime) -> timedelta:
 
 
 def overdue(pod: Manifest, patience: timedelta) -> Trouble:
-    """That a server's pod is not ready in its time, where nothing else is said of it."""
+    """Return the trouble of a server's pod that is not ready in time, if no other reason is known."""
     role = (pod["metadata"].get("labels") or {}).get(COMPONENT, "")
     said = f"pod {pod['metadata']['name']} was not ready within {patience.total_seconds():.0f} s: its containers' logs say why"
     return Trouble("ProgressDeadlineExceeded", f"{said}; where loading only takes longer, raise spec.{role}.serving.startupDeadlineSeconds")
 
 
 def broken_server(pods: Iterable[Manifest], now: datetime, patience: timedelta) -> Trouble | None:
-    """A server that another start would not mend, or that many in a row did not; `patience`: how long it may take to be ready."""
+    """Return why a server is broken: another start would not fix it, or many in a row did not. `patience` is how long it may take to become
+    ready."""
     for pod in pods:
         for container in _containers(pod):
             ended = _ended(container)
@@ -112,7 +114,8 @@ def broken_server(pods: Iterable[Manifest], now: datetime, patience: timedelta) 
 
 
 def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Trouble | None:
-    """That all nodes of a server begin again and again, in the words of the last one that ended as far as it is still there."""
+    """Return the trouble of a server whose nodes are all recreated again and again, quoting the last container that ended if it still
+    exists."""
     if not begun_anew:
         return None
     often = f"all its nodes were begun anew {len(begun_anew)} times since they last were ready; the last time: {begun_anew[-1].message}"
@@ -122,22 +125,24 @@ def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Tr
 
 
 def unavailable(pods: Iterable[Manifest], now: datetime, patience: timedelta) -> tuple[PodFailure, ...]:
-    """Of a server's containers in back-off for want of a service, such as storage or the hub: the ends in a row of the one with most."""
+    """Return the failures in a row of the container with most of them, among a server's containers in back-off for lack of a service, such
+    as storage or the hub."""
     found: list[tuple[PodFailure, ...]] = [()]
     for pod, container in ((one, container) for one in pods for container in _containers(one) if _backs_off(container)):
         ended = _ended(container)
         if ended is not None and ended.get("exitCode") == ExitCode.UNAVAILABLE:
             said = _explained(container, ended)
-            # Each restart followed an end, and the last end has yet to be followed by one.
+            # Each restart followed an end, and the last end is not yet followed by one.
             found.append((PodFailure(said.reason, said.message, ExitCode.UNAVAILABLE),) * (_in_a_row(pod, container, now, patience) + 1))
     return max(found, key=len)
 
 
 def _in_a_row(pod: Manifest, container: Manifest, now: datetime, patience: timedelta) -> int:
-    """How often a container was started again since its pod was last ready, at most. `restartCount` is that of the pod's whole life.
+    """Return an upper bound of how often a container was restarted since its pod was last ready. `restartCount` covers the pod's whole
+    life.
 
-    A container that ran for longer than a start may take had started. Else the time for which the pod has not been ready is the bound: a
-    kubelet restarts a container at once, and from then on after its pauses.
+    A container that ran for longer than a start may take had started. Otherwise the time for which the pod has not been ready gives the
+    bound: a kubelet restarts a container at once, and from then on after its pauses.
     """
     ended = _ended(container) or {}
     began, at = time(ended.get("startedAt")), time(ended.get("finishedAt"))
@@ -156,7 +161,7 @@ def _backs_off(container: Manifest) -> bool:
 
 
 def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
-    """How pods that failed ended, oldest first. One that is being deleted was ended by whoever deletes it, which costs nothing."""
+    """Return how pods that failed ended, oldest first. A pod that is being deleted was ended by its deletion, which costs nothing."""
     found = []
     for pod in pods:
         if phase(pod) != "Failed" or pod["metadata"].get("deletionTimestamp"):
@@ -169,7 +174,7 @@ def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
 
 
 def _end(pod: Manifest) -> tuple[str, Trouble, int | None]:
-    """When, why and with which exit code a failed pod ended."""
+    """Return when, why and with which exit code a failed pod ended."""
     for container in _containers(pod):
         ended = _ended(container)
         if ended is not None and ended.get("exitCode") != ExitCode.DONE:
@@ -179,7 +184,7 @@ def _end(pod: Manifest) -> tuple[str, Trouble, int | None]:
 
 
 def last_words(pods: Iterable[Manifest]) -> Trouble | None:
-    """What the container that failed last left as its termination message, and how often it was started again."""
+    """Return the termination message of the container that failed last, and how often it was restarted."""
     ends = [
         (str(ended.get("finishedAt") or ""), container, ended)
         for pod in pods
@@ -188,7 +193,7 @@ def last_words(pods: Iterable[Manifest]) -> Trouble | None:
     ]
     if not ends:
         return None
-    # A failure that a retry cannot mend explains more than the pods that were stopped because of it.
+    # A failure that a retry cannot fix explains more than the pods that were stopped because of it.
     _, container, ended = max(ends, key=lambda end: (end[2].get("exitCode") == ExitCode.PERMANENT, end[0]))
     said, again = _explained(container, ended), container.get("restartCount", 0)
     return replace(said, message=f"{said.message} (restarts so far: {again})") if again else said
@@ -204,7 +209,7 @@ def _explained(container: Manifest, ended: Manifest) -> Trouble:
 
 
 def stated(text: str) -> Trouble | None:
-    """A stage's own statement, as `store.stage` leaves it: in full, or as the last line of its log."""
+    """Return a stage's own statement, as `store.stage` leaves it: in full, or as the last line of its log."""
     for line in (text, text.rsplit("\n", 1)[-1]):
         try:
             said = json.loads(line)
@@ -239,7 +244,7 @@ def lives(pod: Manifest) -> bool:
 
 
 def true(manifest: Manifest, *types: str) -> Manifest | None:
-    """The first condition of these types that holds."""
+    """Return the first condition of these types that holds."""
     conditions: Sequence[Manifest] = status(manifest).get("conditions") or ()
     return next((c for c in conditions if c["type"] in types and c["status"] == "True"), None)
 

@@ -1,4 +1,4 @@
-"""What users say about pods (`PodSettings`), put into a pod template."""
+"""Applies what users set on pods (`PodSettings`) to a pod template."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,15 +12,15 @@ PRIORITY = "kueue.x-k8s.io/priority-class"
 
 
 def queue_labels(kueue: Kueue | None) -> dict[str, str]:
-    """Labels by which Kueue admits a Job or a server."""
+    """Return the labels by which Kueue admits a Job or a server."""
     if kueue is None:
         return {}
     return {QUEUE: kueue.queue_name, **({PRIORITY: kueue.priority_class} if kueue.priority_class else {})}
 
 
 def pod_template(labels: Mapping[str, str], spec: Json, settings: PodSettings, *, main: str, claims: Iterable[ClaimMount] = ()) -> Json:
-    """A template with a user's settings. Resources are those of the container `main`; every container sees the claims, which are
-    the settings' own and `claims`."""
+    """Return a template with a user's settings. Resources apply to the container `main`; every container mounts the claims of the settings
+    and of `claims`."""
     mounted = {claim.mount_path: claim for claim in (*claims, *settings.claims)}
     names = {path: f"claim-{index}" for index, path in enumerate(mounted)}
     mounts = [{"name": names[path], "mountPath": path, "readOnly": claim.read_only} for path, claim in mounted.items()]
@@ -42,7 +42,7 @@ def pod_template(labels: Mapping[str, str], spec: Json, settings: PodSettings, *
 
 
 def _scheduling(settings: PodSettings) -> Json:
-    """Fields of a pod's spec that settings hold in the words of Kubernetes; those left empty are left out."""
+    """Return the fields of a pod's spec that settings hold in Kubernetes' own form; empty ones are left out."""
     wire = settings.wire()
     fields = (
         *("nodeSelector", "tolerations", "affinity", "topologySpreadConstraints", "priorityClassName", "runtimeClassName"),

@@ -1,4 +1,4 @@
-"""Servers: for each policy that is served here a Deployment, or where a replica needs several nodes a LeaderWorkerSet, with a headless
+"""Servers: for each policy served by the run a Deployment, or a LeaderWorkerSet if a replica needs several nodes, with a headless
 Service."""
 
 from typing import Any
@@ -23,23 +23,23 @@ from dagger_operator.control.vllm import FOLLOWER, SERVER, vllm_arguments, vllm_
 
 PROBE_SECONDS = 2
 PATIENCE_SECONDS = 15
-"""The agent waits ten seconds for vLLM's answer before it says that it is silent."""
+"""The agent waits ten seconds for vLLM's answer before it reports that vLLM does not respond."""
 
 
 def served(run: DAggerRun, role: Role) -> Serving | None:
-    """A policy's serving settings; None where it is an endpoint."""
+    """Return a policy's serving settings; None if it is an endpoint."""
     return run.spec.student.served if role is Role.STUDENT else run.spec.teacher.serving
 
 
 def server_of(run: DAggerRun, role: Role, serving: Serving) -> tuple[str, str]:
-    """Kind and name of what runs a policy's servers."""
+    """Return kind and name of the object that runs a policy's servers."""
     return ("LeaderWorkerSet", group_name(run, role)) if serving.nodes > 1 else ("Deployment", server_name(run, role))
 
 
 def build_server(
     run: DAggerRun, role: Role, serving: Serving, *, replicas: int, annotations: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The servers of a policy. Their template holds nothing of a round, so they live through all of them."""
+    """Return the servers of a policy. Their template contains nothing specific to a round, so they live through all rounds."""
     template = pod_template({}, _pod(run, role, serving), serving.pod, main="vllm")
     follower = pod_template({}, _follower(run, role, serving), serving.pod, main="vllm") if serving.nodes > 1 else None
     queue = queue_labels(run.spec.kueue)
@@ -57,7 +57,7 @@ def build_server(
                 "replicas": replicas,
                 "leaderWorkerTemplate": {
                     "size": serving.nodes,
-                    # An engine over several nodes does not outlive any of them.
+                    # An engine over several nodes does not survive the loss of any of them.
                     "restartPolicy": "RecreateGroupOnPodRestart",
                     "leaderTemplate": template,
                     "workerTemplate": follower,
@@ -79,7 +79,7 @@ def build_server(
 
 
 def build_service(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
-    """A name that resolves to the address of every replica that is ready: of its first node, where it has several."""
+    """Return the Service whose name resolves to the address of every ready replica: of its first node, if it has several."""
     own = labels(run, role, 0, "")
     port = {"name": "http", "port": AGENT_PORT, "targetPort": AGENT_PORT}
     first = {"leaderworkerset.sigs.k8s.io/worker-index": "0"} if serving.nodes > 1 else {}
@@ -99,7 +99,7 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
         SERVER,
         # The agent answers for vLLM, which listens on a Unix socket only.
         startupProbe=_probe("/health/server", failures=-(-serving.startup_deadline_seconds // PROBE_SECONDS)),
-        # Longer than the agent takes to be started anew.
+        # Longer than the agent takes to restart.
         livenessProbe=_probe("/health/server", failures=4, period=5, timeout=PATIENCE_SECONDS),
     )
     agent = _own_container(
@@ -115,7 +115,7 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
 
 
 def _follower(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
-    """A further node of a replica: the same weights, and workers of the first node's engine."""
+    """Return the pod of a further node of a replica: the same weights, and workers of the first node's engine."""
     vllm = _vllm(serving, FOLLOWER)
     return pod_spec([vllm], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role, serving)])
 

@@ -1,4 +1,4 @@
-"""Where a run stands, in one look: its phase, and whether it gets on or what it waits for."""
+"""The current situation of a run: its phase, and whether it progresses or what it waits for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ def place(run: DAggerRun, step: Step) -> str:
 
 
 def at_work(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, blocked: Mapping[Step, Trouble]) -> Situation:
-    """The next step of the rounds speaks for the run; where it waits for the evaluation beside it, that one does."""
+    """Return the situation of a run at work, described by its next step; if that waits for the evaluation beside it, by the evaluation."""
     if observed.refused is not None:
         return _waiting(run, work.step, observed.refused)
     speaks = work.step

@@ -1,4 +1,4 @@
-"""A run that stands still: suspended, failed, or blind. It frees what it holds and keeps what it was doing."""
+"""A stopped run: suspended, failed, or without access to its results. It frees what it holds and keeps what it was doing."""
 
 import json
 from typing import Any
@@ -21,7 +21,8 @@ _AT_WORK = (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED)
 def at_a_standstill(
     run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers, failed: Failure | None
 ) -> tuple[list[Manifest], list[Child]]:
-    """Objects to apply, and children that stay as they are. A failure is written where it can be seen: on the child that failed."""
+    """Return the objects to apply, and the children that stay as they are. A failure is recorded where it can be seen: on the child that
+    failed."""
     keep = kept(run, failed)
     objects = _servers(run, observed, work, servers, failed, keep)
     costs_something = ("Job", *SERVERS)
@@ -40,8 +41,8 @@ def at_a_standstill(
                 stay.append(job)
                 objects.append(build_job(run, step, observed.results, suspend=True))
             elif failed is not None and failed.refused and not run.spec.suspend:
-                stay.append(job)  # it counts in the quota that has no room for more, as in `kept`
-            # Else a Job that a queue may let go at any moment is made again: its stage does what is left.
+                stay.append(job)  # it counts in the full quota, as in `kept`
+            # Otherwise a Job that a queue may start at any moment is removed and created again later: its stage does what is left.
     return objects, stay
 
 
@@ -62,7 +63,8 @@ def _servers(run: DAggerRun, observed: Observed, work: Work, servers: Servers, f
 
 
 def without_results(run: DAggerRun, observed: Observed, *, late: bool) -> tuple[tuple[Manifest, ...], tuple[Ref, ...]]:
-    """Nothing is known about progress: what exists stays, nothing is started; suspension and deadline need none and are honoured."""
+    """Return what to apply and remove while nothing is known about progress: what exists stays, nothing is started. Suspension and deadline
+    do not depend on progress and are honoured."""
     if not run.spec.suspend and not late:
         return (), ()
     objects = []
@@ -71,6 +73,6 @@ def without_results(run: DAggerRun, observed: Observed, *, late: bool) -> tuple[
         serving = served(run, role)
         if serving is not None and find(observed, *server_of(run, role, serving)) is not None:
             objects.append(build_server(run, role, serving, replicas=0))
-    # Nothing is lost with a Job: its stage does what is left when it is made again.
+    # Nothing is lost with a Job: its stage does what is left when it is created again.
     remove = [child.ref for child in observed.children if child.kind == "Job" and child.holds and not child.deleting]
     return tuple(objects), tuple(sorted(remove))

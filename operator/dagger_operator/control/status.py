@@ -1,4 +1,4 @@
-"""The status: what people read, derived from what was decided and from results; bounded in size, written once."""
+"""The status: what people read, derived from decisions and results; bounded in size, written in one place."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -20,7 +20,7 @@ ROUNDS_SHOWN = 100
 
 
 def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Situation, servers: Servers) -> RunStatus:
-    """The whole status."""
+    """Return the whole status."""
     previous = run.status or RunStatus()
     rounds = _rounds(observed.results)
     resolved = next((one.evaluation.resolved_rate for one in reversed(rounds) if one.evaluation), None)
@@ -28,7 +28,7 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
     still_ended = situation.ended and previous.phase is situation.phase
     moving = None if situation.ended or situation.phase is Phase.SUSPENDED else work
     progress = shown(observed.progress, moving, previous.progress, observed.now)
-    # Where nothing was gained, nothing that follows from it is written anew either.
+    # If progress is unchanged, nothing that follows from it is rewritten either.
     unchanged = (progress, situation.phase, situation.round) == (previous.progress, previous.phase, previous.round)
     end = previous.estimated_completion_time if unchanged else run_end(run, observed.results, moving, observed.progress, observed.now)
     hours = previous.gpu_hours if unchanged else f"{gpu_hours(run, observed.progress, observed.results):.1f}"
@@ -50,7 +50,7 @@ def report(run: DAggerRun, observed: Observed, work: Work | None, situation: Sit
 
 
 def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
-    """The status of a run whose success was reported: what stands there stays, whatever storage holds by now."""
+    """Return the status of a run whose success was reported: it stays, whatever storage contains by now."""
     previous = run.status or RunStatus()
     update = {
         "observed_generation": run.metadata.generation,
@@ -62,7 +62,7 @@ def succeeded(run: DAggerRun, situation: Situation, now: datetime) -> RunStatus:
 
 
 def refused(generation: int | None, status: RunStatus | None, problems: Sequence[Problem], now: datetime) -> RunStatus:
-    """The status of a resource that cannot be run, or was edited as it must not be: it stands still where it was."""
+    """Return the status of a resource that cannot be run, or had a forbidden edit: it stops where it was."""
     message = "\n".join(map(str, problems))
     ended = status is not None and status.phase in (Phase.SUCCEEDED, Phase.FAILED)
     untrue = (ConditionType.ACCEPTED,) if ended else (ConditionType.ACCEPTED, ConditionType.PROGRESSING)
@@ -71,7 +71,7 @@ def refused(generation: int | None, status: RunStatus | None, problems: Sequence
 
 
 def blind(run: DAggerRun, problem: str, now: datetime, late: Trouble | None) -> RunStatus:
-    """The status where results cannot be read: what was known before, and why no more is. A run that is late fails all the same."""
+    """Return the status while results cannot be read: what was known before, and why nothing newer is. A run that is late still fails."""
     previous = run.status or RunStatus()
     if late is not None and (previous.phase is not Phase.FAILED or previous.reason == late.reason):
         ended = {"phase": Phase.FAILED, "reason": late.reason, "completion_time": previous.completion_time or now}
@@ -131,7 +131,7 @@ def _servers_ready(servers: Servers) -> Condition:
 
 
 def _rounds(results: Results) -> list[RoundStatus]:
-    """From round 0 where the initial student was evaluated: of that round nobody asks anything else."""
+    """Return the rounds, from round 0 if the initial student was evaluated: nothing else of that round is shown."""
     rounds = []
     for number in range(0 if results.has(0, "evaluation") else 1, results.newest_round + 1):
         rollout, training = results.get(RolloutResult, number), results.get(TrainingResult, number)

@@ -1,4 +1,4 @@
-"""vLLM's command line and environment, as `docs/architecture.md` (Serving) gives them."""
+"""vLLM's command line and environment, as documented in `docs/architecture.md` (Serving)."""
 
 from typing import Any
 
@@ -7,30 +7,31 @@ from dagger_operator.api.ports import VLLM_MASTER_PORT
 from dagger_operator.control.pods import SCRATCH, value
 
 CPU_BATCHED_TOKENS = 8192
-"""Most tokens of one engine step on the CPU, where prompts are not cut."""
+"""Maximum tokens of one engine step on the CPU, where prompts are not split."""
 
 
 SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
-"""vLLM's own image has a `python3`; not each version has a `python`."""
+"""vLLM's own image has a `python3`; not every version has a `python`."""
 FOLLOWER = ("python3", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
-"""What the further nodes of a replica run: workers of the first one's engine."""
+"""Command of the further nodes of a replica: workers of the first one's engine."""
 DRAIN_SECONDS = 5
-"""How long a server that is ended goes on with the turns under way: as long as its agent does, and well within a pod's grace."""
+"""Seconds that a terminating server continues with the turns in progress: as long as its agent does, and well within a pod's grace
+period."""
 
 
 def vllm_arguments(serving: Serving) -> list[str]:
-    """Arguments of vLLM's server; the user's own come last and win."""
+    """Return the arguments of vLLM's server; the user's own come last and win."""
     arguments = ["--model", "$(DAGGER_SHARED)/current", "--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
     arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
     # A model's own generation config would add sampling settings that the spec does not name.
     arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
-    # With 0, vLLM's default, a server that is ended hands out turns as they are, and one in which its parser finds a call comes as a whole
-    # one. Turns that outlast this go down with the engine, and are no answer.
+    # With 0, vLLM's default, a terminating server returns turns as they are, and one in which its parser finds a call looks complete. Turns
+    # that outlast this end with the engine and return no answer.
     arguments += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     if serving.gpus > 1:
         arguments += ["--tensor-parallel-size", str(serving.gpus)]
     if serving.nodes > 1:
-        # LeaderWorkerSet says in a pod's environment where the first node is, and which one this is.
+        # LeaderWorkerSet sets in a pod's environment where the first node is, and which node this is.
         arguments += [
             "--pipeline-parallel-size",
             str(serving.nodes),
@@ -43,9 +44,9 @@ def vllm_arguments(serving: Serving) -> list[str]:
         arguments += ["--master-addr", "$(LWS_LEADER_ADDRESS)", "--master-port", str(VLLM_MASTER_PORT)]
     if serving.gpus == 0:
         arguments += ["--enforce-eager", "--distributed-executor-backend", "uni"]
-        # A tied head stays packed from the old weights when new ones are loaded in place; the agent has it packed anew.
+        # A tied head stays packed from the old weights when new ones are loaded in place; the agent has it repacked.
         arguments += ["--worker-extension-cls", "dagger_operator.serving.tied_head.TiedHead"]
-        # A prompt in parts rewinds the generator of a seeded request, which torch's CPU generator cannot: the engine dies of it.
+        # A prompt in chunks rewinds the generator of a seeded request, which torch's CPU generator cannot do: the engine crashes.
         arguments += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(serving.max_model_len, CPU_BATCHED_TOKENS))]
     if serving.tool_call_parser is not None:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", serving.tool_call_parser]
@@ -53,13 +54,13 @@ def vllm_arguments(serving: Serving) -> list[str]:
 
 
 def vllm_environment(serving: Serving) -> list[dict[str, Any]]:
-    """Environment of the server; the user's own comes last and wins."""
+    """Return the environment of the server; the user's own comes last and wins."""
     fixed = {
-        # Weights are reloaded and servers paused through the development endpoints, which no socket of the network reaches.
+        # Weights are reloaded and servers paused through the development endpoints, which are not reachable over the network.
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        # The user of the pod has no entry in the image's passwd, and no home.
+        # The pod's user has no entry in the image's passwd, and no home.
         "HOME": SCRATCH,
         "USER": "dagger",
     }

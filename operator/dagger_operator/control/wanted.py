@@ -1,4 +1,4 @@
-"""What the work at hand needs beside its Jobs: servers, names, rights."""
+"""What the current work needs besides its Jobs: servers, names, rights."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ Manifest = dict[str, Any]
 
 
 def needed(run: DAggerRun, work: Work) -> dict[Role, Serving]:
-    """Serving settings of the policies that are served here and asked in this step or after it."""
+    """Return the serving settings of the policies that are served by the run and queried in this step or after it."""
     if work.step.stage is StageName.PREPARE:
         return {}
     wanted = {Role.STUDENT: True, Role.TEACHER: work.rollouts_remain}
@@ -25,7 +25,7 @@ def needed(run: DAggerRun, work: Work) -> dict[Role, Serving]:
 
 
 def build_support(run: DAggerRun, observed: Observed, work: Work) -> list[Manifest]:
-    """What Jobs and servers lean on; it comes before them."""
+    """Return what Jobs and servers depend on; it is applied before them."""
     servers = needed(run, work)
     support = [build_service(run, role, serving) for role, serving in servers.items()]
     if servers:
@@ -38,7 +38,7 @@ def build_support(run: DAggerRun, observed: Observed, work: Work) -> list[Manife
 
 
 def build_all(run: DAggerRun, observed: Observed, work: Work) -> list[Manifest]:
-    """All that the work at hand takes, with every server up and whatever stands in a Job's way."""
+    """Return everything that the current work needs, with every server up and whatever blocks a Job."""
     servers = [build_server(run, role, serving, replicas=serving.replicas) for role, serving in needed(run, work).items()]
     return [*build_support(run, observed, work), *servers, *(build_job(run, step, observed.results) for step in work)]
 
@@ -48,12 +48,12 @@ def find(observed: Observed, kind: str, name: str) -> Child | None:
 
 
 def observed_jobs(run: DAggerRun, observed: Observed, work: Work) -> Jobs:
-    """The steps at work with their Jobs, where they exist."""
+    """Return the current steps with their Jobs, if they exist."""
     return {step: find(observed, "Job", build_job(run, step, observed.results)["metadata"]["name"]) for step in work}
 
 
 def observed_servers(run: DAggerRun, observed: Observed, work: Work) -> Servers:
-    """The servers that are needed, where they exist; one of another attempt does not count."""
+    """Return the servers that are needed, if they exist; one of another attempt does not count."""
     servers: dict[Role, Child | None] = {}
     for role, serving in needed(run, work).items():
         attempt = build_server(run, role, serving, replicas=0)["metadata"]["labels"][ATTEMPT]

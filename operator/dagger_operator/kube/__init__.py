@@ -1,1 +1,1 @@
-"""How an API server is spoken to, by the operator and by workers."""
+"""Access to an API server, for the operator and for workers."""

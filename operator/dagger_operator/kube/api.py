@@ -1,4 +1,4 @@
-"""Requests to an API server: JSON out, JSON in, errors typed."""
+"""Requests to an API server: JSON in, JSON out, typed errors."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ class Api:
     async def ask(
         self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"
     ) -> Manifest:
-        """The answer to a request."""
+        """Return the response to a request."""
         doing, data = f"{verb} {path}", None if body is None else json.dumps(body).encode()
         headers = {"Accept": "application/json", "Content-Type": content, **await authorization(self._settings)}
         with _reaching(doing):
@@ -44,9 +44,9 @@ class Api:
         return said
 
     async def watch(self, path: str, query: Mapping[str, str], version: str) -> AsyncIterator[tuple[str, Manifest]]:
-        """What happens from a resourceVersion on: (`ADDED`, `MODIFIED`, `DELETED` or `BOOKMARK`, object). Ends now and then.
+        """Yield what happens from a resourceVersion on: (`ADDED`, `MODIFIED`, `DELETED` or `BOOKMARK`, object). Ends from time to time.
 
-        An error with code 410 says that this version is too old: list again.
+        An error with code 410 means that this version is too old: list again.
         """
         doing = f"watching {path}"
         query = {**query, "watch": "true", "resourceVersion": version, "allowWatchBookmarks": "true", "timeoutSeconds": str(_WATCH_SECONDS)}
@@ -72,7 +72,8 @@ class Api:
 
 
 def segment(name: str) -> str:
-    """A name as one part of a path, and never as a way to another object. Raises `Refused` for what would be resolved all the same."""
+    """Return a name as one segment of a path, which cannot lead to another object. Raises `Refused` for names that would be resolved
+    anyway."""
     if name in (".", ".."):
         raise Refused(f"naming {name!r}", 0, "InvalidName", f"{name!r} names no object: write the object's own name")
     return quote(name, safe="")

@@ -1,4 +1,4 @@
-"""How an API server is reached: one way for kopf's watches and for our own requests."""
+"""How an API server is reached: the same way for kopf's watches and for our own requests."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,12 @@ from kubernetes.aio.config import ConfigException, load_incluster_config, load_k
 
 
 class NoCluster(Exception):
-    """Nothing says how to reach an API server."""
+    """No configuration says how to reach an API server."""
 
 
 async def configuration() -> Configuration:
-    """In a pod its ServiceAccount (the token is read anew while it rotates), else `KUBECONFIG` or `~/.kube/config`.
+    """Return the configuration: in a pod its ServiceAccount (the token is read again as it rotates), otherwise `KUBECONFIG` or
+    `~/.kube/config`.
 
     Raises `NoCluster`.
     """
@@ -23,7 +24,7 @@ async def configuration() -> Configuration:
         load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]  # the library's
     except ConfigException as in_cluster:
         try:
-            # Named, because the library reads the variable when it is imported.
+            # Passed explicitly, because the library reads the variable when it is imported.
             await load_kube_config(  # type: ignore[no-untyped-call]  # the library's
                 os.environ.get("KUBECONFIG"), client_configuration=settings, persist_config=False
             )
@@ -34,7 +35,7 @@ async def configuration() -> Configuration:
 
 
 async def authorization(settings: Configuration) -> dict[str, str]:
-    """The header that authenticates a request; empty with client certificates."""
+    """Return the header that authenticates a request; empty with client certificates."""
     token = await settings.get_api_key_with_prefix("BearerToken", alias="authorization")
     return {"Authorization": token} if token else {}
 
@@ -46,11 +47,11 @@ def session(
     headers: Mapping[str, str] | None = None,
     traces: Sequence[aiohttp.TraceConfig] = (),
 ) -> aiohttp.ClientSession:
-    """`agent`: who asks, in the API server's log."""
+    """Return an HTTP session; `agent` identifies the client in the API server's log."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=RESTClientObject(settings).ssl_context),
         headers={"User-Agent": agent, **(headers or {})},
         proxy=settings.proxy,
         trace_configs=list(traces),
-        read_bufsize=1 << 21,  # a pod in a watch may be longer than a line that aiohttp reads by itself
+        read_bufsize=1 << 21,  # a pod in a watch may be longer than a line that aiohttp reads by default
     )

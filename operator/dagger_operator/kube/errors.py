@@ -1,10 +1,10 @@
-"""What an API server may answer instead of doing what it was asked.
+"""Errors that an API server may return.
 
 ApiError
-├── Unavailable   it cannot be reached or is too busy: nothing is known, try again
-├── Conflict      somebody else was quicker: look again
+├── Unavailable   unreachable or too busy: nothing is known, retry
+├── Conflict      somebody else was faster: read again
 ├── Missing       there is no such object, namespace or kind
-└── Refused       it will not do this: quota, admission, permission, an invalid object
+└── Refused       not permitted: quota, admission, permission, an invalid object
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """`reason` is the API server's own, in CamelCase; `code` the HTTP status, 0 where there was no answer."""
+    """`reason` is the API server's own, in CamelCase; `code` is the HTTP status, 0 if there was no response."""
 
     def __init__(self, doing: str, code: int, reason: str, message: str) -> None:
         self.code, self.reason, self.message = code, reason, message
@@ -20,7 +20,7 @@ class ApiError(Exception):
 
     @property
     def about_one(self) -> bool:
-        """Whether other objects may fare better: this one was refused, or the way to it is broken, such as an admission webhook."""
+        """Whether other objects may fare better: this one was refused, or only its path is broken, such as an admission webhook."""
         return True
 
 
@@ -43,7 +43,7 @@ class Refused(ApiError):
 
 
 def error_of(doing: str, code: int, status: Mapping[str, Any]) -> ApiError:
-    """The error that an answer stands for; `status` is its body, a `Status` object as a rule."""
+    """Return the error for a response; `status` is its body, usually a `Status` object."""
     kind: type[ApiError]
     match code:
         case 404:
@@ -53,7 +53,7 @@ def error_of(doing: str, code: int, status: Mapping[str, Any]) -> ApiError:
         case 408 | 429:
             kind = Unavailable
         case 401:
-            kind = Unavailable  # a token that is being rotated; the next request reads it anew
+            kind = Unavailable  # a token that is being rotated; the next request reads it again
         case _ if code >= 500:
             kind = Unavailable
         case _:
@@ -63,7 +63,7 @@ def error_of(doing: str, code: int, status: Mapping[str, Any]) -> ApiError:
 
 
 def _reason(code: int, reason: str, message: str) -> str:
-    """A quota is said to be `Forbidden`; people look for the word."""
+    """Return the reason; an exceeded quota, which the API server reports as `Forbidden`, gets a reason of its own."""
     if code == 403 and "exceeded quota" in message:
         return "QuotaExceeded"
     return reason
