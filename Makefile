@@ -1,5 +1,7 @@
 # Two commands suffice on a fresh machine: `make quickstart` runs the example, `make test` runs all tests.
 SHELL := bash
+# Compiled once for a checkout, not in each of some hundred processes. Python takes empty for unset.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 STREAMS := -n 2 --dist loadscope --no-loadscope-reorder

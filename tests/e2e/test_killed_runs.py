@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.heavy
 
-KILLS = 5
+KILLS = 3
 
 
 def _labelling_only(runs: Any, name: str, **more: Any) -> str:
@@ -18,7 +18,7 @@ def _labelling_only(runs: Any, name: str, **more: Any) -> str:
         "rounds": 2,
         "student": {"model": "scripted-student", "endpoint": {"url": runs.teacher}, "serving": None},
         "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
-        "tasks": {"perRound": 16, "firstRound": 16},
+        "tasks": {"perRound": 10, "firstRound": 10},
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 2},
         "training": {"mode": "Disabled"},
         "evaluation": {"initial": True, "overlap": "NextRound"},

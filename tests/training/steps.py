@@ -210,7 +210,13 @@ _CONSTANT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE
 def _forks() -> Any:
     """Makes processes that are forked off one which has imported already what a rank needs: that takes 5 seconds of a core."""
     context: Any = multiprocessing.get_context("forkserver")
-    needed = ("deepspeed", "transformers.models.qwen3.modeling_qwen3", "peft", "dagger_operator.training.loop")
+    needed = (
+        "deepspeed",
+        "transformers.models.qwen3.modeling_qwen3",
+        "peft",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "dagger_operator.training.loop",
+    )
     context.set_forkserver_preload(list(needed))
     with mock.patch.dict(os.environ, {**_CONSTANT, "DS_ACCELERATOR": "cpu"}):  # what is imported there may read it
         forkserver.ensure_running()

@@ -91,7 +91,7 @@ class Installation:
                 problem = str(error)
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {seconds} s: {what}\n{problem or self.told()}")
-            time.sleep(1)
+            time.sleep(2)  # each look takes a tenth of a second of a processor
 
     def ended(self, name: str, seconds: float) -> dict[str, Any]:
         """The run once it has ended."""

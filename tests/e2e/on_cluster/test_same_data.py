@@ -40,7 +40,7 @@ def _labelling_only(url: str) -> dict[str, Any]:
         "rounds": 2,
         "student": {"model": "scripted-student", "endpoint": {"url": url}, "serving": None},
         "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
-        "tasks": {"perRound": 32, "firstRound": 32},
+        "tasks": {"firstRound": 24, "perRound": 8},
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 5, "infrastructureRetries": 50},
         "training": {"mode": "Disabled"},
         "sandbox": {"createTimeoutSeconds": 120, "commandTimeoutSeconds": 60},
@@ -51,7 +51,11 @@ def _on_the_cluster(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
     spec["sandbox"] |= {"image": "dagger-operator/worker:0.1.0"}
     spec["sandbox"]["limits"]["cpus"] = 0.5
-    spec["rollouts"] |= {"pod": {"resources": SMALL}, "concurrency": 1}  # to be at work until the last fault on a quick machine too
+    spec["rollouts"] |= {
+        "pod": {"resources": SMALL},
+        "workers": 1,
+        "concurrency": 1,
+    }  # to be at work until the last fault on a quick machine too
     spec["storage"] = {
         "url": "s3://dagger/one",
         "endpointUrl": "http://dagger-operator-s3.dagger-system.svc:7070",
@@ -79,7 +83,9 @@ def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation:
         take_away(installation)
         installation.until(f"rollouts go on after {take_away.__name__}", lambda done=done: _goes_on(installation, done), 300)
     # An edit in flight begins the round's workers anew, too.
-    installation.kubectl("patch", "daggerrun", "one", "--type=merge", "--patch", json.dumps({"spec": {"rollouts": {"concurrency": 4}}}))
+    installation.kubectl(
+        "patch", "daggerrun", "one", "--type=merge", "--patch", json.dumps({"spec": {"rollouts": {"workers": 2, "concurrency": 4}}})
+    )
     run = installation.ended("one", 600)
 
     digests = [entry["rollout"]["dataDigest"] for entry in run["status"]["rounds"]]
