@@ -55,6 +55,7 @@ async def test_a_step_passes_no_row_of_more_than_micro_batch_tokens_with_padding
     import torch
 
     from dagger_operator.training import loop
+    from dagger_operator.training.agreement import Agreement
     from dagger_operator.training.checkpoints import Tally
     from dagger_operator.training.layout import Rank
 
@@ -68,7 +69,7 @@ async def test_a_step_passes_no_row_of_more_than_micro_batch_tokens_with_padding
             rows.append(tree.chains[-1].end)
             return torch.tensor(1.0)
 
-    monkeypatch.setattr(loop, "check_agreement", Mock(return_value=None))
+    monkeypatch.setattr(loop, "check_agreement", Mock(return_value=Agreement(0, 0, 0, 0)))
     training = Training.model_validate({"batchSize": 9, "batchUnit": "Labels", "microBatchTokens": 389, "epochs": 1})
     curriculum, rank = Curriculum(samples, training, seed=1, round_number=1), Rank(0, 8, torch.device("cpu"), 8)
     kept = Mock(due=Mock(return_value=False))
