@@ -333,7 +333,7 @@ async def test_weights_that_cannot_be_loaded_in_place_come_by_a_restart(served: 
 
 
 async def test_a_server_that_is_ended_makes_turns_under_way_whole_or_gives_no_answer(served: ServingPod) -> None:
-    version, long = await _version(served), 1500
+    version, starts, long = await _version(served), served.vllm_starts, 1500
     async with aiohttp.ClientSession() as http:
         asked = [asyncio.create_task(_chat(http, served, version, max_tokens=tokens, ignore_eos=True)) for tokens in [200] + [long] * 31]
         while _running(await (await http.get(f"{served.url}/metrics")).text()) < len(asked):
@@ -347,6 +347,9 @@ async def test_a_server_that_is_ended_makes_turns_under_way_whole_or_gives_no_an
         assert all(isinstance(other, aiohttp.ClientError) or other[0] >= 500 for other in others if other not in whole)
         while _status(f"{served.url}/health/ready") == 200:
             await asyncio.sleep(0.1)
+        while _status(f"{served.url}/health/ready") != 200:
+            await asyncio.sleep(0.5)
+        assert served.vllm_starts == starts + 1 and (await _chat(http, served, version))[0] == 200
 
 
 def _running(metrics: str) -> int:
