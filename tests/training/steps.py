@@ -1,5 +1,6 @@
 """A few steps of gradient descent with rate 1, under DeepSpeed in whatever layout, and in a plain loop over labels: for tests."""
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -112,16 +113,17 @@ class Plain:
     before: dict[str, Any]
     after: dict[str, Any]
 
-    def missed_by(self, made: Mapping[str, Any]) -> float:
-        """How far other steps came out elsewhere, by how far these went, for the weight that missed most.
+    def missed_by(self, made: Mapping[str, Any]) -> tuple[float, float]:
+        """How far other steps came out elsewhere, by how far these went: for the weight that missed most, and over all weights.
 
         Of a weight that hardly moved, what is left is rounding of terms that cancel: it is held to a twentieth of how far all went.
         """
         assert made.keys() == self.after.keys()
         moved = {key: float((self.after[key] - self.before[key]).norm()) for key in self.after}
-        whole = sum(norm**2 for norm in moved.values()) ** 0.5
+        missed = {key: float((made[key] - self.after[key]).norm()) for key in self.after}
+        whole = math.hypot(*moved.values())
         assert whole > 0.01
-        return max(float((made[key] - self.after[key]).norm()) / max(norm, 0.05 * whole) for key, norm in moved.items())
+        return max(missed[key] / max(norm, 0.05 * whole) for key, norm in moved.items()), math.hypot(*missed.values()) / whole
 
 
 def plain(weights: Path, samples: Sequence[Sample], training: Training, parent: Path | None = None, loss_of: Loss = cross_entropy) -> Plain:

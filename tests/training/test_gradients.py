@@ -41,7 +41,9 @@ def test_every_layout_takes_the_steps_of_a_plain_loop(
         right = expected(settings.get("gradientClip", BASE["gradientClip"]))
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
-        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-5), name
+        worst, overall = right.missed_by(made(tmp_path / name / "policy"))
+        assert worst < (1e-1 if low_precision else 1e-5), name
+        assert overall < (5e-2 if low_precision else 1e-5), name
 
 
 @pytest.mark.cuda
@@ -51,7 +53,9 @@ def test_so_it_does_on_cuda(expected: Callable[[float], Plain], policy_folder: P
         right = expected(settings.get("gradientClip", BASE["gradientClip"]))
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-3), f"{name}: TF32 rounds to three digits"
-        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-2), name
+        worst, overall = right.missed_by(made(tmp_path / name / "policy"))
+        assert worst < (1e-1 if low_precision else 1e-2), name
+        assert overall < (5e-2 if low_precision else 1e-2), name
 
 
 def test_in_bf16_too_gradients_are_summed_between_ranks_as_one_rank_sums_them(
@@ -84,7 +88,9 @@ def test_a_gradient_that_is_larger_than_the_bucket_is_reduced_like_any_other(
     for name in names:
         low_precision = "bf16" in name
         assert found[name] == pytest.approx(right.losses, rel=2e-2 if low_precision else 1e-5), name
-        assert right.missed_by(made(tmp_path / name / "policy")) < (1e-1 if low_precision else 1e-5), name
+        worst, overall = right.missed_by(made(tmp_path / name / "policy"))
+        assert worst < (1e-1 if low_precision else 1e-5), name
+        assert overall < (5e-2 if low_precision else 1e-5), name
 
 
 def test_gradients_of_one_rank_that_are_no_numbers_end_the_training_on_all(

@@ -55,4 +55,6 @@ def test_soft_targets_take_the_steps_of_a_plain_loop_in_every_layout(
             low_precision = "bf16" in name
             assert found[name] == pytest.approx(expected.losses, rel=2e-2 if low_precision else 1e-5), name
             weights = made(tmp_path / name / "policy", adapted=adapter is not None)
-            assert expected.missed_by(weights) < (1e-1 if low_precision else 1e-5), name
+            worst, overall = expected.missed_by(weights)
+            assert worst < (1e-1 if low_precision else 1e-5), name
+            assert overall < (5e-2 if low_precision else 1e-5), name
