@@ -152,6 +152,7 @@ class Checkpoints:
 
     async def resume(self, engine: Engine) -> Tally:
         """Load the newest complete checkpoint of this training into the engine; return an empty tally if there is none."""
+        self._clear()  # leftovers of a process that was killed while it stored, perhaps with other ranks
         candidates = await self._candidates() if self._rank == 0 else []
         for tag, checkpoint in _gathered(candidates)[0]:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
