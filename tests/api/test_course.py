@@ -18,7 +18,7 @@ COURSES = [
 SECONDS = {"prepare": 1.0, "preflight": 2.0, "rollout": 10.0, "training": 5.0, "publish": 1.0, "evaluation": 12.0}
 
 
-def _spec(rounds: int, gpuSharing: str, overlap: str, mode: str, training: bool, initial: bool = False) -> RunSpec:  # noqa: N803
+def _spec(rounds: int, gpuSharing: str, overlap: str, mode: str, training: bool, initial: bool = False) -> RunSpec:  # noqa: N803 - as in specs
     """A student on 2 GPUs, a teacher on 4, training on 8."""
     tasks = {"type": "JSONL", "uri": "tasks"}
     spec: Mapping[str, Any] = {

@@ -1,6 +1,7 @@
 """The two policies, student and teacher, and where each is served."""
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from hashlib import sha256
 from itertools import pairwise
@@ -81,6 +82,12 @@ class Endpoint(ApiModel):
 _NODES_HAVE_GPUS = "a replica over several nodes is served on GPUs: write gpus, those of each node, or nodes 1"
 
 
+def server_argument(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of an argument of vLLM's, written as `name value` or `name=value`; the last one wins, as in vLLM."""
+    words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    return next((value for word, value in reversed(list(pairwise(words))) if word == name), None)
+
+
 class Serving(ApiModel):
     """vLLM servers that the run owns: a Deployment, or a LeaderWorkerSet if `nodes` is above 1."""
 
@@ -117,9 +124,8 @@ class Serving(ApiModel):
         return self
 
     def argument(self, name: str) -> str | None:
-        """Return the value of one of `extraArgs`, written as `name value` or `name=value`; the last one wins, as in vLLM."""
-        words = [word for argument in self.extra_args for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
-        return next((value for word, value in reversed(list(pairwise(words))) if word == name), None)
+        """Return the value of one of `extraArgs`; see `server_argument`."""
+        return server_argument(self.extra_args, name)
 
     @property
     def hf_overrides(self) -> dict[str, Any]:

@@ -79,4 +79,4 @@ def _shape(role: str, model: str, config: Path | None) -> Shape:
 def _chat_template(folder: Path) -> str:
     """Return the text that holds a model's chat template: its own file, or the tokenizer's settings. Empty if neither exists."""
     files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
-    return next((file.read_text() for file in files if file.is_file()), "")
+    return next((file.read_text(errors="replace") for file in files if file.is_file()), "")

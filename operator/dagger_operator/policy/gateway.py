@@ -101,7 +101,11 @@ class Gateway:
         if request.student != self._student_version:
             raise ValueError(f"student {request.student!r} must act, but this gateway was made for {self._student_version!r}")
         if (request.mixing is None) != (self._teacher is None):
-            raise ValueError(f"rollout_id {key!r} must have mixing exactly where this gateway has a teacher, in all but evaluation")
+            has = "it has none" if self._teacher is None else "it has one"
+            raise ValueError(
+                f"rollout_id {key!r} has mixing {request.mixing!r}, which belongs exactly where this gateway has a teacher ({has}): "
+                "make the gateway with a teacher for rounds, or set mixing to None for evaluation"
+            )
         self._sessions[key] = session = RolloutSession(
             request,
             base_url=f"http://{self._advertise}:{self._port}/{quote(key, safe='')}/v1",

@@ -153,7 +153,7 @@ class Examination:
 
     def _thinks(self, answer: Answer) -> None:
         """Warn about a student to be trained that thinks: its labels contain thoughts only if the teacher thinks too."""
-        if self._role == "student" and self._serving is not None and answer.thinks:
+        if self._role is Role.STUDENT and self._serving is not None and answer.thinks:
             self._checks["thinking"] = (
                 f"warning: it thinks before it answers, and labels teach that only where the teacher does: write {_WITHOUT_THOUGHTS}"
             )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from dagger_operator.api.policies import server_argument
 from dagger_operator.store.records import Message
 from dagger_operator.store.stage import StageFailure
 
@@ -175,10 +176,5 @@ def _served_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def template_options(server_arguments: Sequence[str]) -> dict[str, Any]:
     """Return the variables that a server's command line sets for every template: vLLM's `--default-chat-template-kwargs`."""
-    flag = "--default-chat-template-kwargs"
-    for position, argument in enumerate(server_arguments):
-        name, _, value = argument.partition("=")
-        if name == flag:
-            options: dict[str, Any] = json.loads(value or server_arguments[position + 1])
-            return options
-    return {}
+    options: dict[str, Any] = json.loads(server_argument(server_arguments, "--default-chat-template-kwargs") or "{}")
+    return options
