@@ -64,7 +64,7 @@ FLEET = Board(
                     queries={"{{outcome}}": "sum by (outcome) (rate(dagger_operator_reconcile_seconds_count[$__rate_interval]))"},
                     unit="ops",
                 ),
-                Graph(title="From due to begun", queries=quantiles("workqueue_queue_duration_seconds"), unit="s"),
+                Graph(title="From due to started", queries=quantiles("workqueue_queue_duration_seconds"), unit="s"),
                 Graph(
                     title="Queue",
                     queries={

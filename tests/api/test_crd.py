@@ -83,7 +83,7 @@ def test_the_reference_describes_every_object_and_the_same_one_once() -> None:
         "| `labels` | map to string (≤ 63 characters, `^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$`), ≤ 32 entries | `{}` "
         "| Further labels of the pods. |",
         "| `mode` | `Inline`, `Async`, `Deferred` | `Async` "
-        "| Inline: before the action is returned. Async: while the rollout goes on. Deferred: when it has ended, all at once. |",
+        "| Inline: before the action is returned. Async: while the rollout continues. Deferred: when it has ended, all at once. |",
     ],
 )
 def test_the_reference_has_a_row_for_each_field(row: str) -> None:

@@ -36,7 +36,7 @@ async def test_a_secret_that_cannot_be_decoded_is_named_with_its_key(make_run: C
         async def get(self, *place: str) -> dict[str, Any]:
             return {"metadata": {"resourceVersion": "1"}, "data": {"AWS_REGION": "%"}}
 
-    with pytest.raises(StoreUnavailable, match=r"Secret keys in namespace lab .*, key AWS_REGION is not base64 .*: make the Secret anew"):
+    with pytest.raises(StoreUnavailable, match=r"Secret keys in namespace lab .* key AWS_REGION is not base64 .*: create the Secret"):
         await Stores(Broken()).read(make_run(secretRef={"name": "keys"}))  # type: ignore[arg-type]  # as Secrets
 
 

@@ -78,7 +78,7 @@ async def test_it_goes_on_with_another_number_of_ranks_to_the_same_losses_but_fo
     setting.seldom()
     assert await setting.ended() == ExitCode.DONE, setting.log.read_text()[-4000:]
     said = setting.log.read_text()
-    assert "given up" not in said and "checkpoint cut anew" in said
+    assert "given up" not in said and "checkpoint resharded" in said
     assert re.search(r'"from_step": [1-9]', said), "it did not begin anew"
     result, expected = await setting.result(), await undisturbed.result()
     assert result.losses == pytest.approx(expected.losses[:25], rel=1e-5)

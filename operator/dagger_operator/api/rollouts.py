@@ -126,7 +126,7 @@ class Labels(ApiModel):
     """The teacher's turn at every visited state, whoever acted."""
 
     mode: LabelMode = LabelMode.ASYNC
-    """Inline: before the action is returned. Async: while the rollout goes on. Deferred: when it has ended, all at once."""
+    """Inline: before the action is returned. Async: while the rollout continues. Deferred: when it has ended, all at once."""
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.95
     """Minimum share of visited states with a label that can be trained on; below it the round fails."""
     concurrency: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -96,7 +96,7 @@ IMMUTABLE = (
     ),
     Immutable("scaffold", "finished trajectories were made with it"),
     Immutable("training.mode", "rounds with and without training do not make one run"),
-    Immutable("training.?lora", "each round's adapter goes on from the one before it"),
+    Immutable("training.?lora", "each round's adapter continues the one before it"),
     Immutable("storage.url", "everything that is finished lies there"),
     Immutable("managedBy", "two controllers would work on one run"),
 )

@@ -53,7 +53,7 @@ class Metrics:
         self._answers = Histogram("rest_client_request_duration_seconds", "Until it answered.", ["verb"], buckets=_QUICK, registry=own)
         self.adds = Counter("workqueue_adds", "How often a look was asked for.", ["name"], registry=own).labels("runs")
         self.retries = Counter("workqueue_retries", "Looks that failed.", ["name"], registry=own).labels("runs")
-        waited = Histogram("workqueue_queue_duration_seconds", "From due to begun.", ["name"], buckets=_QUICK, registry=own)
+        waited = Histogram("workqueue_queue_duration_seconds", "From due to started.", ["name"], buckets=_QUICK, registry=own)
         self.waited = waited.labels("runs")
 
     def read(self, readings: Readings) -> None:

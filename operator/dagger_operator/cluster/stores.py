@@ -173,7 +173,7 @@ def _decoded(value: str, what: str) -> str:
     try:
         return b64decode(value, validate=True).decode(errors="replace")
     except ValueError as error:
-        raise StoreUnavailable(f"{what} is not base64 ({error}): make the Secret anew with `kubectl create secret`") from None
+        raise StoreUnavailable(f"{what} is not base64 ({error}): create the Secret again with `kubectl create secret`") from None
 
 
 async def _waited_for(reading: asyncio.Task[tuple[Results, Progress]], seconds: float) -> None:

@@ -118,7 +118,7 @@ def restarting(begun_anew: Sequence[PodFailure], pods: Iterable[Manifest]) -> Tr
     exists."""
     if not begun_anew:
         return None
-    often = f"all its nodes were begun anew {len(begun_anew)} times since they last were ready; the last time: {begun_anew[-1].message}"
+    often = f"all its nodes were restarted {len(begun_anew)} times since they last were ready; the last time: {begun_anew[-1].message}"
     last = last_words(pods)
     hint = f"; {last.message}" if last else "; what the pods logged goes with them: follow it (`kubectl logs --follow`) or collect it"
     return Trouble(begun_anew[-1].reason, often + hint)

@@ -68,7 +68,7 @@ async def counted(stage: Stage, kind: Kind, assignments: tuple[Assignment, ...],
         raise StageFailure(
             "TooFewValidRollouts",
             f"infrastructure broke {len(broken)} of {tally.rollouts} rollouts ({causes}; such as: {example}), and "
-            f"rollouts.minValidFraction asks for {least:g} whole. Mend the cause, then resume the run: only those are run again",
+            f"rollouts.minValidFraction asks for {least:g} whole. Fix the cause, then resume the run: only those are run again",
         )
     return tally, trajectories
 
@@ -93,7 +93,7 @@ async def covered(stage: Stage, tally: Tally) -> None:
         "LabelCoverageTooLow",
         f"{tally.labels} of {tally.turns} visited states have a label that can be trained on, and labels.minCoverage asks for {least:g}: "
         f"{', '.join(flawed) or 'no state was visited (a prompt has to fit the context of who acts first)'}. "
-        f"Mend that, or lower labels.minCoverage, then resume the run: {len(tally.mendable)} of {tally.rollouts} rollouts are made again",
+        f"Fix that, or lower labels.minCoverage, then resume the run: {len(tally.mendable)} of {tally.rollouts} rollouts are made again",
     )
 
 

@@ -147,7 +147,7 @@ class Pool:
                 elif await write_trajectory(self._share.store, self._share.kind, trajectory):
                     self._count(trajectory)
         except LeaseLost as error:
-            log.warning("rollout begins anew, here or elsewhere", problem=str(error))
+            log.warning("rollout starts over, here or elsewhere", problem=str(error))
             return
         self._failures_in_a_row = 0 if failure is None else self._failures_in_a_row + 1
         if failure is not None:

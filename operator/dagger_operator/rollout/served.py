@@ -72,7 +72,7 @@ class Recovery:
                 raise StageFailure(
                     f"{policy.role.capitalize()}NotServed",
                     f"policy {policy.version} is not served after {policy.patience:g} s: {'; '.join(wrong)}. "
-                    f"Look at the {policy.role}'s servers; the stage goes on when they serve it",
+                    f"Look at the {policy.role}'s servers; the stage continues when they serve it",
                     permanent=False,
                 )
             await asyncio.sleep(POLL_SECONDS)

@@ -98,7 +98,7 @@ class Examination:
             held = ", ".join(f"{status.url} {status.weights}" for status in found)
             raise StageFailure(
                 f"{self._role.capitalize()}ReplicasDisagree",
-                f"replicas of {version} hold different weights: {held}. Delete its pods, so that they load it anew",
+                f"replicas of {version} hold different weights: {held}. Delete its pods, so that they load it again",
                 permanent=False,
             )
         self._checks["replicas"] = f"{len(found)} serve {version} with weights {found[0].weights}"

@@ -41,7 +41,7 @@ async def publish(stage: Stage) -> None:
         raise StageFailure(
             "ReplicasDisagree",
             f"all replicas say that they serve {policy}, but hold different weights: {', '.join(f'{s.url} {s.weights}' for s in found)}. "
-            "Delete the student's pods, so that they load it anew",
+            "Delete the student's pods, so that they load it again",
             permanent=False,
         )
     result = PublishResult(policy=policy, replicas=len(found), seconds=time.monotonic() - started)

@@ -144,5 +144,5 @@ async def read_result(store: Reads, round_number: int, kind: type[R]) -> R | Non
     try:
         return kind.model_validate_json(found.data)
     except ValidationError as error:
-        remedy = "delete it and start the stage again: it goes on from what is there"
+        remedy = "delete it and start the stage again: it continues from what is there"
         raise DamagedObject(key, f"is no {kind.__name__}: {error.errors()[0]['msg']}", remedy) from error

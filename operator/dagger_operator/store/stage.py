@@ -148,7 +148,7 @@ def main(stage_name: str, body: Callable[[Stage], Awaitable[None]]) -> int:
         _say("StorageUnavailable", str(error))
         return ExitCode.UNAVAILABLE
     except asyncio.CancelledError:
-        _say("Terminated", "the stage was asked to end; it goes on where it stopped when it is started again")
+        _say("Terminated", "the stage was asked to end; started again, it continues where it stopped")
         return ExitCode.UNAVAILABLE
     except Exception as error:
         traceback.print_exc()

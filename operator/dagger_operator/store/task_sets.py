@@ -34,5 +34,5 @@ async def read_task_sets(store: Store) -> TaskSets | None:
     try:
         return TaskSets.model_validate_json(found.data)
     except ValidationError as error:
-        remedy = "delete it: it is written anew from what spec.tasks names, so make sure that this is what it was"
+        remedy = "delete it: it is written again from what spec.tasks names, so make sure that this is what it was"
         raise DamagedObject(layout.TASKS, f"does not say what this run's tasks are: {error.errors()[0]['msg']}", remedy) from error

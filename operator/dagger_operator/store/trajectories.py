@@ -125,7 +125,7 @@ def decode_all(data: bytes, key: str) -> list[Trajectory]:
         raise DamagedObject(key, f"is no trajectory file: {type(error).__name__}: {str(error)[:200]}", _REMEDY) from error
 
 
-_REMEDY = "delete this object and start the stage again: only this rollout is run anew (`daggerctl store fsck` lists all such objects)"
+_REMEDY = "delete this object and start the stage again: only this rollout is run again (`daggerctl store fsck` lists all such objects)"
 
 
 def deterministic(trajectory: Trajectory) -> Trajectory:

@@ -183,7 +183,7 @@ class Checkpoints:
         torch.distributed.barrier()
         load_whole(engine, self._folder, whole)
         if self._rank == 0:
-            self._log.info("checkpoint cut anew", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
+            self._log.info("checkpoint resharded", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
 
     async def forget(self) -> None:
         """Remove all checkpoints of this round, which is done."""

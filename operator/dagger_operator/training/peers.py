@@ -23,7 +23,7 @@ def losing_peers() -> Iterator[None]:
     except RuntimeError as error:
         if not is_loss(error):
             raise
-        message = f"another rank is gone, and its own pod says why; training goes on from its last checkpoint: {error}"
+        message = f"another rank is gone, and its own pod says why; training continues from its last checkpoint: {error}"
         raise StageFailure(PEER_LOST, message, permanent=False) from error
 
 
