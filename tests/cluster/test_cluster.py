@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+
+from fixtures.kubernetes import started_control_plane
+from fixtures.tools import ROOT, built
 
 pytestmark = pytest.mark.heavy
 
@@ -110,6 +114,33 @@ def test_a_job_completes_on_a_claimed_volume_as_an_ordinary_user(room: Room) -> 
     )
     room("wait", "--for=condition=Complete", "job/job", "--timeout=90s")
     assert room("logs", "job/job").split() == ["kept", "10001"]
+
+
+@ours
+def test_the_suite_runs_on_the_cluster_of_any_kubeconfig(cluster: Any) -> None:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ = {**ours, "DAGGER_TEST_KUBECONFIG": str(cluster.kubeconfig)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/cluster/test_cluster.py"]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    # What is about our own cluster is left out, and the given one is still there afterwards.
+    assert re.search(r"1 passed, 5 skipped", done.stdout), done.stdout[-4000:]
+    assert cluster.kubectl("get", "nodes", "-o", "name")
+
+
+@ours
+def test_a_control_plane_takes_the_programs_of_kubebuilder_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets, used = tmp_path / "assets", tmp_path / "used"
+    assets.mkdir()
+    for tool, program in (("etcd", "etcd"), ("kubernetes", "kube-apiserver"), ("kubernetes", "kubectl")):
+        real = built(tool) if tool == program else built(tool, program)
+        (assets / program).write_text(f'#!/bin/sh\necho {program} >>{used}\nexec {real} "$@"\n')
+        (assets / program).chmod(0o755)
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(assets))
+    (tmp_path / "state").mkdir()
+    with started_control_plane(tmp_path / "state", 76) as kubernetes:
+        assert kubernetes.kubectl("get", "daggerruns", "--all-namespaces", "-o", "name") == ""
+    assert set(used.read_text().split()) == {"etcd", "kube-apiserver", "kubectl"}
 
 
 BESIDE = str(128 + int(os.environ.get("DAGGER_CLUSTER", "0")))
