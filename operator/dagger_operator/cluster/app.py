@@ -54,7 +54,12 @@ async def operate(settings: Settings) -> None:
         reconciler = Reconciler(settings, cache, working)
         stack.push_async_callback(reconciler.close)
         watches = Watches(settings, cache, working, wake=queue.add, gone=reconciler.applier.forget, heard=metrics.heard)
-        health = Health(watches.streams, standstill=lambda: queue.standstill, leads=lambda: leader is None or leader.holds)
+        health = Health(
+            watches.streams,
+            standstill=lambda: queue.standstill,
+            look=lambda: queue.longest,
+            leads=lambda: leader is None or leader.holds,
+        )
         metrics.read(Readings(cache, queue, health))
         await stack.enter_async_context(_serving(settings.health_port, health.routes()))
         await stack.enter_async_context(_serving(settings.metrics_port, metrics.routes()))
