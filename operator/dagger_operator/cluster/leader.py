@@ -83,16 +83,20 @@ class Leader:
                     self.fence()
 
     async def release(self) -> None:
-        """Let another replica take over at once; a failure does not matter, since the Lease expires."""
-        if not self.holds:
+        """Let another replica take over at once; a failure does not matter, since the Lease expires.
+
+        Looks at a Lease that was never acquired too: whoever is told to stop while acquiring it may have been given it.
+        """
+        if self._renewed is not None and not self.holds:
             return
         self._renewed = None
         try:
-            lease = await self.client.get(_API, _KIND, self.namespace, self.name)
-            if lease["spec"].get("holderIdentity") == self.identity:
-                await self.client.replace({**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
-        except ApiError as error:
-            log.debug("lease not released", error=str(error))
+            async with asyncio.timeout(self.deadline / 2):
+                lease = await self.client.get(_API, _KIND, self.namespace, self.name)
+                if (lease.get("spec") or {}).get("holderIdentity") == self.identity:
+                    await self.client.replace({**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
+        except (ApiError, TimeoutError) as error:
+            log.debug("lease not released", error=repr(error))
 
     async def _tried(self, client: Client) -> bool:
         """Take or renew the Lease if possible. Returns False if not now."""
