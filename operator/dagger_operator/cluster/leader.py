@@ -55,10 +55,13 @@ class Leader:
     def holds(self) -> bool:
         return self._renewed is not None and self.clock() - self._renewed < self.deadline
 
-    def fence(self) -> None:
-        """Raise `LeadershipLost` if this process may not write: its last renewal is too old, however busy it was meanwhile."""
-        if not self.holds:
+    def fence(self) -> float:
+        """Return the seconds for which this process may write, counted from its last renewal. Raises `LeadershipLost` if they are over,
+        however busy it was meanwhile."""
+        left = 0.0 if self._renewed is None else self._renewed + self.deadline - self.clock()
+        if left <= 0:
             raise LeadershipLost(f"Lease {self.namespace}/{self.name} was not renewed for {self.deadline:.0f} s")
+        return left
 
     async def acquire(self) -> None:
         """Return once this process holds the Lease. Waits while the API server is unavailable; raises `Refused`."""
