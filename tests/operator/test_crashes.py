@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,73 @@ async def test_two_at_once_without_a_lease(lab: Any, make_operator: Callable[...
     await lab.create()
     await lab.until_phase("Succeeded")
     assert made_once(lab)
+
+
+class Record:
+    """All that ever was, by a watch: the Jobs made under each name, and the steps of which two attempts had pods at the same time."""
+
+    def __init__(self) -> None:
+        self.jobs: defaultdict[str, set[str]] = defaultdict(set)
+        self.together: set[tuple[str, ...]] = set()
+        self._pods: dict[str, tuple[tuple[str, ...], str]] = {}
+
+    async def keep(self, lab: Any) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch(lab, "/apis/batch/v1", "jobs", self._job))
+            group.create_task(self._watch(lab, "/api/v1", "pods", self._pod))
+
+    async def _watch(self, lab: Any, api: str, plural: str, hear: Callable[[str, Json], None]) -> None:
+        async for event, one in lab.client._api.watch(f"{api}/namespaces/{lab.namespace}/{plural}", {}, "0"):
+            if event != "BOOKMARK":
+                hear(event, one)
+
+    def _job(self, _: str, job: Json) -> None:
+        self.jobs[job["metadata"]["name"]].add(job["metadata"]["uid"])
+
+    def _pod(self, event: str, pod: Json) -> None:
+        run, step, number, attempt = (
+            pod["metadata"]["labels"][f"dagger-operator.dev/{name}"] for name in ("run", "component", "round", "attempt")
+        )
+        if event == "DELETED" or pod["status"].get("phase") in ("Succeeded", "Failed"):
+            self._pods.pop(pod["metadata"]["uid"], None)
+            return
+        self._pods[pod["metadata"]["uid"]] = (run, step, number), attempt
+        attempts = {made for of, made in self._pods.values() if of == (run, step, number)}
+        if len(attempts) > 1:
+            self.together.add((run, step, number, *sorted(attempts)))
+
+
+async def test_two_at_once_without_a_lease_beside_edits_suspension_and_a_retry(lab: Any, make_operator: Callable[..., Any]) -> None:
+    record, chance = Record(), random.Random(7)
+    recording = asyncio.create_task(record.keep(lab))
+    for operator in (make_operator(lease="-"), make_operator(lease="-")):
+        operator.start()
+    lab.paused = {"rollout"}
+    await lab.create_short(rounds=2)
+    await lab.until_job("rollout")
+    for concurrency in range(2, 8):
+        await lab.edit(rollouts={"concurrency": concurrency})
+        await asyncio.sleep(chance.uniform(0.0, 1.5))
+    await lab.edit(suspend=True)
+    await asyncio.sleep(chance.uniform(0.0, 1.0))
+    await lab.edit(suspend=False)
+    await lab.edit(suspend=True)
+    await lab.until_phase("Suspended")
+    await lab.edit(suspend=False, rollouts={"concurrency": 8})
+    lab.paused, lab.failing = set(), {"rollout"}
+    await lab.until_phase("Failed")
+    lab.failing = set()
+    head = {"apiVersion": "dagger-operator.dev/v1alpha1", "kind": "DAggerRun"}
+    metadata = {"name": "demo", "namespace": lab.namespace, "annotations": {"dagger-operator.dev/retry": "1"}}
+    await lab.client.patch({**head, "metadata": metadata})
+    await lab.until_phase("Succeeded")
+    assert not recording.done()
+    recording.cancel()
+    assert {name: uids for name, uids in record.jobs.items() if len(uids) > 1} == {}, "an attempt of a step was made twice"
+    assert record.together == set()
+    steps = Counter(tuple(name.split("-")[1:3]) for name in record.jobs)
+    assert steps["r001", "rollout"] > 3, "it was edited while it worked"
+    assert {step: times for step, times in steps.items() if times > 1}.keys() == {("r001", "rollout")}
 
 
 async def test_a_standby_takes_over_and_a_leader_that_was_frozen_ends(lab: Any, make_operator: Callable[..., Any]) -> None:

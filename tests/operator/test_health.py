@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from dagger_operator.cluster.app import _serving
-from dagger_operator.cluster.health import LONGEST_SILENCE, LONGEST_STANDSTILL, Health
+from dagger_operator.cluster.health import LONGEST_LOOK, LONGEST_SILENCE, LONGEST_STANDSTILL, Health
 from dagger_operator.cluster.streams import Streams
 
 
@@ -18,6 +18,7 @@ from dagger_operator.cluster.streams import Streams
 class World:
     now: float = 0.0
     standstill: float = 0.0
+    look: float = 0.0
     leads: bool = True
 
 
@@ -48,7 +49,7 @@ async def test_an_operator_is_ready_once_every_watch_is_open_and_stuck_once_one_
 ) -> None:
     world = World()
     streams = Streams(lambda *_: None, clock=lambda: world.now)
-    health = Health(streams, standstill=lambda: world.standstill, leads=lambda: world.leads)
+    health = Health(streams, standstill=lambda: world.standstill, look=lambda: world.look, leads=lambda: world.leads)
     streams.expect({"jobs", "pods"}, ["lab"])
     assert health.idle() == "not watching yet: jobs in lab, pods in lab"
     assert health.stuck() is None, "to start slowly is not to be stuck"
@@ -64,6 +65,25 @@ async def test_an_operator_is_ready_once_every_watch_is_open_and_stuck_once_one_
     await asked(streams, "/apis/batch/v1/namespaces/lab/jobs", watch="true")
     assert "watch" in (health.stuck() or "")
     await asked(streams, "/api/v1/namespaces/lab/pods", watch="true")
+    assert health.stuck() is None
+
+
+async def test_a_list_that_is_not_read_to_its_end_makes_an_operator_stuck_after_ten_minutes(
+    asked: Callable[..., "asyncio.Future[None]"],
+) -> None:
+    world = World(now=5000.0)
+    streams = Streams(lambda *_: None, clock=lambda: world.now)
+    health = Health(streams, standstill=lambda: 0.0, look=lambda: 0.0, leads=lambda: True)
+    assert health.stuck() is None, "a standby expects nothing, for as long as it waits"
+    streams.expect({"jobs", "pods"}, [])
+    await asked(streams, "/apis/batch/v1/jobs", watch="true")
+    world.now += LONGEST_SILENCE
+    await asked(streams, "/apis/batch/v1/jobs", watch="true")
+    await asked(streams, "/api/v1/pods", limit="500")
+    assert health.stuck() is None, "to start slowly is not to be stuck"
+    world.now += 1
+    assert "watch" in (health.stuck() or "")
+    await asked(streams, "/api/v1/pods", watch="true")
     assert health.stuck() is None
 
 
@@ -85,15 +105,24 @@ def test_a_queue_that_stands_still_is_stuck_and_a_standby_is_ready() -> None:
     world = World(leads=False)
     streams = Streams(lambda *_: None, clock=lambda: world.now)
     streams.expect({"pods"}, [])
-    health = Health(streams, standstill=lambda: world.standstill, leads=lambda: world.leads)
+    health = Health(streams, standstill=lambda: world.standstill, look=lambda: world.look, leads=lambda: world.leads)
     assert health.idle() is None
     world.standstill = LONGEST_STANDSTILL + 1
     assert "waited" in (health.stuck() or "")
 
 
+def test_a_look_at_a_run_that_hangs_is_stuck_although_others_are_finished() -> None:
+    world = World()
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, look=lambda: world.look, leads=lambda: True)
+    world.look = LONGEST_LOOK
+    assert health.stuck() is None
+    world.look = LONGEST_LOOK + 1
+    assert "looked at" in (health.stuck() or "")
+
+
 @pytest.mark.parametrize("here", ["127.0.0.1", "[::1]"])
 async def test_the_kubelet_is_answered_where_pods_have_ipv4_and_where_they_have_ipv6(here: str) -> None:
-    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, leads=lambda: False)
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, look=lambda: 0.0, leads=lambda: False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -102,7 +131,7 @@ async def test_the_kubelet_is_answered_where_pods_have_ipv4_and_where_they_have_
 
 
 async def test_a_blocked_event_loop_is_measured() -> None:
-    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, leads=lambda: True)
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, look=lambda: 0.0, leads=lambda: True)
     watching = asyncio.create_task(health.watch_the_loop(every=0.01))
     await asyncio.sleep(0.05)
     asyncio.get_running_loop().call_soon(lambda: __import__("time").sleep(0.3))

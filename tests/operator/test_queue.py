@@ -144,6 +144,21 @@ def test_a_long_queue_is_no_standstill_as_long_as_something_is_finished() -> Non
     assert (queue.oldest, queue.standstill) == (400.0, 0.0)
 
 
+def test_a_key_that_hangs_is_told_of_for_as_long_as_it_does_whatever_else_is_finished() -> None:
+    now = 0.0
+    queue: WorkQueue[str] = WorkQueue(lambda: now)
+    queue.add("hangs")
+    assert queue.longest == 0.0
+    assert queue.take() == "hangs"
+    now = 2000.0
+    queue.add("other")
+    assert queue.take() == "other"
+    queue.done("other")
+    assert (queue.standstill, queue.longest) == (0.0, 2000.0)
+    queue.failed("hangs")
+    assert queue.longest == 0.0
+
+
 async def test_workers_are_bounded_and_one_key_has_one_worker() -> None:
     queue: WorkQueue[int] = WorkQueue(time.monotonic, Backoff(first=0.001))
     at_work: list[int] = []

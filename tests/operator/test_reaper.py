@@ -1,10 +1,15 @@
 """Clearing the sandbox namespace: what cannot be decided or removed is kept, named, and in nobody's way."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from dagger_operator.api import DAggerRun
+from dagger_operator.cluster import reaper as module
+from dagger_operator.cluster.apply import Applier
 from dagger_operator.cluster.cache import Cache, Id
 from dagger_operator.cluster.reaper import GRACE, Reaper
 from dagger_operator.kube.errors import ApiError, error_of
@@ -131,3 +136,40 @@ async def test_a_binding_goes_with_the_account_that_it_binds_and_its_run_is_aske
     assert woken == [("lab", "there")]
     assert cache.get(Id("RoleBinding", "sandboxes", "of workers that ended")) is None, "so the next plan that asks for it makes it"
     assert await reaper.reap() == 0
+
+
+async def test_a_binding_that_somebody_edited_is_put_right(objects: Objects, make_run: Callable[..., DAggerRun]) -> None:
+    """Bindings are not watched. A subject that somebody adds may run commands in sandboxes."""
+    objects.put({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "there-worker", "namespace": "lab"}})
+    cache, woken, run = Cache(), list[Any](), make_run("there")
+    planned = binding("lab.there.worker", "there-worker")
+    planned["metadata"]["labels"]["app.kubernetes.io/managed-by"] = "dagger-operator"
+    client: Any = objects
+    applier, reaper = Applier(client, cache), Reaper("sandboxes", cache, client, woken.append)
+    await applier.apply(run, planned)
+    await reaper.reap()
+    assert woken == [], "it is as it was applied"
+
+    stranger = {"kind": "ServiceAccount", "name": "stranger", "namespace": "lab"}
+    made = objects.there["RoleBinding", "sandboxes", "lab.there.worker"]
+    objects.put({**made, "subjects": [*made["subjects"], stranger]})
+    await reaper.reap()
+    assert woken == [("lab", "there")]
+    await applier.apply(run, planned)
+    assert objects.there["RoleBinding", "sandboxes", "lab.there.worker"]["subjects"] == planned["subjects"]
+    await reaper.reap()
+    assert woken == [("lab", "there")], "our own write is no news"
+
+
+async def test_whatever_is_written_there_ends_no_operator(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 0.001)
+    objects.put(made("Lease", "odd", run="there") | {"spec": {"leaseDurationSeconds": "long"}})
+    reaping = asyncio.create_task(Reaper("sandboxes", Cache(), objects, lambda key: None).run())  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    assert not reaping.done()
+    del objects.there["Lease", "sandboxes", "odd"]
+    async with asyncio.timeout(10):
+        while not reaping.done() and ("RoleBinding", "b") in left(objects):
+            await asyncio.sleep(0.001)
+    assert not reaping.done()
+    reaping.cancel()

@@ -64,7 +64,8 @@ def test_a_run_that_becomes_invalid_stands_still_and_its_metric_says_why() -> No
     standing = {one["type"]: (one["status"], one["reason"]) for one in run["status"]["conditions"]}
     assert standing == {"Accepted": ("False", "InvalidSpec"), "Progressing": ("False", "InvalidSpec")}
     assert all("spec.teachers" in one["message"] for one in run["status"]["conditions"])
-    readings = Readings(Cache(), WorkQueue(time.monotonic), Health(Streams(lambda *_: None), standstill=lambda: 0.0, leads=lambda: True))
+    health = Health(Streams(lambda *_: None), standstill=lambda: 0.0, look=lambda: 0.0, leads=lambda: True)
+    readings = Readings(Cache(), WorkQueue(time.monotonic), health)
     (info,) = [metric for metric in readings._runs([run]) if metric.name == "dagger_run_info"]
     assert [sample.labels["reason"] for sample in info.samples] == ["InvalidSpec"], "what DaggerRunStuck goes by"
 

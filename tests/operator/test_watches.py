@@ -86,5 +86,21 @@ async def test_what_left_a_watch_is_known_on_where_it_only_lost_the_label_that_i
     assert woken == [("lab", "demo")], "its run is to put the label back, or the object"
 
 
+async def test_what_cannot_be_measured_is_known_all_the_same() -> None:
+    cache, woken = Cache(), list[RunKey]()
+
+    def heard(*_: Any) -> None:
+        raise KeyError("lastTransitionTime")
+
+    client = cast("Client", Objects())
+    watches = Watches(Settings.read({}), cache, client, wake=woken.append, gone=lambda _: None, heard=heard)
+    handler: Callable[..., Any] = watches._handler("batch/v1", "Job")
+    metadata = {"name": "a", "namespace": "lab", "uid": "a", "resourceVersion": "1", "labels": {"dagger-operator.dev/run": "demo"}}
+    with pytest.raises(KeyError):  # kopf logs it
+        await handler(event={"type": "ADDED", "object": {"metadata": metadata}})
+    assert woken == [("lab", "demo")]
+    assert cache.count("Job") == 1
+
+
 def away(verb: str, place: Place) -> None:
     raise Unavailable(verb, 503, "Unavailable", "down")

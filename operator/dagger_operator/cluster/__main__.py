@@ -1,9 +1,14 @@
 """`python -m dagger_operator.cluster`: the operator."""
 
+import signal
+import sys
+
+if __name__ == "__main__":  # before the other imports: the first process of a container ignores a SIGTERM that it does not handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
 import asyncio
 import logging
 import os
-import sys
 
 import structlog
 
@@ -33,6 +38,8 @@ def main() -> int:
     except (ApiError, NoCluster, NoCrd, NewKind, LeadershipLost) as error:
         log.error("ends", reason=type(error).__name__, problem=str(error))
         return 1
+    except asyncio.CancelledError:
+        log.info("asked to stop")
     return 0
 
 

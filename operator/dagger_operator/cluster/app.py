@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from aiohttp import web
@@ -37,10 +38,11 @@ class NoCrd(Exception):
 
 
 async def operate(settings: Settings) -> None:
-    """Run until the process is told to stop, then return.
+    """Run until the process is told to stop, then return, or raise `CancelledError` if that is before the watches are opened.
 
     Raises `NoCluster`, `NoCrd`, `NewKind`, `LeadershipLost`, or whatever prevents it from continuing; a restart may help.
     """
+    _stop_on_signals()
     metrics = Metrics()
     async with Client.connect([metrics.trace()]) as client, contextlib.AsyncExitStack() as stack:
         leader = None
@@ -54,28 +56,40 @@ async def operate(settings: Settings) -> None:
         reconciler = Reconciler(settings, cache, working)
         stack.push_async_callback(reconciler.close)
         watches = Watches(settings, cache, working, wake=queue.add, gone=reconciler.applier.forget, heard=metrics.heard)
-        health = Health(watches.streams, standstill=lambda: queue.standstill, leads=lambda: leader is None or leader.holds)
+        health = Health(
+            watches.streams,
+            standstill=lambda: queue.standstill,
+            look=lambda: queue.longest,
+            leads=lambda: leader is None or leader.holds,
+        )
         metrics.read(Readings(cache, queue, health))
         await stack.enter_async_context(_serving(settings.health_port, health.routes()))
         await stack.enter_async_context(_serving(settings.metrics_port, metrics.routes()))
 
         await _require_crd(client)
-        if leader is not None:
-            await leader.acquire()
-        tasks: list[Coroutine[Any, Any, None]] = [
-            health.watch_the_loop(),
-            metrics.count_gpus(cache),
-            _work(queue, watches, metrics.timed(reconciler.reconcile), Places(settings.workers)),
-            *([leader.keep()] if leader else []),
-            *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
-            watches.run([metrics.trace()]),
-            watches.outgrow(),
-        ]
         try:
+            if leader is not None:
+                await leader.acquire()
+            tasks: list[Coroutine[Any, Any, None]] = [
+                health.watch_the_loop(),
+                metrics.count_gpus(cache),
+                _work(queue, watches, metrics.timed(reconciler.reconcile), Places(settings.workers)),
+                *([leader.keep()] if leader else []),
+                *([Reaper(settings.sandbox_namespace, cache, working, queue.add).run()] if settings.sandbox_namespace else []),
+                watches.run([metrics.trace()]),
+                watches.outgrow(),
+            ]
             await _first(tasks)
         finally:
             if leader is not None:
                 await leader.release()
+
+
+def _stop_on_signals() -> None:
+    """Cancel the calling task on SIGTERM and SIGINT. kopf replaces these handlers by its own once it opens the watches."""
+    stop = cast("asyncio.Task[None]", asyncio.current_task()).cancel
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
 
 
 async def _work(queue: WorkQueue[RunKey], watches: Watches, look: Callable[[RunKey], Awaitable[float | None]], places: Places) -> None:

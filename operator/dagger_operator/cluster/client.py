@@ -5,6 +5,7 @@ Generic: any kind is found by discovery, so a new kind of object in a plan needs
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Any, Self
 
 import aiohttp
@@ -18,7 +19,7 @@ _PAGE = 500
 
 
 class Client:
-    def __init__(self, api: Api, fence: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, api: Api, fence: Callable[[], float] = lambda: inf) -> None:
         self._api, self._fence = api, fence
         self._kinds: dict[str, dict[str, str]] = {}
 
@@ -30,8 +31,9 @@ class Client:
         async with session(settings, traces=traces) as http:
             yield cls(Api(settings, http))
 
-    def fenced(self, fence: Callable[[], None]) -> Self:
-        """Return a client that calls `fence` before every write; it raises if this process may no longer write."""
+    def fenced(self, fence: Callable[[], float]) -> Self:
+        """Return a client that calls `fence` before every write; it raises if this process may no longer write, and otherwise returns the
+        seconds within which the write has to be sent."""
         return type(self)(self._api, fence)
 
     async def get(self, api_version: str, kind: str, namespace: str, name: str) -> Manifest:
@@ -112,9 +114,8 @@ class Client:
     async def _ask(
         self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"
     ) -> Manifest:
-        if verb != "GET":
-            self._fence()
-        return await self._api.ask(verb, path, query=query, body=body, content=content)
+        within = inf if verb == "GET" else self._fence()
+        return await self._api.ask(verb, path, query=query, body=body, content=content, within=within)
 
 
 def _as_us(dry_run: bool) -> dict[str, str]:

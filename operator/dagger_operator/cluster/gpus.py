@@ -2,12 +2,18 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
+
+import structlog
+from kubernetes.utils.quantity import parse_quantity
 
 from dagger_operator.api import Role
 from dagger_operator.cluster.cache import RunKey, run_key
 from dagger_operator.control import COMPONENT, StageName
 from dagger_operator.control.said import lives, true
+
+log = structlog.get_logger()
 
 Manifest = Mapping[str, Any]
 
@@ -52,7 +58,17 @@ def _use(pod: Manifest, stages: Iterable[str]) -> str:
 def _gpus(pod: Manifest) -> int:
     """Return the GPUs of a pod, of any vendor: extended resources whose name ends with `/gpu`."""
     limits = ((one.get("resources") or {}).get("limits") or {} for one in (pod.get("spec") or {}).get("containers") or ())
-    return sum(int(amount) for one in limits for name, amount in one.items() if name.endswith("/gpu"))
+    return sum(_whole(str(amount)) for one in limits for name, amount in one.items() if name.endswith("/gpu"))
+
+
+@lru_cache(maxsize=256)  # so that what is no quantity is logged once, and not every few seconds
+def _whole(quantity: str) -> int:
+    """Return a quantity as the API server writes it: 1000 is `1k`. One that cannot be read counts as 0."""
+    try:
+        return int(float(parse_quantity(quantity)))  # type: ignore[no-untyped-call]  # the library's
+    except (ValueError, ArithmeticError):
+        log.warning("not a number of GPUs, so they are not counted", quantity=quantity)
+        return 0
 
 
 def _component(pod: Manifest) -> str:

@@ -14,9 +14,12 @@ from aiohttp import web
 from dagger_operator.cluster.streams import Streams
 
 LONGEST_SILENCE = 600.0
-"""Seconds. Every watch is reopened within 240 s; one that is not is dead."""
+"""Seconds. Every watch is reopened within 240 s; one that is not is dead. Before it is first opened its list is read, which takes seconds
+for ten thousand objects."""
 LONGEST_STANDSTILL = 300.0
 """Seconds that runs may wait while none is finished."""
+LONGEST_LOOK = 1800.0
+"""Seconds that one reconcile may take. Each of its requests ends within 30 s, and reads of storage sooner."""
 
 
 @dataclass
@@ -24,10 +27,13 @@ class Health:
     streams: Streams
     standstill: Callable[[], float]
     """Seconds for which runs have waited while none was finished."""
+    look: Callable[[], float]
+    """Seconds for which the longest reconcile in progress has taken."""
     leads: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
     lag: float = field(default=0.0)
-    """Seconds by which the event loop was late at the last measurement. A blocked loop answers no probe."""
+    """Seconds by which the event loop was late at the last measurement. Only a metric: a loop that is late by more than the kubelet's
+    patience answers no probe in time."""
 
     def stuck(self) -> str | None:
         """Return why this process should be restarted."""
@@ -35,6 +41,8 @@ class Health:
             return f"a watch gave no sign of life for {silence:.0f} s"
         if (standstill := self.standstill()) > LONGEST_STANDSTILL:
             return f"runs have waited for {standstill:.0f} s while none was finished"
+        if (look := self.look()) > LONGEST_LOOK:
+            return f"a run has been looked at for {look:.0f} s"
         return None
 
     def idle(self) -> str | None:

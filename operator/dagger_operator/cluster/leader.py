@@ -55,10 +55,13 @@ class Leader:
     def holds(self) -> bool:
         return self._renewed is not None and self.clock() - self._renewed < self.deadline
 
-    def fence(self) -> None:
-        """Raise `LeadershipLost` if this process may not write: its last renewal is too old, however busy it was meanwhile."""
-        if not self.holds:
+    def fence(self) -> float:
+        """Return the seconds for which this process may write, counted from its last renewal. Raises `LeadershipLost` if they are over,
+        however busy it was meanwhile."""
+        left = 0.0 if self._renewed is None else self._renewed + self.deadline - self.clock()
+        if left <= 0:
             raise LeadershipLost(f"Lease {self.namespace}/{self.name} was not renewed for {self.deadline:.0f} s")
+        return left
 
     async def acquire(self) -> None:
         """Return once this process holds the Lease. Waits while the API server is unavailable; raises `Refused`."""
@@ -83,16 +86,20 @@ class Leader:
                     self.fence()
 
     async def release(self) -> None:
-        """Let another replica take over at once; a failure does not matter, since the Lease expires."""
-        if not self.holds:
+        """Let another replica take over at once; a failure does not matter, since the Lease expires.
+
+        Looks at a Lease that was never acquired too: whoever is told to stop while acquiring it may have been given it.
+        """
+        if self._renewed is not None and not self.holds:
             return
         self._renewed = None
         try:
-            lease = await self.client.get(_API, _KIND, self.namespace, self.name)
-            if lease["spec"].get("holderIdentity") == self.identity:
-                await self.client.replace({**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
-        except ApiError as error:
-            log.debug("lease not released", error=str(error))
+            async with asyncio.timeout(self.deadline / 2):
+                lease = await self.client.get(_API, _KIND, self.namespace, self.name)
+                if (lease.get("spec") or {}).get("holderIdentity") == self.identity:
+                    await self.client.replace({**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
+        except (ApiError, TimeoutError) as error:
+            log.debug("lease not released", error=repr(error))
 
     async def _tried(self, client: Client) -> bool:
         """Take or renew the Lease if possible. Returns False if not now."""

@@ -3,11 +3,11 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import structlog
 from aiohttp import web
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -24,8 +24,11 @@ from dagger_operator.cluster.cache import Cache, RunKey
 from dagger_operator.cluster.gpus import USES, held
 from dagger_operator.cluster.readings import Readings
 from dagger_operator.control import COMPONENT, StageName
+from dagger_operator.control.said import time as time_of
 from dagger_operator.control.said import true
 from dagger_operator.store.exposition import fresh_registry
+
+log = structlog.get_logger()
 
 _QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _STAGE = (10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 12 * 3600.0, 48 * 3600.0)
@@ -78,9 +81,10 @@ class Metrics:
         if now["kind"] != "Job" or before is None or _end(before) is not None or (end := _end(now)) is None:
             return
         stage = (now["metadata"].get("labels") or {}).get(COMPONENT)
-        if stage in list(StageName):
-            took = datetime.fromisoformat(end["lastTransitionTime"]) - datetime.fromisoformat(now["metadata"]["creationTimestamp"])
-            self._stages.labels(stage, "Succeeded" if end["type"] == "Complete" else "Failed").observe(took.total_seconds())
+        began, ended = time_of(now["metadata"].get("creationTimestamp")), time_of(end.get("lastTransitionTime"))
+        if stage in list(StageName) and began is not None and ended is not None:
+            outcome = "Succeeded" if end["type"] == "Complete" else "Failed"
+            self._stages.labels(stage, outcome).observe((ended - began).total_seconds())
 
     async def count_gpus(self, cache: Cache) -> None:
         """Add up GPU-seconds forever."""
@@ -88,8 +92,11 @@ class Metrics:
         while True:
             await asyncio.sleep(_GPU_SECONDS)
             now = time.monotonic()
-            for use, gpus in held(cache.of_kind("Pod")).items():
-                self._gpu_seconds.labels(use).inc(gpus * (now - last))
+            try:
+                for use, gpus in held(cache.of_kind("Pod")).items():
+                    self._gpu_seconds.labels(use).inc(gpus * (now - last))
+            except Exception as error:  # whatever a pod states, runs go on: this task's end would be the operator's
+                log.warning("GPUs not counted", error=repr(error))
             last = now
 
     def trace(self) -> aiohttp.TraceConfig:

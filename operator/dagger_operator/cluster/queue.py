@@ -132,6 +132,11 @@ class WorkQueue(Generic[K]):
         """Seconds for which a key has been due while nothing was finished: a long queue is slow, one that finishes nothing is stuck."""
         return min(self.oldest, self.clock() - self._finished)
 
+    @property
+    def longest(self) -> float:
+        """Seconds for which the key that has been processed for longest has been so; 0 if none is."""
+        return max((self.clock() - entry.last for entry in self._entries.values() if entry.working), default=0.0)
+
     def _waits(self) -> list[float]:
         now = self.clock()
         return [now - entry.due for entry in self._entries.values() if not entry.working and entry.due is not None and entry.due <= now]

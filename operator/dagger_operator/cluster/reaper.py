@@ -13,6 +13,7 @@ import structlog
 from dagger_operator.api import API_VERSION, KIND
 from dagger_operator.cluster.cache import Cache, Id, RunKey, identity, run_key
 from dagger_operator.cluster.client import Client
+from dagger_operator.cluster.leader import LeadershipLost
 from dagger_operator.control import MANAGED_BY, MANAGED_BY_VALUE
 from dagger_operator.kube.api import Manifest
 from dagger_operator.kube.errors import ApiError, Conflict, Missing
@@ -39,8 +40,10 @@ class Reaper:
             await asyncio.sleep(EVERY)
             try:
                 await self.reap()
-            except ApiError as error:
-                log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error))
+            except LeadershipLost:
+                raise
+            except Exception as error:  # workers write there too: whatever they write, the operator goes on
+                log.warning("sandbox namespace not cleared", namespace=self._namespace, error=str(error) or repr(error))
 
     async def reap(self) -> int:
         """Return how many objects were removed; Leases go first, since their pods cost something."""
@@ -72,10 +75,14 @@ class Reaper:
         return self._client.list(api_version, kind, self._namespace, labelSelector=f"{MANAGED_BY}={MANAGED_BY_VALUE}")
 
     def _notice(self, bindings: list[Manifest]) -> None:
-        """Notice bindings of ours that are gone, since bindings are not watched, and wake their runs to create them again."""
+        """Notice bindings of ours that are gone or were changed, since bindings are not watched, and wake their runs to put them right."""
         there = {one["metadata"]["uid"] for one in bindings}
         for known in [one for one in self._cache.of_kind("RoleBinding") if one["metadata"]["uid"] not in there]:
             if known["metadata"]["namespace"] == self._namespace and (key := self._cache.remove(known)) is not None:
+                self._wake(key)
+        for one in bindings:
+            # One that is not known is read before it is applied.
+            if self._cache.get(identity(one)) is not None and (key := self._cache.put(one)) is not None:
                 self._wake(key)
 
     async def _is_gone(self, key: RunKey) -> bool:

@@ -17,6 +17,8 @@ class Streams:
         known."""
         self._listed, self._clock = listed, clock
         self._expected: set[tuple[str, str | None]] = set()
+        self._since = 0.0
+        """When they were first expected."""
         self._opened: dict[tuple[str, str | None], float] = {}
         self._lists: dict[tuple[str, str | None], float] = {}
         self.trace = aiohttp.TraceConfig()
@@ -24,7 +26,8 @@ class Streams:
         self.trace.on_request_end.append(self._on_end)
 
     def expect(self, plurals: Collection[str], namespaces: Collection[str]) -> None:
-        """Set the streams that have to be alive."""
+        """Set the streams that have to be alive from now on."""
+        self._since = self._clock()
         self._expected = {(plural, namespace) for plural in plurals for namespace in (*namespaces,) or (None,)}
 
     @property
@@ -39,10 +42,11 @@ class Streams:
 
     @property
     def silence(self) -> float:
-        """Seconds since the least recently opened stream gave its last sign of life; 0 before all were open."""
-        if not self.open:
+        """Seconds since the least recently opened stream gave its last sign of life; for one whose list was not yet read to its end, since
+        it was expected. 0 if none is expected."""
+        if not self._expected:
             return 0.0
-        return self._clock() - min(self._opened[one] for one in self._expected)
+        return self._clock() - min(self._opened.get(one, self._since) for one in self._expected)
 
     async def _on_start(self, session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceRequestStartParams) -> None:
         stream = self._of(params.url)

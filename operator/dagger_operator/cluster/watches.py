@@ -114,7 +114,7 @@ class Watches:
         async def heard(event: kopf.RawEvent, **_: Any) -> None:
             # Items of a list have neither field, events have both.
             manifest: dict[str, Any] = {**event["object"], "apiVersion": api_version, "kind": kind}
-            self._heard(self._cache.get(identity(manifest)), manifest)
+            before = self._cache.get(identity(manifest))
             if event["type"] == "DELETED":
                 self._gone(manifest["metadata"]["uid"])
                 key = await self._left(manifest)
@@ -122,6 +122,7 @@ class Watches:
                 key = self._cache.put(manifest)
             if key is not None:
                 self._wake(key)
+            self._heard(before, manifest)  # last: what cannot be measured is known all the same
 
         return heard
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from math import inf
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +16,8 @@ from dagger_operator.kube.errors import Refused, Unavailable, error_of
 
 Manifest = dict[str, Any]
 
-_TIMEOUT = aiohttp.ClientTimeout(total=30, connect=10)
+_TOTAL_SECONDS = 30.0
+_CONNECT_SECONDS = 10.0
 _WATCH_SECONDS = 290
 _HEARTBEAT_SECONDS = 30.0
 _SILENCE = aiohttp.ClientTimeout(total=None, connect=10, sock_read=320.0)
@@ -28,14 +30,23 @@ class Api:
         self._settings, self._http = settings, http
 
     async def ask(
-        self, verb: str, path: str, *, query: Mapping[str, str] | None = None, body: Any = None, content: str = "application/json"
+        self,
+        verb: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content: str = "application/json",
+        within: float = inf,
     ) -> Manifest:
-        """Return the response to a request."""
+        """Return the response to a request. It is sent within so many seconds, once there is a connection, or not at all; the response may
+        come later."""
         doing, data = f"{verb} {path}", None if body is None else json.dumps(body).encode()
         headers = {"Accept": "application/json", "Content-Type": content, **await authorization(self._settings)}
+        timeout = aiohttp.ClientTimeout(total=_TOTAL_SECONDS, connect=min(within, _CONNECT_SECONDS))
         with _reaching(doing):
             async with self._http.request(
-                verb, self._settings.host + path, params=query, data=data, headers=headers, timeout=_TIMEOUT
+                verb, self._settings.host + path, params=query, data=data, headers=headers, timeout=timeout
             ) as answer:
                 text = await answer.read()
         said = _read(text)

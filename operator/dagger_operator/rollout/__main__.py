@@ -1,5 +1,10 @@
 """`python -m dagger_operator.rollout`: one worker of a round's rollout stage; see docs/architecture.md, "Stages"."""
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import sys
 
 from dagger_operator.rollout.round import STAGE, rollout

@@ -1,5 +1,10 @@
 """Container `agent` of a serving pod: the reverse proxy in front of vLLM, which keeps vLLM on the version that should be served."""
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import sys
 from pathlib import Path

@@ -2,6 +2,11 @@
 run here, with what to change; harmless limitations of a policy are recorded.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import sys
 
 import structlog

@@ -1,5 +1,10 @@
 """Stage `prepare`: takes the storage prefix for the run, checks that the store honours conditional writes, and stores the first student."""
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import shutil
 import sys
 import time

@@ -1,5 +1,10 @@
 """Stage `publish`: moves the pointer to the round's new policy, and waits until every replica serves it."""
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import sys
 import time
 

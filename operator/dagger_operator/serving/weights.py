@@ -3,6 +3,11 @@
 Idempotent: complete files are reused, and an attempt that was killed is resumed.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import hashlib
 import sys

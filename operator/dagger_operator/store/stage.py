@@ -5,7 +5,6 @@ A stage gets all its parameters from its environment, which `control` writes and
 
 import asyncio
 import atexit
-import contextlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import structlog
 
 from dagger_operator.api import DAggerRun, InvalidRun, Role, load
 from dagger_operator.store.credentials import OwnIdentity
+from dagger_operator.store.ending import say, say_terminated
 from dagger_operator.store.objects import DamagedObject, Store, StoreUnavailable
 
 
@@ -139,20 +139,20 @@ def main(stage_name: str, body: Callable[[Stage], Awaitable[None]]) -> int:
         asyncio.run(_cancellable(body(stage)))
         return ExitCode.DONE
     except StageFailure as error:
-        _say(error.reason, error.message)
+        say(error.reason, error.message)
         return ExitCode.PERMANENT if error.permanent else ExitCode.UNAVAILABLE
     except DamagedObject as error:
-        _say("DamagedObject", str(error))
+        say("DamagedObject", str(error))
         return ExitCode.PERMANENT
     except StoreUnavailable as error:
-        _say("StorageUnavailable", str(error))
+        say("StorageUnavailable", str(error))
         return ExitCode.UNAVAILABLE
     except asyncio.CancelledError:
-        _say("Terminated", "the stage was asked to end; started again, it continues where it stopped")
+        say_terminated()
         return ExitCode.UNAVAILABLE
     except Exception as error:
         traceback.print_exc()
-        _say("Unexpected", f"{type(error).__name__}: {error}")
+        say("Unexpected", f"{type(error).__name__}: {error}")
         return ExitCode.ERROR
 
 
@@ -160,10 +160,3 @@ async def _cancellable(body: Awaitable[None]) -> None:
     task = asyncio.ensure_future(body)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     await task
-
-
-def _say(reason: str, message: str) -> None:
-    print(json.dumps({"event": "stage failed", "level": "error", "reason": reason, "message": message}), flush=True)
-    path = Path(os.environ.get("DAGGER_TERMINATION_LOG", "/dev/termination-log"))
-    with contextlib.suppress(OSError):  # outside a pod there may be no such file; the log line above has the same content
-        path.write_text(json.dumps({"reason": reason, "message": message[:3000]}))

@@ -4,6 +4,11 @@ It does not import torch. The ranks are started directly, with the environment v
 seconds and would sit between a signal and the ranks.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import json
 import os

@@ -5,6 +5,11 @@ Ranks divide the tokenising among themselves, then all hold all samples, so that
 communication.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from dagger_operator.store.ending import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import importlib.metadata
 import os
