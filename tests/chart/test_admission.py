@@ -89,7 +89,7 @@ ESCAPES = [
     (edit(f"{MAIN}.ports", [{"containerPort": 80, "hostPort": 80}]), "leave out hostPort"),
     (edit(f"{MAIN}.resources.limits.memory", None), "resources.limits of cpu, memory and ephemeral-storage"),
     (edit("spec.activeDeadlineSeconds", None), "set activeDeadlineSeconds"),
-    (edit("spec.activeDeadlineSeconds", 30 * 365 * 86400), "set activeDeadlineSeconds, to 612600 at most"),
+    (edit("spec.activeDeadlineSeconds", 30 * 365 * 86400), "set activeDeadlineSeconds, to 627600 at most"),
     (edit("metadata.ownerReferences", None), "owned by its worker's Lease"),
     (edit("metadata.ownerReferences.0.apiVersion", "example.com/v1"), "owned by its worker's Lease and by nothing else"),
     (edit("metadata.ownerReferences", [{**ROOTS, "uid": "d3b3f1c8-0000-4000-8000-000000000001"}]), "and by nothing else"),

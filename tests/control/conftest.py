@@ -76,7 +76,7 @@ class Story:
 
     def see(self, component: str, **state: Any) -> Child:
         """The child of a component, from now on seen like this."""
-        (key,) = [key for key, one in self.children.items() if one.component == component and one.kind != "Service"]
+        (key,) = [key for key, one in self.children.items() if one.component == component and one.kind not in ("Service", "NetworkPolicy")]
         self.children[key] = replace(self.children[key], **state)
         return self.children[key]
 

@@ -18,7 +18,7 @@ from dagger_operator.control import Results, StageName, Step, steps
 from dagger_operator.control.identity import build_identity
 from dagger_operator.control.jobs import build_job, build_training_service
 from dagger_operator.control.names import RUN_NAMESPACE
-from dagger_operator.control.network import build_network_policy
+from dagger_operator.control.network import build_network_policy, build_training_policy
 from dagger_operator.control.pods import READS, carried_run
 from dagger_operator.control.servers import build_server, build_service, served
 from dagger_operator.store.results import PrepareResult
@@ -43,6 +43,7 @@ def manifests(run: DAggerRun) -> Iterator[Json]:
             yield build_service(run, role, serving)
     yield build_training_service(run)
     yield build_network_policy(run)
+    yield build_training_policy(run)
     if run.spec.sandbox.namespace is not None:
         yield from build_identity(run, run.spec.sandbox.namespace)
 

@@ -154,7 +154,7 @@ async def test_a_patch_that_a_stalled_machine_does_not_apply_in_time_is_never_un
     provider: ProcessSandboxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch = await after(provider, SOLVE)
-    monkeypatch.setattr(workspace, "_COLLECT_SECONDS", 0.001)
+    monkeypatch.setattr(workspace, "PATCH_SECONDS", 0.001)
     with pytest.raises(SandboxError, match="ApplyTimeout: applying a patch to a fresh copy of task sum"):
         await graded(provider, patch)
     assert not provider._live

@@ -48,7 +48,7 @@ class Settings(BaseModel):
     trainer_image: Image | None = None
     """Trainer image for runs that name none."""
     scrapers: Json[tuple[Peer, ...]] = PROMETHEUS
-    """Peers that may scrape the servers of runs: peers of a NetworkPolicy, as a JSON list; `[]` means none."""
+    """Peers that may scrape the servers and trainings of runs: peers of a NetworkPolicy, as a JSON list; `[]` means none."""
     metrics_port: Port = 8080
     health_port: Port = 8081
     """0 turns a server off."""

@@ -41,6 +41,8 @@ class PodFailure:
     """Evicted, preempted, or its node is gone."""
     index: str = ""
     """Completion index of the pod, which identifies its replacement."""
+    at: datetime | None = None
+    """When it ended; None if that is not known."""
 
 
 SERVERS = frozenset({"Deployment", "LeaderWorkerSet"})
@@ -69,6 +71,10 @@ class Child:
     """Since when one of its pods has been waiting to run; None if none is, or if it waits in a queue."""
     lost: Trouble | None = None
     """Set if one of its pods, of any attempt, should be gone but its node does not confirm that: until then the pod keeps its resources."""
+    unplaced: Trouble | None = None
+    """For a server: why a pod of it has no node: no room, a queue, a quota, or a lost node. Nothing that the run does changes that."""
+    placed: datetime | None = None
+    """For a server: since when all its pods have had their nodes; None while one lacks it."""
     failures: tuple[PodFailure, ...] = ()
     """For a Job: its failed pods, oldest first. For a server: one entry per start of a container that ended for lack of a service."""
     finished: datetime | None = None

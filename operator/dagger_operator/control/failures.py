@@ -5,12 +5,14 @@ plan decides; the Job's own limit is then raised by the retries that infrastruct
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
-from dagger_operator.api import DAggerRun, FailureAction, FailureRule, RunStage
+from dagger_operator.api import DAggerRun, FailureAction, FailureRule, Role, RunStage
 from dagger_operator.control.child import Child, PodFailure, Trouble
 from dagger_operator.control.rounds import StageName
+from dagger_operator.control.servers import served
 from dagger_operator.store.stage import ExitCode
 
 Json = dict[str, Any]
@@ -23,6 +25,10 @@ _ACTIONS = {
     FailureAction.RETRY_WITHOUT_COUNTING: "Ignore",
     FailureAction.FAIL_RUN: "FailJob",
 }
+
+
+NOT_SERVED = {"PolicyNotServed": Role.STUDENT, "StudentNotServed": Role.STUDENT, "TeacherNotServed": Role.TEACHER}
+"""Reasons with which a stage ends that waited for servers for their whole `startupDeadlineSeconds`, and for which."""
 
 
 def own_retries(run: DAggerRun, stage: StageName, pods: int) -> int:
@@ -49,8 +55,23 @@ def verdict(run: DAggerRun, stage: StageName, failure: PodFailure) -> FailureAct
     return FailureAction.RETRY
 
 
-def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble | None:
-    """Return why to give up a Job that still retries: a failure that ends the run, or an exhausted budget."""
+def waited_for_nodes(run: DAggerRun, failure: PodFailure, servers: Mapping[Role, Child | None]) -> bool:
+    """Whether a pod failed because servers did not answer, without their pods having had their nodes for all the time that it waited.
+
+    That costs nothing: time without a node is limited by `preRunningDeadlineSeconds` alone, and a server that has its node and does not
+    become ready is given up itself. A server that was placed again since makes earlier failures count no more.
+    """
+    role = NOT_SERVED.get(failure.reason)
+    if role is None or role not in servers or (serving := served(run, role)) is None:
+        return False
+    if (server := servers[role]) is None or server.placed is None:
+        return True
+    return failure.at is not None and failure.at - timedelta(seconds=serving.startup_deadline_seconds) < server.placed
+
+
+def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int, servers: Mapping[Role, Child | None] = {}) -> Trouble | None:
+    """Return why to give up a Job that still retries: a failure that ends the run, or an exhausted budget. `servers` are those that it
+    asks."""
     verdicts = [(verdict(run, stage, failure), failure) for failure in job.failures]
     if fatal := next((failure for action, failure in verdicts if action is FailureAction.FAIL_RUN), None):
         return Trouble(fatal.reason, fatal.message)
@@ -60,8 +81,11 @@ def given_up(run: DAggerRun, stage: StageName, job: Child, pods: int) -> Trouble
     }
     for action, (name, budget) in budgets.items():
         spent: Sequence[PodFailure] = [failure for one, failure in verdicts if one is action]
+        by_infrastructure = action is FailureAction.RETRY_WITHOUT_COUNTING
+        if by_infrastructure:
+            spent = [failure for failure in spent if not waited_for_nodes(run, failure, servers)]
         # An outage ends all workers, and the end of one node of a training ends its peers.
-        by_pod = action is FailureAction.RETRY_WITHOUT_COUNTING or stage is StageName.TRAINING
+        by_pod = by_infrastructure or stage is StageName.TRAINING
         if by_pod:
             spent = of_the_worst(spent)
         if len(spent) > budget:

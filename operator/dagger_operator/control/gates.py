@@ -19,7 +19,8 @@ RESULT_GRACE = timedelta(seconds=60)
 """A Job that succeeded wrote its result before it ended; a result that is not visible for this long is missing."""
 
 ASKS_SERVERS = frozenset({StageName.PREFLIGHT, StageName.ROLLOUT, StageName.EVALUATION})
-"""Stages that start once the servers answer. Publish is not one of them: it brings servers to a version, and waits by itself."""
+"""Stages that start once the servers answer. Publish is not one of them: it brings servers to a version, and waits by itself, but only
+while the student's pods have their nodes."""
 
 Servers = Mapping[Role, Child | None]
 """The policies served by the run that a step needs, with their server of the current attempt if one is observed."""
@@ -41,7 +42,7 @@ class Failure:
 def failure(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> Failure | None:
     """Return a failure that a retry would not fix, or something that took too long."""
     for step, job in jobs.items():
-        if job is not None and (trouble := _of_job(run, observed, step, job)) is not None:
+        if job is not None and (trouble := _of_job(run, observed, step, job, servers)) is not None:
             return Failure(step, trouble, job)
     for server in servers.values():
         if server is not None and (trouble := _of_server(run, server)) is not None:
@@ -49,7 +50,7 @@ def failure(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers:
     return _too_late(run, observed, work, jobs, servers)
 
 
-def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child) -> Trouble | None:
+def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child, servers: Servers) -> Trouble | None:
     if job.state is ChildState.FAILED and not job.deleting:
         return job.trouble or Trouble("JobFailed", f"Job {job.name} failed")
     if job.state is ChildState.SUCCEEDED and job.finished and observed.now - job.finished > RESULT_GRACE:
@@ -60,7 +61,7 @@ def _of_job(run: DAggerRun, observed: Observed, step: Step, job: Child) -> Troub
             f"annotation {RETRY} (on one machine `daggerctl resume`)",
         )
     if job.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and not job.deleting:
-        return given_up(run, step.stage, job, pods_of(run, step.stage))
+        return given_up(run, step.stage, job, pods_of(run, step.stage), servers)
     return None
 
 
@@ -116,14 +117,16 @@ def _patience(run: DAggerRun) -> str:
 def blocked(run: DAggerRun, observed: Observed, work: Work, jobs: Jobs, servers: Servers) -> dict[Step, Trouble]:
     """Return the steps whose Job may not be created or resumed at this moment, and why."""
     released = gpus_released(run, observed, work)
-    idle = {step: job for step, job in jobs.items() if not _may_work(run, step, job, released)}
+    idle = {step: job for step, job in jobs.items() if not _may_work(run, step, job, servers, released)}
     found = {step: _obstacle(run, observed, work, step, job, servers) for step, job in idle.items()}
     return {step: trouble for step, trouble in found.items() if trouble is not None}
 
 
-def _may_work(run: DAggerRun, step: Step, job: Child | None, released: bool) -> bool:
+def _may_work(run: DAggerRun, step: Step, job: Child | None, servers: Servers, released: bool) -> bool:
     """Whether a Job keeps running: it was started before, and what it queries is still there."""
     if job is None or job.deleting or (released and step.stage in ASKS_SERVERS):
+        return False
+    if job.state in (ChildState.WAITING, ChildState.RUNNING, ChildState.SUSPENDED) and _nowhere_to_publish(step, servers) is not None:
         return False
     # A Job in a queue is suspended by whoever admits it.
     return job.state is not ChildState.SUSPENDED or run.spec.kueue is not None
@@ -140,7 +143,7 @@ def _obstacle(run: DAggerRun, observed: Observed, work: Work, step: Step, job: C
         return Trouble(Reason.WAITING_FOR_EVALUATION, f"evaluation of round {work.beside.round} still asks the student as it is")
     if shared and (holding := _holding(observed, step)):
         return _held_up(run, observed, Reason.WAITING_FOR_GPUS, f"still held by {_named(holding)}", holding)
-    return servers_trouble(servers) if step.stage in ASKS_SERVERS else None
+    return servers_trouble(servers) if step.stage in ASKS_SERVERS else _nowhere_to_publish(step, servers)
 
 
 def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, by: Iterable[Child]) -> Trouble:
@@ -150,6 +153,13 @@ def _held_up(run: DAggerRun, observed: Observed, reason: Reason, message: str, b
     if lost is None:
         return Trouble(reason, message)
     return Trouble(lost.reason, f"{message}: {lost.message}", waited_since(run.status, lost.reason, observed.now))
+
+
+def _nowhere_to_publish(step: Step, servers: Servers) -> Trouble | None:
+    """Return why a pod of the student has no node: publish would only spend its deadline. It waits for nothing else, since a server that
+    has its node may need the new weights to become ready."""
+    student = servers.get(Role.STUDENT) if step.stage is StageName.PUBLISH else None
+    return None if student is None else student.unplaced
 
 
 def servers_trouble(servers: Servers) -> Trouble | None:

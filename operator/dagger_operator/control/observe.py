@@ -25,12 +25,14 @@ from dagger_operator.control.said import (
     lost,
     overdue,
     phase,
+    placed,
     restarting,
     stated,
     status,
     time,
     true,
     unavailable,
+    unplaced,
     unready_for,
     waiting,
     waiting_since,
@@ -114,7 +116,8 @@ def child(
         # A Deployment replaces a pod at once, but uses no new template while a pod of the old one is left; a group's pods keep their names.
         away = lost([pod for pod in pods if kind == "LeaderWorkerSet" or pod not in current], now)
         server = _server(one, manifest, current, now, away, warning, begun_anew)
-        return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)))
+        since = placed(current, _pods_wanted(manifest))
+        return replace(server, pods=max(one.pods, int(status(manifest).get("replicas") or 0)), placed=since)
     return replace(one, state=ChildState.RUNNING, trouble=waiting(pods)) if kind == "Pod" else one
 
 
@@ -127,6 +130,11 @@ def _owns(manifest: Manifest, pod: Manifest) -> bool:
         return False
     owners = [one.get("uid") for one in pod["metadata"].get("ownerReferences") or () if one.get("kind") == manifest["kind"]]
     return not owners or manifest["metadata"].get("uid") in (None, *owners)
+
+
+def _pods_wanted(server: Manifest) -> int:
+    spec = server["spec"]
+    return int(spec.get("replicas", 1)) * int((spec.get("leaderWorkerTemplate") or {}).get("size", 1))
 
 
 def _given_up(manifest: Manifest) -> Trouble | None:
@@ -192,7 +200,9 @@ def _server(
         return replace(one, state=ChildState.READY)
     since = _earliest(waiting_since(pods), away, warning)
     state = ChildState.WAITING if held else ChildState.RUNNING
-    return replace(one, state=state, trouble=held or last_words(pods), waiting_since=since, failures=unavailable(pods, now, patience))
+    nowhere = away or unplaced(pods) or warning
+    one = replace(one, state=state, trouble=held or last_words(pods), waiting_since=since, unplaced=nowhere)
+    return replace(one, failures=unavailable(pods, now, patience))
 
 
 _PROGRESSES_NO_MORE = frozenset({"ProgressDeadlineExceeded", "NewReplicaSetAvailable"})

@@ -28,11 +28,8 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
     for pod in sorted(pods, key=lambda one: str(one["metadata"]["name"])):
         if not lives(pod):
             continue
-        for condition in status(pod).get("conditions") or ():
-            if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                reason = condition.get("reason") or "Unschedulable"
-                said = explained(pod, reason, condition.get("message") or reason)
-                return Trouble(reason, said, time(condition.get("lastTransitionTime")))
+        if (nowhere := _unplaced(pod)) is not None:
+            return nowhere
         for container in _containers(pod):
             held = (container.get("state") or {}).get("waiting") or {}
             reason = held.get("reason", "")
@@ -44,6 +41,34 @@ def waiting(pods: Iterable[Manifest]) -> Trouble | None:
                 said = f"{said}; it ended with: {_explained(container, ended).message}"
             return Trouble(reason, said, since)
     return None
+
+
+def unplaced(pods: Iterable[Manifest]) -> Trouble | None:
+    """Return the first reason, in order of pods' names, for which a pod has no node."""
+    found = (_unplaced(pod) for pod in sorted(pods, key=lambda one: str(one["metadata"]["name"])) if lives(pod))
+    return next((trouble for trouble in found if trouble is not None), None)
+
+
+def _unplaced(pod: Manifest) -> Trouble | None:
+    for condition in status(pod).get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            reason = condition.get("reason") or "Unschedulable"
+            said = explained(pod, reason, condition.get("message") or reason)
+            return Trouble(reason, said, time(condition.get("lastTransitionTime")))
+    return None
+
+
+def placed(pods: Iterable[Manifest], wanted: int) -> datetime | None:
+    """Return since when all pods of a server have had their nodes; None if one lacks it or does not exist.
+
+    A pod about which the scheduler has said nothing yet counts from its creation, so a new pod never looks as if it had been there before.
+    """
+    there = [pod for pod in pods if lives(pod) and not pod["metadata"].get("deletionTimestamp")]
+    if len(there) < max(1, wanted) or unplaced(there) is not None:
+        return None
+    told = [one for pod in there for one in status(pod).get("conditions") or () if one["type"] == "PodScheduled"]
+    times = [*(pod["metadata"].get("creationTimestamp") for pod in there), *(one.get("lastTransitionTime") for one in told)]
+    return max((at for text in times if (at := time(text)) is not None), default=None)
 
 
 def lost(pods: Iterable[Manifest], now: datetime) -> Trouble | None:
@@ -169,7 +194,7 @@ def failures(pods: Iterable[Manifest]) -> tuple[PodFailure, ...]:
         disrupted = any(one["type"] == "DisruptionTarget" and one["status"] == "True" for one in status(pod).get("conditions") or ())
         at, said, code = _end(pod)
         index = (pod["metadata"].get("labels") or {}).get(COMPLETION_INDEX, "")
-        found.append((at, str(pod["metadata"]["name"]), PodFailure(said.reason, said.message, code, disrupted, index)))
+        found.append((at, str(pod["metadata"]["name"]), PodFailure(said.reason, said.message, code, disrupted, index, time(at))))
     return tuple(failure for _, _, failure in sorted(found, key=lambda one: one[:2]))
 
 

@@ -8,7 +8,7 @@ from dagger_operator.control.gates import Jobs, Servers
 from dagger_operator.control.identity import build_identity, sandbox_namespace
 from dagger_operator.control.jobs import build_job, build_training_service
 from dagger_operator.control.names import ATTEMPT
-from dagger_operator.control.network import build_network_policy
+from dagger_operator.control.network import build_network_policy, build_training_policy
 from dagger_operator.control.observe import Observed
 from dagger_operator.control.rounds import StageName, Work
 from dagger_operator.control.servers import build_server, build_service, served, server_of
@@ -30,8 +30,12 @@ def build_support(run: DAggerRun, observed: Observed, work: Work) -> list[Manife
     support = [build_service(run, role, serving) for role, serving in servers.items()]
     if servers:
         support.append(build_network_policy(run, observed.scrapers))
-    if StageName.TRAINING in {step.stage for step in work} and run.spec.training.nodes > 1:
+    trains = StageName.TRAINING in {step.stage for step in work}
+    if trains and run.spec.training.nodes > 1:
         support.append(build_training_service(run))
+    # Ranks listen until they have ended, also when the result is there.
+    if trains or any(child.component == StageName.TRAINING and child.holds for child in observed.children):
+        support.append(build_training_policy(run, observed.scrapers))
     if namespace := next(filter(None, (sandbox_namespace(run, step.stage) for step in work)), None):
         support += build_identity(run, namespace)
     return support

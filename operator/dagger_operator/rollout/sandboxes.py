@@ -11,8 +11,10 @@ from dagger_operator.api.ports import GATEWAY_PORT
 from dagger_operator.sandbox.interface import SandboxError, SandboxProvider
 from dagger_operator.sandbox.process import NO_NAMESPACES, ProcessSandboxes
 from dagger_operator.store.stage import Stage, StageFailure
+from dagger_operator.tasks.grading import longest_work
 
 _SPARE_SECONDS = 600
+"""For files that are transferred between a sandbox's commands, and for a busy helper or network at each of them."""
 
 
 class GatewayPlace(TypedDict, total=False):
@@ -79,8 +81,14 @@ def _pods(stage: Stage) -> SandboxProvider:
 
 
 def lifetime_seconds(sandbox: Sandbox, rollouts: Rollouts) -> int:
-    """Longest time a sandbox pod may exist, even if forgotten. The chart's admission policy allows no more than the maximum of this."""
-    return sandbox.create_timeout_seconds + max(rollouts.timeout_seconds, sandbox.grade_timeout_seconds) + _SPARE_SECONDS
+    """Longest time a sandbox pod may exist, even if forgotten: more than its work may take, since a kubelet that ends it in the midst of
+    that looks like an infrastructure failure. The chart's admission policy allows no more than the maximum of this."""
+    work = longest_work(
+        create_timeout=sandbox.create_timeout_seconds,
+        act_timeout=rollouts.timeout_seconds,
+        grade_timeout=sandbox.grade_timeout_seconds,
+    )
+    return work + _SPARE_SECONDS
 
 
 def gateway_place(stage: Stage) -> GatewayPlace:

@@ -13,9 +13,11 @@ from pathlib import PurePosixPath
 from dagger_operator.sandbox.interface import LimitExceeded, SandboxProvider
 from dagger_operator.tasks import swebench
 from dagger_operator.tasks.task import ScriptGrading, SwebenchGrading, Task
-from dagger_operator.tasks.workspace import NO_PATCH, Workspace, apply_patch, start
+from dagger_operator.tasks.workspace import COLLECT_STEPS, NO_PATCH, PATCH_SECONDS, START_STEPS, Workspace, apply_patch, start
 
 _LOG_CHARS = 4000
+_CHECK_STEPS = 2
+"""Commands with the check's deadline: making way for its files, and the check."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,19 @@ class Grade:
     """The end of the check's output."""
 
 
+def longest_work(*, create_timeout: int, act_timeout: int, grade_timeout: int) -> int:
+    """Return for how many seconds the deadlines allow a sandbox to be in use, by an agent or by a grade, if every step takes all its time.
+
+    The time that files and connections take in between is not included.
+    """
+    acting = act_timeout + COLLECT_STEPS * PATCH_SECONDS
+    grading = PATCH_SECONDS + _CHECK_STEPS * grade_timeout
+    return START_STEPS * create_timeout + max(acting, grading)
+
+
 async def grade(task: Task, patch: str, provider: SandboxProvider, *, name: str, create_timeout: float, timeout: float) -> Grade:
     """Grade a patch from `collect_patch`. `timeout` is the deadline of the check; exceeding it, or the sandbox's limits, counts as
-    unresolved.
+    unresolved. `longest_work` says how long all of it may take.
 
     Raises `SandboxError` if the sandbox is at fault.
     """

@@ -15,7 +15,12 @@ PATCH_FILE = ".dagger-patch"
 NO_PATCH = "# no patch: "
 """Prefix of the text for a patch that could not be collected; the reason follows. It never applies."""
 _MAX_PATCH_BYTES = 8 << 20
-_COLLECT_SECONDS = 300.0
+PATCH_SECONDS = 300
+"""Deadline of each command that writes or applies a patch."""
+START_STEPS = 3
+"""Steps of `start` with a deadline of their own: the sandbox, the task's setup, and the record of its files."""
+COLLECT_STEPS = 2
+"""Commands of `collect_patch`: the second one where the first one's patch is not UTF-8."""
 _GIT = (
     "export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 GIT_LITERAL_PATHSPECS=1\n"
     "export GIT_DIR=${HOME:-/tmp}/.dagger-start GIT_WORK_TREE=$PWD\n"
@@ -61,7 +66,7 @@ class Workspace:
 
 
 async def start(task: Task, provider: SandboxProvider, *, name: str, timeout: float, network_to: str | None = None) -> Workspace:
-    """Create a sandbox with the task's files, run its setup and record the files. `timeout` applies to each of these steps.
+    """Create a sandbox with the task's files, run its setup and record the files. `timeout` applies to each of these `START_STEPS`.
 
     Raises `SandboxError`; then no sandbox is left behind.
     """
@@ -86,7 +91,7 @@ async def collect_patch(workspace: Workspace) -> str:
     instead. Raises `SandboxError` if the sandbox is gone.
     """
     for environment in ({}, {"AS_BINARY": "1"}):
-        done = await workspace.sandbox.execute(_DIFF, timeout=_COLLECT_SECONDS, env=environment)
+        done = await workspace.sandbox.execute(_DIFF, timeout=PATCH_SECONDS, env=environment)
         data = await workspace.sandbox.read(PATCH_FILE, limit=_MAX_PATCH_BYTES + 1) if done.returncode == 0 else None
         if data is None:
             return f"{NO_PATCH}the record of the start or the disk is broken: {done.output[-300:].strip()}\n"
@@ -115,9 +120,9 @@ async def apply_patch(
     chain = " || ".join([tries[0], *(f"{{ {again} && {command}; }}" for command in tries[1:])])
     # The last one may have applied everything and still report an error.
     script = f"{_GIT}{chain} || git apply --check --reverse {PATCH_FILE}\ncode=$?; rm -f {PATCH_FILE}; exit $code"
-    done = await workspace.sandbox.execute(script, timeout=_COLLECT_SECONDS)
+    done = await workspace.sandbox.execute(script, timeout=PATCH_SECONDS)
     if done.timed_out:
-        raise SandboxError("ApplyTimeout", f"applying a patch to a fresh copy of task {workspace.task.id} took over {_COLLECT_SECONDS:g} s")
+        raise SandboxError("ApplyTimeout", f"applying a patch to a fresh copy of task {workspace.task.id} took over {PATCH_SECONDS} s")
     return done
 
 

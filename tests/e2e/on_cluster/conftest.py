@@ -1,5 +1,7 @@
 """The chart installed on a real cluster with images of this checkout: its operator, its S3 server, and a namespace for runs."""
 
+import asyncio
+import base64
 import hashlib
 import io
 import json
@@ -17,6 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dagger_operator.api import Storage
+from dagger_operator.store.credentials import Keys
+from dagger_operator.store.fsck import fsck
+from dagger_operator.store.objects import Store
 from fixtures.metrics import started as prometheus_server
 from fixtures.on_cluster import Scraping
 
@@ -24,6 +30,9 @@ ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "manifests" / "samples" / "quickstart"
 RELEASE, SYSTEM, SANDBOXES = "dagger-operator", "dagger-system", "dagger-sandboxes"
 S3_IMAGE = "localhost/versitygw:1.8.0"
+S3_SECRET = "dagger-operator-s3"
+"""Secret with the keys of the S3 server, in the runs' namespace too; the server's Service has the same name."""
+RUN, MANAGED = "dagger-operator.dev/run", "app.kubernetes.io/managed-by=dagger-operator"
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,38 @@ class Installation:
         where = ("--namespace", namespace) if namespace else ()
         found: list[dict[str, Any]] = json.loads(self.kubectl(*where, "get", kind, "--selector", selector, "-o", "json"))["items"]
         return found
+
+    def store(self, url: str) -> Store:
+        """What is below a prefix of the S3 server, by its Service's address: names of the cluster mean nothing here."""
+        secret = json.loads(self.kubectl("get", "secret", S3_SECRET, "-o", "json"))["data"]
+        where = self.kubectl("--namespace", self.system, "get", "service", S3_SECRET, "-o", "jsonpath={.spec.clusterIP}")
+        storage = Storage(url=url, endpoint_url=f"http://{where}:7070", region="us-east-1")
+        keys = {key: base64.b64decode(value).decode() for key, value in secret.items()}
+        return Store.open(storage, Keys(keys, f"Secret {S3_SECRET}"))
+
+    def all_is_sound(self, name: str) -> None:
+        """What `daggerctl store fsck --deep` checks, of a run that has ended."""
+        report = asyncio.run(fsck(self.store(self.run(name)["spec"]["storage"]["url"]), deep=True))
+        assert report.sound, str(report)
+
+    def nothing_is_left(self, name: str) -> None:
+        """First of a run that has ended: no sandbox, no Lease of a worker, no pod that may still run. Then, once it is deleted, of all that
+        it had, except what is in storage."""
+        self.until(f"sandboxes, Leases and pods of {name} are gone", lambda: not self._held(name), 240)
+        self.kubectl("delete", "daggerrun", name, "--timeout=60s")
+        # Bindings have no owner: the operator looks for them once a minute.
+        self.until(f"nothing of {name} is left", lambda: not self._held(name) and not self._owned(name), 240)
+
+    def _held(self, name: str) -> list[str]:
+        sandboxes = self.listed("pods,leases", namespace=self.sandboxes)
+        pods = [pod for pod in self.listed("pods", f"{RUN}={name}") if pod["status"].get("phase") not in ("Succeeded", "Failed")]
+        return [one["metadata"]["name"] for one in (*sandboxes, *pods)]
+
+    def _owned(self, name: str) -> list[str]:
+        """The chart's own accounts and bindings are there as well, without the label of a run."""
+        kinds, selector = "pods,jobs,deployments,services,networkpolicies,serviceaccounts,rolebindings", f"{MANAGED},{RUN}={name}"
+        here, there = self.listed(kinds, selector), self.listed("serviceaccounts,rolebindings", selector, self.sandboxes)
+        return [f"{one['kind']} {one['metadata']['name']}" for one in (*here, *there)]
 
     def operators(self) -> list[dict[str, Any]]:
         return self.listed("pods", "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator", self.system)

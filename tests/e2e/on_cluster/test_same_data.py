@@ -1,7 +1,6 @@
 """A seed gives the data on a cluster that it gives on one machine, also where all that can be taken away is taken away."""
 
 import asyncio
-import base64
 import json
 import os
 import subprocess
@@ -13,12 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dagger_operator.api import Storage
-from dagger_operator.store.credentials import Keys
-from dagger_operator.store.objects import Store
 from fixtures.scripted import scripted_policies
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1700)]
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"requests": {"cpu": "100m", "memory": "256Mi"}}
@@ -74,7 +70,7 @@ def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation:
     local.ctl("run", str(document))
 
     tasks = (local.folder / "tasks.jsonl").read_bytes()
-    asyncio.run(_upload(installation, tasks))
+    asyncio.run(installation.store("s3://dagger/one").put("inputs/tasks.jsonl", tasks))
     installation.apply(_on_the_cluster(yaml.safe_load(document.read_text())))
     theirs = () if os.environ.get("DAGGER_TEST_KUBECONFIG") else (_api_server, _node)  # somebody else's are left alone
     for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _two_operators, *theirs):
@@ -90,9 +86,8 @@ def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation:
 
     digests = [entry["rollout"]["dataDigest"] for entry in run["status"]["rounds"]]
     assert digests == [entry["rollout"]["dataDigest"] for entry in local.status("one")["rounds"]]
-    installation.until(
-        "no sandbox and no Lease is left", lambda: not installation.listed("pods,leases", namespace=installation.sandboxes), 240
-    )
+    installation.all_is_sound("one")
+    installation.nothing_is_left("one")
 
 
 def _finished(installation: Any) -> int:
@@ -162,13 +157,3 @@ def _ready(installation: Any) -> bool:
 
 def _in_the_node(*command: str) -> str:
     return subprocess.run([ROOT / "tests" / "cluster" / "in", *command], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-async def _upload(installation: Any, tasks: bytes) -> None:
-    """To the S3 server's Service, by its address: names of the cluster mean nothing here."""
-    secret = json.loads(installation.kubectl("get", "secret", SECRET, "-o", "json"))["data"]
-    where = installation.kubectl("--namespace", installation.system, "get", "service", SECRET, "-o", "jsonpath={.spec.clusterIP}")
-    storage = Storage(url="s3://dagger/one", endpoint_url=f"http://{where}:7070", region="us-east-1")
-    keys = {key: base64.b64decode(value).decode() for key, value in secret.items()}
-    store = Store.open(storage, Keys(keys, f"Secret {SECRET}"))
-    await store.put("inputs/tasks.jsonl", tasks)
