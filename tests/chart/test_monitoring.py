@@ -1,6 +1,8 @@
 """The way of a run's metrics: from its pods, through the chart's PodMonitor, to alerts and dashboards."""
 
+import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,3 +75,14 @@ def test_alerts_and_dashboards_tell_runs_apart_by_a_label_that_the_pod_monitor_g
         used = set(re.findall(r"dagger_operator_dev_\w+", path.read_text()))
         assert used <= given, path.name
         assert path.stem == "dagger-fleet" or as_prometheus_writes(RUN) in used, path.name
+
+
+def test_the_alert_for_a_missing_operator_is_about_the_releases_own(helm: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    values = {"metrics": {"rules": {"enabled": True}}, "watchNamespaces": ["a"]}
+    arguments = ["template", "second", CHART, "--namespace", "team-system", "--api-versions", "monitoring.coreos.com/v1/PrometheusRule"]
+    rendered = helm(*arguments, "--kube-version", "1.34", "--values", "-", input=json.dumps(values)).stdout
+    (rules,) = (one["spec"] for one in yaml.safe_load_all(rendered) if one and one["kind"] == "PrometheusRule")
+    (down,) = (rule for group in rules["groups"] for rule in group["rules"] if rule["alert"] == "DaggerOperatorDown")
+    assert down["expr"] == 'absent(dagger_operator_leading{namespace="team-system"} == 1)'
+    assert down["labels"]["namespace"] == "team-system", "absent() gives no label, and alerts with the same labels are one"
+    assert "dagger-system" not in json.dumps(rules)
