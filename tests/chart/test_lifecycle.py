@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ Json = dict[str, Any]
 
 MADE = (
     "deployments,services,serviceaccounts,secrets,persistentvolumeclaims,roles,rolebindings,clusterroles,clusterrolebindings,"
-    "networkpolicies,namespaces,validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses"
+    "networkpolicies,namespaces,validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses,pods,leases"
 )
 
 
@@ -56,12 +57,23 @@ def test_runs_outlive_upgrades_and_the_chart_itself(helm_on: Callable[..., str],
     assert upgraded == keys, "an upgrade changed the keys that runs use"
     control_plane.kubectl("get", "daggerrun", "qwen3-4b-dagger", f"--namespace={namespace}")
 
+    helm_test_succeeds(helm_on, control_plane, namespace)
     helm_on("uninstall", "lifecycle", "--wait")
     control_plane.kubectl("get", "daggerrun", "qwen3-4b-dagger", f"--namespace={namespace}")
     control_plane.kubectl("wait", "--for=delete", f"namespace/{namespace}-sandboxes", "--timeout=60s")
     selector = "app.kubernetes.io/instance=lifecycle"
     left = control_plane.kubectl("get", MADE, "--all-namespaces", "-l", selector, "-o", "name").split()
     assert left == ["persistentvolumeclaim/lifecycle-dagger-operator-s3"], "the claim holds runs' data; nothing else stays"
+
+
+def helm_test_succeeds(helm_on: Callable[..., str], control_plane: Any, namespace: str) -> None:
+    """`helm test`, whose pod ends well because this says so: there is no node."""
+    pod = ["pod/lifecycle-dagger-operator-test", f"--namespace={namespace}"]
+    with ThreadPoolExecutor(1) as beside:
+        test = beside.submit(helm_on, "test", "lifecycle", "--timeout=90s")
+        control_plane.kubectl("wait", "--for=create", *pod, "--timeout=60s")
+        control_plane.kubectl("patch", *pod, "--subresource=status", "--type=merge", "--patch", '{"status": {"phase": "Succeeded"}}')
+        assert "Succeeded" in test.result()
 
 
 def test_an_api_server_takes_the_plain_manifests_as_they_stand(control_plane: Any) -> None:
