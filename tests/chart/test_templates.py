@@ -167,6 +167,13 @@ def test_the_sandbox_namespace_is_closed_both_ways(render: Render) -> None:
     assert gateway["spec"]["podSelector"] == {"matchLabels": {"dagger-operator.dev/network": "gateway"}}
 
 
+def test_a_sandbox_namespace_of_ones_own_is_prepared_like_the_charts(render: Render) -> None:
+    objects = render({"sandbox": {"createNamespace": False}})
+    assert objects == [one for one in render() if one["kind"] != "Namespace"]
+    # Somebody has prepared it, perhaps with policies of the usual names.
+    assert all(one["metadata"]["name"].startswith("dagger-sandbox-") for one in all_of(objects, "NetworkPolicy"))
+
+
 def test_without_sandbox_pods_nothing_of_them_is_there(render: Render) -> None:
     objects = render({"sandbox": {"enabled": False}})
     assert "dagger-sandboxes" not in yaml.safe_dump(objects)
