@@ -6,6 +6,8 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 STREAMS := -n 2 --dist loadscope --no-loadscope-reorder
 CACHE := $(or $(DAGGER_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dagger-operator)
+# A label of the images: the commit, and whether the checkout differs from it.
+REVISION = $(or $(shell git describe --always --exclude='*' --abbrev=40 --dirty=-modified 2>/dev/null),unknown)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -43,7 +45,8 @@ experiment: setup ## DAgger against behaviour cloning, five seeds; takes an hour
 images: setup ## All container images from images/Dockerfile: an OCI layout, or, with DOCKER=docker, in Docker (images/README.md)
 ifdef DOCKER
 	for target in operator worker sandbox-helper trainer quickstart vllm-cpu; do \
-	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) --build-arg VERSION=$(VERSION) . || exit; done
+	  $(DOCKER) build -f images/Dockerfile --target $$target -t dagger-operator/$$target:$(VERSION) \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) . || exit; done
 else
 	@scripts/images build
 endif

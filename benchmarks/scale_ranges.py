@@ -32,22 +32,27 @@ def slope(measured: Sequence[Figures], figure: str) -> float | None:
 
 
 def judged(measured: Sequence[Figures], ranges: Path) -> tuple[str, bool]:
-    """Return a line for each violated range that applies to these sizes, with a summary, and whether all ranges are kept."""
+    """Return a line for each violated range that applies to these sizes, for each figure of the ranges that no measurement has, and for the
+    slopes that need more sizes; with a summary, and whether all ranges are kept. A figure that is not measured keeps no range."""
     held = yaml.safe_load(ranges.read_text())
-    lines, kept = [], True
+    named = dict.fromkeys(bound["figure"] for bound in (*held["figures"], *held["slopes"]))
+    missing = [figure for figure in named if not any(figure in one for one in measured)]
     checks: list[tuple[dict[str, Any], str, float | None]] = [
         (bound, f"{bound['figure']} at {one['runs']:.0f} runs", one.get(bound["figure"]))
         for bound in held["figures"]
         for one in measured
         if one["runs"] <= bound["upTo"]
     ]
-    checks += [(bound, f"slope of {bound['figure']}", slope(measured, bound["figure"])) for bound in held["slopes"]]
-    for bound, what, found in checks:
+    slopes = [(bound, f"slope of {bound['figure']}", slope(measured, bound["figure"])) for bound in held["slopes"]]
+    outside, told = [], 0
+    for bound, what, found in [*checks, *slopes]:
         if found is None:
             continue
+        told += 1
         low, high = bound.get("least", -math.inf), bound.get("most", math.inf)
         if not low <= found <= high:
-            kept = False
-            lines.append(f"OUT OF RANGE: {what} is {found:.4g}, not {low:g} to {high:g}")
-    told = sum(found is not None for _, _, found in checks)
-    return "\n".join([*lines, f"{told - len(lines)} of {told} figures are within {ranges.name}"]), kept
+            outside.append(f"OUT OF RANGE: {what} is {found:.4g}, not {low:g} to {high:g}")
+    lines = [f"NOT MEASURED: {figure} has a range in {ranges.name}, and no measurement has it" for figure in missing] + outside
+    if unknown := [what for bound, what, found in slopes if found is None and bound["figure"] not in missing]:
+        lines.append(f"not checked, because it takes three sizes: {', '.join(unknown)}")
+    return "\n".join([*lines, f"{told - len(outside)} of {told} figures are within {ranges.name}"]), not missing and not outside

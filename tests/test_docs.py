@@ -55,6 +55,21 @@ def test_every_helm_command_takes_a_version_of_digits_alone_for_text(path: Path)
         assert not re.search(r"--set \S*\.tag=", command), f"write --set-string: {command}"
 
 
+BUILDING = [*PAGES, *SAMPLES, ROOT / "Makefile", ROOT / "images" / "Dockerfile", ROOT / "scripts" / "images"]
+
+
+@pytest.mark.parametrize("path", BUILDING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_image_that_is_built_with_docker_says_of_which_commit_it_is(path: Path) -> None:
+    for command in commands(path):
+        if re.search(r"(docker|\$\(DOCKER\)) build\b", command):
+            assert "--build-arg REVISION=" in command, command
+
+
+def test_make_builds_with_docker_and_names_the_commit() -> None:
+    done = subprocess.run(["make", "--dry-run", "--old-file=setup", "images", "DOCKER=docker"], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"--build-arg REVISION=([0-9a-f]{40}(-modified)?|unknown) ", done.stdout), done.stdout + done.stderr
+
+
 def test_every_image_of_the_quickstart_is_taken_from_the_registry_that_its_command_names(tmp_path: Path) -> None:
     folder = ROOT / "manifests" / "samples" / "quickstart"
     (script,) = re.findall(r"^#   (for file in .*?^#   done)$", (folder / "inputs.yaml").read_text(), re.M | re.S)

@@ -13,7 +13,11 @@ FLEET = Board(
         Row(
             "Runs",
             (
-                Number(title="Operators that lead", queries={"": "sum(dagger_operator_leading)"}, help="Must be 1."),
+                Number(
+                    title="Operators that lead",
+                    queries={"{{namespace}}": "sum by (namespace) (dagger_operator_leading)"},
+                    help="By the release's namespace. Each must be 1.",
+                ),
                 Number(title="Runs that go on", queries={"": 'sum(dagger_runs{phase!~"Succeeded|Failed|Suspended"})'}),
                 Number(
                     title="Runs that wait",

@@ -1,8 +1,10 @@
 """What the chart's admission policies refuse and what they let through, on a real API server."""
 
 import copy
+import json
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,6 +242,50 @@ def test_a_sandbox_namespace_that_is_not_prepared_is_refused(release: Any) -> No
     assert release.create(run(release, sandbox={"namespace": release.sandboxes})).returncode == 0
     refused = release.create(run(release, sandbox={"namespace": "kube-system"}))
     assert refused.returncode and "write that, or leave it out" in refused.stderr and release.sandboxes in refused.stderr
+
+
+def until(what: str, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def older(release: Any) -> Iterator[tuple[str, str]]:
+    """A run with another sandbox namespace than the chart's: it is older than the policy, or than the chart's present namespace."""
+    made = run(release, sandbox={"namespace": "sandboxes-before"})
+    made["metadata"]["name"] = "older"
+    binding = ["patch", "validatingadmissionpolicybinding/dagger-operator-runs", "--type=merge", "--patch"]
+    release.kubectl(*binding, '{"spec": {"validationActions": ["Warn"]}}')
+    try:
+        until("the run is let through", lambda: release.create(made, keep=True).returncode == 0)
+    finally:
+        release.kubectl(*binding, '{"spec": {"validationActions": ["Deny"]}}')
+    made["metadata"]["name"] = "newer"
+    until("the policy refuses again", lambda: release.create(made).returncode != 0)
+    yield "daggerrun/older", f"--namespace={release.runs}"
+    release.kubectl("delete", "daggerrun/older", f"--namespace={release.runs}", "--ignore-not-found", "--wait=false")
+
+
+def test_a_run_whose_sandbox_namespace_is_no_longer_the_clusters_can_be_edited_and_not_moved(release: Any, older: tuple[str, str]) -> None:
+    for edited in (
+        release.kubectl("patch", *older, "--type=merge", "--patch", '{"spec": {"suspend": true}}'),
+        release.kubectl("annotate", *older, "dagger-operator.dev/retry=1"),
+    ):
+        assert edited.returncode == 0, edited.stderr
+    moved = release.kubectl("patch", *older, "--type=merge", "--patch", '{"spec": {"sandbox": {"namespace": "kube-system"}}}')
+    assert moved.returncode and "write that, or leave it out" in moved.stderr
+    right = json.dumps({"spec": {"sandbox": {"namespace": release.sandboxes}}})
+    moved = release.kubectl("patch", *older, "--type=merge", "--patch", right)
+    assert moved.returncode == 0, moved.stderr
+
+
+def test_such_a_run_goes_when_it_is_deleted_after_its_children(release: Any, older: tuple[str, str]) -> None:
+    """The garbage collector removes the finalizer by which such a deletion waits."""
+    deleted = release.kubectl("delete", *older, "--cascade=foreground", "--timeout=90s")
+    assert deleted.returncode == 0, deleted.stderr
+    assert "NotFound" in release.kubectl("get", *older).stderr
 
 
 LOCAL = [

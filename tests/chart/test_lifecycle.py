@@ -1,8 +1,10 @@
 """Install, upgrade and uninstall on a real API server, by Helm and by plain manifests; and the samples."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ Json = dict[str, Any]
 
 MADE = (
     "deployments,services,serviceaccounts,secrets,persistentvolumeclaims,roles,rolebindings,clusterroles,clusterrolebindings,"
-    "networkpolicies,namespaces,validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses"
+    "networkpolicies,namespaces,validatingadmissionpolicies,validatingadmissionpolicybindings,priorityclasses,pods,leases"
 )
 
 
@@ -56,12 +58,43 @@ def test_runs_outlive_upgrades_and_the_chart_itself(helm_on: Callable[..., str],
     assert upgraded == keys, "an upgrade changed the keys that runs use"
     control_plane.kubectl("get", "daggerrun", "qwen3-4b-dagger", f"--namespace={namespace}")
 
+    helm_test_succeeds(helm_on, control_plane, namespace)
     helm_on("uninstall", "lifecycle", "--wait")
     control_plane.kubectl("get", "daggerrun", "qwen3-4b-dagger", f"--namespace={namespace}")
     control_plane.kubectl("wait", "--for=delete", f"namespace/{namespace}-sandboxes", "--timeout=60s")
     selector = "app.kubernetes.io/instance=lifecycle"
     left = control_plane.kubectl("get", MADE, "--all-namespaces", "-l", selector, "-o", "name").split()
     assert left == ["persistentvolumeclaim/lifecycle-dagger-operator-s3"], "the claim holds runs' data; nothing else stays"
+
+
+def helm_test_succeeds(helm_on: Callable[..., str], control_plane: Any, namespace: str) -> None:
+    """`helm test`, whose pod ends well because this says so: there is no node."""
+    pod = ["pod/lifecycle-dagger-operator-test", f"--namespace={namespace}"]
+    with ThreadPoolExecutor(1) as beside:
+        test = beside.submit(helm_on, "test", "lifecycle", "--timeout=90s")
+        control_plane.kubectl("wait", "--for=create", *pod, "--timeout=60s")
+        control_plane.kubectl("patch", *pod, "--subresource=status", "--type=merge", "--patch", '{"status": {"phase": "Succeeded"}}')
+        assert "Succeeded" in test.result()
+
+
+def test_a_sandbox_namespace_of_ones_own_is_labelled_as_helm_says_and_stays(
+    helm_on: Callable[..., str], control_plane: Any, namespace: str
+) -> None:
+    standards = {"enforce": "restricted", "warn": "restricted", "audit": "baseline"}
+    with control_plane.fresh_namespace() as own:
+        spec = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+        closed = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "default-deny"}, "spec": spec}
+        control_plane.kubectl("create", "-f", "-", f"--namespace={own}", input=json.dumps(closed))
+        sandbox = {"namespace": own, "createNamespace": False, "podSecurity": standards, "priorityClass": {"name": f"{namespace}-sandbox"}}
+        values = {"crds": {"install": False}, "watchNamespaces": [namespace], "sandbox": sandbox}
+        (command,) = re.findall(r"^  kubectl (label .*)$", helm_on("install", "lifecycle", CHART, values=values), re.M)
+        control_plane.kubectl(*command.split())
+        helm_on("uninstall", "lifecycle", "--wait")
+
+        labels = json.loads(control_plane.kubectl("get", "namespace", own, "-o", "json"))["metadata"]["labels"]
+        assert {f"pod-security.kubernetes.io/{mode}": level for mode, level in standards.items()}.items() <= labels.items()
+        left = control_plane.kubectl("get", "networkpolicies,roles,rolebindings", f"--namespace={own}", "-o", "name").split()
+        assert left == ["networkpolicy.networking.k8s.io/default-deny"]
 
 
 def test_an_api_server_takes_the_plain_manifests_as_they_stand(control_plane: Any) -> None:

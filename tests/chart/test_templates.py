@@ -44,6 +44,7 @@ EVERYTHING: Json = {
     },
     "s3": {"enabled": True},
 }
+DIGEST = "sha256:" + "0" * 64
 MONITORING = tuple(f"monitoring.coreos.com/v1/{kind}" for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule"))
 
 
@@ -167,6 +168,13 @@ def test_the_sandbox_namespace_is_closed_both_ways(render: Render) -> None:
     assert gateway["spec"]["podSelector"] == {"matchLabels": {"dagger-operator.dev/network": "gateway"}}
 
 
+def test_a_sandbox_namespace_of_ones_own_is_prepared_like_the_charts(render: Render) -> None:
+    objects = render({"sandbox": {"createNamespace": False}})
+    assert objects == [one for one in render() if one["kind"] != "Namespace"]
+    # Somebody has prepared it, perhaps with policies of the usual names.
+    assert all(one["metadata"]["name"].startswith("dagger-sandbox-") for one in all_of(objects, "NetworkPolicy"))
+
+
 def test_without_sandbox_pods_nothing_of_them_is_there(render: Render) -> None:
     objects = render({"sandbox": {"enabled": False}})
     assert "dagger-sandboxes" not in yaml.safe_dump(objects)
@@ -262,9 +270,25 @@ def test_a_single_operator_is_replaced_and_several_roll(render: Render, replicas
 
 
 def test_an_image_may_be_pinned_by_digest(render: Render, pods: Pods) -> None:
-    digest = "sha256:" + "0" * 64
-    images = {pod["containers"][0]["image"] for pod in pods(render({"image": {"repository": "registry/operator", "digest": digest}}))}
-    assert images == {f"registry/operator@{digest}"}
+    images = {pod["containers"][0]["image"] for pod in pods(render({"image": {"repository": "registry/operator", "digest": DIGEST}}))}
+    assert images == {f"registry/operator@{DIGEST}"}
+
+
+@pytest.mark.parametrize(
+    ("image", "pulled"),
+    [
+        ({"tag": "v1.9"}, "mirror/versitygw:v1.9"),
+        ({"tag": "1.8.0-2"}, "mirror/versitygw:1.8.0-2"),
+        ({"tag": "v1.10.0-rc.1"}, "mirror/versitygw:v1.10.0-rc.1"),
+        ({"digest": DIGEST}, f"mirror/versitygw@{DIGEST}"),
+        ({"tag": "latest", "digest": DIGEST}, f"mirror/versitygw@{DIGEST}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_s3_servers_image_is_a_version_or_pinned_by_digest(render: Render, image: Json, pulled: str) -> None:
+    objects = render({"s3": {"enabled": True, "image": {"repository": "mirror/versitygw", **image}}})
+    (container,) = named(objects, "Deployment", "dagger-operator-s3")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == pulled
 
 
 def test_the_s3_server_takes_credentials_and_claims_of_others(render: Render) -> None:
@@ -298,6 +322,12 @@ REFUSED = [
     ({"watchNamespaces": ["dagger-sandboxes"]}, 'sandbox.namespace "dagger-sandboxes" holds the operator or runs'),
     ({"podDisruptionBudget": {"enabled": True}}, "set replicas to 2 or more"),
     ({"s3": {"enabled": True, "image": {"tag": "v1.7.0"}}}, "write v1.8.0 or newer"),
+    ({"s3": {"enabled": True, "image": {"tag": "v1.7.9", "digest": DIGEST}}}, 's3.image.tag "v1.7.9" loses conditional writes'),
+    ({"s3": {"enabled": True, "image": {"tag": "latest"}}}, 's3.image.tag "latest" does not tell its version'),
+    ({"s3": {"enabled": True, "image": {"tag": "2026.01-mirror"}}}, "write a version, or s3.image.digest"),
+    ({"s3": {"enabled": True, "image": {"tag": "v1.8.0_2"}}}, "write a version, or s3.image.digest"),
+    ({"s3": {"enabled": True, "image": {"tag": "v2"}}}, "write a version, or s3.image.digest"),
+    ({"s3": {"image": {"digest": "latest"}}}, "digest"),
     ({"s3": {"existingSecret": "mine", "copySecretTo": ["a"]}}, "leave it out beside s3.existingSecret"),
     ({"metrics": {"serviceMonitor": {"enabled": True}}}, "install the Prometheus Operator first"),
     ({"metrics": {"rules": {"enabled": True}}}, "metrics.rules.enabled needs the API monitoring.coreos.com/v1 PrometheusRule"),

@@ -14,12 +14,10 @@ from dashboards.drawing import drawn
 from dashboards.fleet import FLEET
 from dashboards.parts import Board
 from dashboards.run import RUN
-from fixtures.metrics import queries
+from fixtures.metrics import PROMETHEUS_ADDS, queries
 from fixtures.tools import ROOT
 
 BOARDS = pytest.mark.parametrize("board", [FLEET, RUN], ids=lambda board: board.uid)
-NOT_OURS = {"namespace", "pod", "dagger_operator_dev_run"}
-"""Labels that Prometheus adds."""
 
 
 @BOARDS
@@ -53,10 +51,10 @@ def test_a_panel_rests_on_documented_metrics_and_labels(board: Board, documented
             assert (kind == "gauge") != bool(re.search(rf"(rate|increase)\({name}", query)), f"{title}: {name} is a {kind}"
             labels |= own.keys()
             for label, values in re.findall(r'(\w+)!?=~?"([^"]*)"', matchers):
-                closed = own[label] if label not in NOT_OURS else None
+                closed = own[label] if label not in PROMETHEUS_ADDS else None
                 assert closed is None or set(values.split("|")) <= closed | {""}, f"{title}: no {label} is {values}"
         for by in re.findall(r"by \(([^)]*)\)", query):
-            assert set(by.split(", ")) <= labels | NOT_OURS | {"le"}, f"{title}: by {by}"
+            assert set(by.split(", ")) <= labels | PROMETHEUS_ADDS | {"le"}, f"{title}: by {by}"
 
 
 def test_every_metric_is_on_a_dashboard(documented_metrics: Any) -> None:
@@ -65,6 +63,11 @@ def test_every_metric_is_on_a_dashboard(documented_metrics: Any) -> None:
     known = {name for section, table in documented_metrics.tables.items() if section != "Alerts" for name in table}
     without = {name for name in known if not re.search(rf"\b{name}\b|\b{name}_(bucket|count)\b", drawn_ones)}
     assert without == {"dagger_operator_build_info"}  # its version is a label of no graph
+
+
+def test_operators_of_several_releases_are_not_counted_as_one() -> None:
+    drawn_ones = [query for _, query in queries(FLEET) if "dagger_operator_leading" in query]
+    assert drawn_ones == ["sum by (namespace) (dagger_operator_leading)"]
 
 
 def test_how_long_a_rollout_takes_is_drawn_without_the_tries_that_infrastructure_broke() -> None:

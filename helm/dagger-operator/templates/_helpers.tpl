@@ -36,6 +36,12 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 {{- end }}
 {{- end }}
 
+{{- define "dagger-operator.s3Image" -}}
+{{- with .Values.s3.image -}}
+{{- if .digest }}{{ .repository }}@{{ .digest }}{{ else }}{{ .repository }}:{{ .tag }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{- define "dagger-operator.helperImage" -}}
 {{- .Values.sandbox.helperImage | default (printf "dagger-operator/sandbox-helper:%s" .Chart.AppVersion) }}
 {{- end }}
@@ -160,7 +166,17 @@ spec:
 {{- if and .Values.s3.existingSecret .Values.s3.copySecretTo }}
 {{- fail "s3.copySecretTo copies the Secret that the chart makes: leave it out beside s3.existingSecret, and copy your own" }}
 {{- end }}
-{{- if and .Values.s3.enabled (semverCompare "<1.8.0-0" (.Values.s3.image.tag | trimPrefix "v")) }}
-{{- fail (printf "s3.image.tag %q loses conditional writes, on which every run rests: write v1.8.0 or newer" .Values.s3.image.tag) }}
+{{- if .Values.s3.enabled }}
+{{- with .Values.s3.image }}
+{{- $number := "(0|[1-9][0-9]{0,8})" }}
+{{- $suffix := "(0|[1-9][0-9]{0,8}|[0-9]*[A-Za-z-][0-9A-Za-z-]*)" }}
+{{- if regexMatch (printf "^v?%s([.]%s){1,2}(-%s([.]%s)*)?$" $number $number $suffix $suffix) .tag }}
+{{- if semverCompare "<1.8.0-0" (.tag | trimPrefix "v") }}
+{{- fail (printf "s3.image.tag %q loses conditional writes, on which every run rests: write v1.8.0 or newer" .tag) }}
+{{- end }}
+{{- else if not .digest }}
+{{- fail (printf "s3.image.tag %q does not tell its version, and before v1.8.0 conditional writes are lost, on which every run rests: write a version, or s3.image.digest of an image that is new enough" .tag) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end }}

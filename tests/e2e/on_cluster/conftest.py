@@ -203,7 +203,7 @@ def scraping(installation: Installation, prometheus_programs: Path, tmp_path: Pa
 
 @pytest.fixture(scope="package")
 def helm_test(installation: Installation) -> Callable[[], str]:
-    command = [_built("helm"), f"--kubeconfig={installation.kubernetes.kubeconfig}", "--namespace", SYSTEM, "test", RELEASE, "--logs"]
+    command = [_built("helm"), f"--kubeconfig={installation.kubernetes.kubeconfig}", "--namespace", SYSTEM, "test", RELEASE]
     return lambda: _run(command)
 
 
