@@ -102,6 +102,11 @@ class Installation:
     def operators(self) -> list[dict[str, Any]]:
         return self.listed("pods", "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator", self.system)
 
+    def upgrade(self, *settings: str) -> None:
+        """`helm upgrade` of the release to the same chart with further values."""
+        command = [_built("helm"), f"--kubeconfig={self.kubernetes.kubeconfig}", "--namespace", self.system, "upgrade", RELEASE]
+        _run([*command, str(ROOT / "helm" / "dagger-operator"), "--reuse-values", "--wait", *(f"--set={one}" for one in settings)])
+
     def kill_operator(self) -> None:
         self.kill(self.system, "app.kubernetes.io/name=dagger-operator,app.kubernetes.io/component=operator")
 

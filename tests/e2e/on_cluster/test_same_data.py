@@ -36,7 +36,7 @@ def _labelling_only(url: str) -> dict[str, Any]:
         "rounds": 2,
         "student": {"model": "scripted-student", "endpoint": {"url": url}, "serving": None},
         "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
-        "tasks": {"firstRound": 24, "perRound": 16},
+        "tasks": {"firstRound": 24, "perRound": 20},
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 5, "infrastructureRetries": 50},
         "training": {"mode": "Disabled"},
         "sandbox": {"createTimeoutSeconds": 120, "commandTimeoutSeconds": 60},
@@ -73,7 +73,7 @@ def test_the_data_is_what_one_machine_makes_whatever_is_taken_away(installation:
     asyncio.run(installation.store("s3://dagger/one").put("inputs/tasks.jsonl", tasks))
     installation.apply(_on_the_cluster(yaml.safe_load(document.read_text())))
     theirs = () if os.environ.get("DAGGER_TEST_KUBECONFIG") else (_api_server, _node)  # somebody else's are left alone
-    for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _two_operators, *theirs):
+    for take_away in (_nothing, _operator, _workers, _sandboxes, _storage, _two_operators, _upgrade, *theirs):
         done = _finished(installation)
         assert installation.run("one").get("status", {}).get("phase") != "Succeeded", f"over before {take_away.__name__}"
         take_away(installation)
@@ -131,6 +131,13 @@ def _storage(installation: Any) -> None:
 def _two_operators(installation: Any) -> None:
     installation.kubectl("--namespace", installation.system, "scale", "deployment/dagger-operator", "--replicas=2")
     installation.until("both run", lambda: [pod["status"]["phase"] for pod in installation.operators()] == ["Running"] * 2, 120)
+
+
+def _upgrade(installation: Any) -> None:
+    """Of the chart: new pods of the operator take over from the old ones."""
+    before = {pod["metadata"]["name"] for pod in installation.operators()}
+    installation.upgrade("podAnnotations.upgraded=again")
+    installation.until("only new ones run", lambda: before.isdisjoint(pod["metadata"]["name"] for pod in installation.operators()), 120)
 
 
 def _api_server(installation: Any) -> None:
