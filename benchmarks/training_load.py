@@ -268,6 +268,7 @@ async def _store_and_resume(folder: Path, width: str, step: float) -> dict[str, 
     trainer.step()
     store = Store.open(Storage(url=f"file://{folder}/store"))
     kept = Checkpoints(store, folder, 1, "", zero_stage=training.deepspeed.zero_stage, node=0, every_steps=1)
+    await kept.resume(trainer)  # from nothing: a training begins so
     stored = await kept.save(trainer, Tally(losses=(1.0,)))
     began = time.perf_counter()
     await kept.resume(trainer)

@@ -13,10 +13,11 @@ from dagger_operator.store.layout import Kind
 from dagger_operator.store.manifest import close_round
 from dagger_operator.store.objects import Store
 from dagger_operator.store.owner import take_prefix
-from dagger_operator.store.policies import point_to, save_policy
+from dagger_operator.store.policies import PolicyManifest, point_to, save_policy
 from dagger_operator.store.records import Outcome, Trajectory
-from dagger_operator.store.results import PrepareResult, RolloutResult, save_result
+from dagger_operator.store.results import PrepareResult, RolloutResult, TrainingResult, save_result
 from dagger_operator.store.task_sets import TaskSet, TaskSets, pin_task_sets
+from dagger_operator.store.terms import begin_term
 from dagger_operator.store.trajectories import encode, finished, write_trajectory
 from fixtures.results import result
 
@@ -152,3 +153,59 @@ async def test_what_does_not_fit_together_is_found(store: Store, sound: dict[str
     await harm(store, rollout)
     report = await fsck(store)
     assert len(report.problems) == 1 and words in str(report)
+
+
+async def _student(store: Store, folder: Path, weights: bytes, parent: str | None = None) -> PolicyManifest:
+    """A version that round 1 made, or another one of round 0."""
+    (folder / "student" / "model.safetensors").write_bytes(weights)
+    made = {"base_model": "tiny", "parent": parent, "data_digest": "d" if parent else None, "settings": {}, "software": {}}
+    return await save_policy(store, folder / "student", round=1 if parent else 0, **made)
+
+
+def _trained(version: str) -> TrainingResult:
+    given = result("training", 1)
+    assert isinstance(given, TrainingResult)
+    return given.model_copy(update={"policy": version})
+
+
+async def test_a_version_that_no_result_names_is_reported_with_its_size_once_its_round_is_done(
+    store: Store, sound: dict[str, str], tmp_path: Path
+) -> None:
+    parent = sound["policy"].split("/")[1]
+    left = [await _student(store, tmp_path, b"of a training that was killed", parent), await _student(store, tmp_path, b"other", None)]
+    await store.delete(layout.policy_manifest(left[1].version))  # one that was not even stored whole
+    kept = await _student(store, tmp_path, b"of the one that resumed", parent)
+    during = await fsck(store)
+    assert [problem.key for problem in during.problems] == [layout.policy(left[1].version)], "the other may be being stored just now"
+    await save_result(store, 1, _trained(kept.version))
+    found = {problem.key: problem for problem in (await fsck(store)).problems}
+    assert found.keys() == {layout.policy(version.version) for version in left}
+    said = str(found[layout.policy(left[0].version)])
+    size = sum(info.size for info in await store.list(layout.policy(left[0].version)))
+    assert "no result names this version" in said and f"(2 objects, {size} bytes); delete the folder" in said
+
+
+async def test_no_version_is_said_to_be_left_over_while_the_result_that_may_name_it_is_garbled(
+    store: Store, sound: dict[str, str], tmp_path: Path
+) -> None:
+    made = await _student(store, tmp_path, b"trained", sound["policy"].split("/")[1])
+    await save_result(store, 1, _trained(made.version))
+    for key in (layout.result(1, "training"), sound["prepare"]):
+        whole = await store.get(key)
+        assert whole is not None
+        await store.put(key, b"garbled")
+        assert [problem.key for problem in (await fsck(store)).problems] == [key]
+        await store.put(key, whole.data)
+
+
+async def test_trainer_state_is_left_over_once_its_round_is_done_and_not_before(
+    store: Store, sound: dict[str, str], tmp_path: Path
+) -> None:
+    await begin_term(store, 1, 0)
+    await store.put(f"{layout.checkpoint_prefix(1)}zero2-term-0001-00000000-step-00000010/state", b"12345")
+    assert (await fsck(store)).sound, "training may be under way"
+    await store.put(layout.term(1), b"garbled")
+    assert [problem.key for problem in (await fsck(store)).problems] == [layout.term(1)]
+    await save_result(store, 1, _trained((await _student(store, tmp_path, b"trained", sound["policy"].split("/")[1])).version))
+    (problem,) = (await fsck(store)).problems
+    assert problem.key == layout.checkpoint_prefix(1) and "(2 objects, 12 bytes)" in problem.problem

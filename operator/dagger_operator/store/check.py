@@ -6,14 +6,25 @@ rounds would then be lost or duplicated silently.
 
 import asyncio
 import json
+import random
 import statistics
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dagger_operator.store import layout
-from dagger_operator.store.objects import Store
+from dagger_operator.store.objects import Object, Store, StoreUnavailable
 from dagger_operator.store.stage import StageFailure
+
+T = TypeVar("T")
+_THROTTLED = "429 Too Many Requests"
+"""Quoted by the client's error."""
+_PAUSE_SECONDS = 2.0
+"""Mean wait after a write for which the store was still too busy when the client gave up."""
+_PAUSES = 20
+"""Consecutive waits of one writer. With one write a second, everyone in a race of eight has its turn long before."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +103,38 @@ async def require_honest(store: Store) -> CheckReport:
 
 async def _refused_in_quiet(store: Store, key: str) -> int:
     """Return how many writes with a false condition succeed without a rival: a server that knows the headers refuses them all."""
-    first = await store.swap(key, b'"first"', None)
+    first = await _patiently(lambda: store.swap(key, b'"first"', None))
     if first is None:
         return 1
-    second = await store.swap(key, b'"second"', first)
+    second = await _patiently(lambda: store.swap(key, b'"second"', first))
     return sum(
         [
             second is None,
-            await store.create(key, b'"created again"'),
-            await store.swap(key, b'"from a stale state"', first) is not None,
+            await _patiently(lambda: store.create(key, b'"created again"')),
+            await _patiently(lambda: store.swap(key, b'"from a stale state"', first)) is not None,
         ]
     )
 
 
+async def _patiently(write: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a write that the store throttles: the client gives up after some seconds, and GCS takes one write per second to an object."""
+    for _ in range(_PAUSES):
+        try:
+            return await write()
+        except StoreUnavailable as busy:
+            if _THROTTLED not in str(busy):
+                raise
+        await asyncio.sleep(random.uniform(0.5, 1.5) * _PAUSE_SECONDS)  # noqa: S311 - spreads load, guards nothing
+    return await write()
+
+
 async def _race(store: Store, key: str, writers: int) -> bool:
     """Whether a race to create one object went wrong."""
-    won = await asyncio.gather(*(store.create(key, json.dumps({"writer": writer}).encode()) for writer in range(writers)))
+
+    async def write(writer: int) -> bool:
+        return await _patiently(lambda: store.create(key, json.dumps({"writer": writer}).encode()))
+
+    won = await asyncio.gather(*map(write, range(writers)))
     there = await store.get(key)
     winners = [writer for writer, mine in enumerate(won) if mine]
     return there is None or winners != [there.json()["writer"]]
@@ -115,7 +142,10 @@ async def _race(store: Store, key: str, writers: int) -> bool:
 
 async def _count(store: Store, key: str, rounds: int, writers: int) -> tuple[int, int]:
     """Return the number of acknowledged updates of a counter, and how many of them are missing from it."""
-    await store.create(key, b"[]")
+    await _patiently(lambda: store.create(key, b"[]"))
+
+    async def update(names: list[str], there: Object) -> bool:
+        return await _patiently(lambda: store.swap(key, json.dumps(names).encode(), there)) is not None
 
     async def add(writer: int) -> list[str]:
         acknowledged = []
@@ -124,7 +154,7 @@ async def _count(store: Store, key: str, rounds: int, writers: int) -> tuple[int
             if there is None:
                 continue
             mine = f"{writer}.{number}"
-            if await store.swap(key, json.dumps([*there.json(), mine]).encode(), there) is not None:
+            if await update([*there.json(), mine], there):
                 acknowledged.append(mine)
         return acknowledged
 

@@ -19,6 +19,7 @@ from dagger_operator.store.policies import file_digest, pointed, policy_manifest
 from dagger_operator.store.records import Outcome, Trajectory
 from dagger_operator.store.results import KINDS, PrepareResult, PublishResult, RolloutResult, TrainingResult, read_result
 from dagger_operator.store.task_sets import read_task_sets
+from dagger_operator.store.terms import read_term
 from dagger_operator.store.trajectories import canonical, read_trajectory
 
 _AT_ONCE = 16
@@ -62,9 +63,9 @@ async def fsck(store: Store, *, deep: bool = False) -> FsckReport:
     await check.tasks()
     for number in sorted({int(match[1]) for key in check.sizes if (match := re.match(r"rounds/(\d+)/", key))}):
         await check.round(number)
+    await check.pointer()
     for version in sorted({match[1] for key in check.sizes if (match := re.match(r"policies/([^/]+)/", key))}):
         await check.policy(version, deep)
-    await check.pointer()
     problems = tuple(sorted(check.problems, key=lambda problem: problem.key))
     return FsckReport({"objects": len(check.sizes), **check.looked_at}, problems)
 
@@ -76,6 +77,10 @@ class _Fsck:
         self.store, self.sizes = store, sizes
         self.problems: list[Problem] = []
         self.looked_at: Counter[str] = Counter(trajectories=0, shards=0, policies=0)
+        self.named: set[str] = set()
+        """Policy versions that a result or the pointer names."""
+        self.trained: set[int] = set()
+        """Rounds that have made their policy, according to a result that can be read; round 0 by preparing it."""
 
     async def owner(self) -> None:
         if layout.RUN not in self.sizes:
@@ -96,6 +101,7 @@ class _Fsck:
             if rows is not None and len(rows) != shard.rows:
                 self._note(layout.shard(number, shard.digest), f"holds {len(rows)} rows, its manifest says {shard.rows}", _REMAKE)
         await self._results(number, manifest)
+        await self._training(number)
 
     async def _trajectories(self, number: int, kind: Kind, manifest: RoundManifest | None) -> None:
         ids = self._ids(layout.trajectories(number, kind), ".parquet")
@@ -151,9 +157,25 @@ class _Fsck:
                     self._note(key, "names another data set than the round's manifest", "delete it and start the rollout stage again")
             elif isinstance(result, PrepareResult | TrainingResult | PublishResult):
                 self._names(key, result.policy)
+                if not isinstance(result, PublishResult):
+                    self.trained.add(number)
+
+    async def _training(self, number: int) -> None:
+        """Report what a training left that is done; until then it is what the training resumes from."""
+        prefix = layout.checkpoint_prefix(number)
+        if number in self.trained:
+            self._left_over(prefix, "training of this round is done, and its checkpoints are still there", "delete the folder")
+        elif layout.term(number) in self.sizes:
+            await self._sound(read_term(self.store, number))
 
     async def policy(self, version: str, deep: bool) -> None:
         self.looked_at["policies"] += 1
+        if version not in self.named and (made := re.match(r"r(\d+)-", version)):
+            # Before the round has a result, this may be the version that is being stored, or one that the stage completes when it resumes.
+            if int(made[1]) in self.trained:
+                problem = "no result names this version: its training was killed before it stored one, or another training was faster"
+                self._left_over(layout.policy(version), problem, "delete the folder")
+            return
         manifest = await self._sound(policy_manifest(self.store, version))
         if manifest is None:
             return
@@ -177,7 +199,13 @@ class _Fsck:
         if pointer is not None:
             self._names(layout.POLICY, pointer.policy)
 
+    def _left_over(self, folder: str, problem: str, remedy: str) -> None:
+        sizes = [size for key, size in self.sizes.items() if key.startswith(folder)]
+        if sizes:
+            self._note(folder, f"{problem} ({len(sizes)} objects, {sum(sizes)} bytes)", remedy)
+
     def _names(self, key: str, policy: str) -> None:
+        self.named.add(policy)
         if not policy.startswith("endpoint-") and layout.policy_manifest(policy) not in self.sizes:
             self._note(key, f"names policy version {policy}, which is not in the store", _RETRAIN)
 

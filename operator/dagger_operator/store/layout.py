@@ -67,6 +67,11 @@ def checkpoint_prefix(round_number: int) -> str:
     return f"{round_prefix(round_number)}/training/"
 
 
+def term(round_number: int) -> str:
+    """Return the key of the training of a round that began last; changed by compare-and-swap, and gone with its checkpoints."""
+    return f"{checkpoint_prefix(round_number)}term.json"
+
+
 def policy(version: str) -> str:
     """Return the folder of one policy version: a Hugging Face checkpoint with `manifest.json`, which is written last."""
     return f"policies/{version}/"

@@ -4,9 +4,13 @@ bit; on GPUs or with another number of ranks they are equal up to rounding.
 A checkpoint is a folder of DeepSpeed's files and a manifest that is written last. Each pod uploads what its ranks wrote, and after a
 restart downloads it again, or all files if ranks are assigned to other pods. The last two checkpoints are kept: if one is damaged, the
 one before it is used. Those of another ZeRO stage can be used once that setting is restored, until two newer ones replace them.
+
+Two trainings of one round may run at once, if one was taken for lost. They never write to the same keys, because a checkpoint's name has
+the term of its training (`store.terms`), and only the one that began last writes manifests or deletes anything.
 """
 
 import asyncio
+import re
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +25,7 @@ from dagger_operator.store.objects import Store
 from dagger_operator.store.policies import file_digest
 from dagger_operator.store.records import Record
 from dagger_operator.store.side_by_side import each
+from dagger_operator.store.terms import Term, begin_term, require_term
 from dagger_operator.training.engine import Engine
 from dagger_operator.training.metrics import Step
 from dagger_operator.training.resharding import load_whole, put_together
@@ -29,6 +34,8 @@ T = TypeVar("T")
 
 _KEPT = 2
 _MANIFEST = "manifest.json"
+_TERM = re.compile(r"-term-(\d+)-")
+"""The number of a term in a checkpoint's name. Those of before there were terms have none."""
 _WORTH = 20
 """Minimum seconds of training per second of checkpointing: checkpoints cost at most a twentieth of the time."""
 
@@ -96,10 +103,11 @@ class Checkpoints:
     def __init__(
         self, store: Store, scratch: Path, round_number: int, course: str, *, zero_stage: int, node: int, every_steps: int
     ) -> None:
-        self._store, self._prefix = store, layout.checkpoint_prefix(round_number)
+        self._store, self._round, self._prefix = store, round_number, layout.checkpoint_prefix(round_number)
         self._folder, self._course, self._node, self._every = scratch / "checkpoints", course, node, every_steps
         self._cut = Cut(zero_stage=zero_stage, ranks=torch.distributed.get_world_size())
-        self._own = f"zero{zero_stage}-step-"
+        self._own = f"zero{zero_stage}-"
+        self._term: Term | None = None
         self._rank = torch.distributed.get_rank()
         # One rank of each pod transfers files; the pods do not share their folders.
         self._nodes = tuple(_gathered(node))
@@ -116,19 +124,24 @@ class Checkpoints:
     async def save(self, engine: Engine, tally: Tally) -> float:
         """Store the state after `tally.steps` steps, unless it is stored already, and return the seconds that this took.
 
-        A checkpoint is never overwritten: if interrupted, that would leave files that its manifest does not describe.
+        A checkpoint is never overwritten: if interrupted, that would leave files that its manifest does not describe. Raises `StageFailure`
+        on rank 0 if another training of this round began since.
         """
         if tally.steps == self._stored:
             return 0.0
         started = time.monotonic()
-        tag = f"{self._own}{tally.steps:08d}"
+        if self._rank == 0:
+            await self.require_term()  # before gigabytes are uploaded for nothing
+        tag = f"{self._own}term-{self._own_term.name}-step-{tally.steps:08d}"
         engine.save_checkpoint(str(self._folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         files = {name: file for part in _gathered(await self._store_files(tag)) for name, file in part.items()}
         if self._rank == 0:
             manifest = Checkpoint(course=self._course, cut=self._cut, nodes=self._nodes, tally=tally, files=files)
+            old = (await self._tags())[:-_KEPT]  # listed before the term is checked: none of a later training's is among them
+            await self.require_term()
             await self._store.put(f"{self._prefix}{tag}/{_MANIFEST}", manifest.model_dump_json().encode())
-            for old in (await self._tags())[:-_KEPT]:
-                await self._forget(old)
+            for one in old:
+                await self._forget(one)
         self._clear()
         torch.distributed.barrier()
         self._stored, self._last = tally.steps, time.monotonic()
@@ -151,8 +164,10 @@ class Checkpoints:
         return stored
 
     async def resume(self, engine: Engine) -> Tally:
-        """Load the newest complete checkpoint of this training into the engine; return an empty tally if there is none."""
+        """Load the newest complete checkpoint of this training into the engine; return an empty tally if there is none. From here on every
+        training of this round that began before writes no checkpoint any more, and deletes none."""
         self._clear()  # leftovers of a process that was killed while it stored, perhaps with other ranks
+        (self._term,) = _gathered(await begin_term(self._store, self._round, await self._last_term()) if self._rank == 0 else None)
         candidates = await self._candidates() if self._rank == 0 else []
         for tag, checkpoint in _gathered(candidates)[0]:
             if not all(_gathered(await self._fetch(tag, checkpoint))):
@@ -186,9 +201,25 @@ class Checkpoints:
             self._log.info("checkpoint resharded", checkpoint=tag, ranks=self._cut.ranks, before=cut.ranks)
 
     async def forget(self) -> None:
-        """Remove all checkpoints of this round, which is done."""
-        for tag in await self._tags():
+        """Remove all checkpoints of this round, which is done. Raises `StageFailure` if another training of it began since."""
+        tags = await self._tags()
+        await self.require_term()
+        for tag in tags:
             await self._forget(tag)
+        await self._store.delete(layout.term(self._round))
+
+    async def require_term(self) -> None:
+        """Raise `StageFailure` if another training of this round began since this one resumed."""
+        await require_term(self._store, self._round, self._own_term)
+
+    @property
+    def _own_term(self) -> Term:
+        assert self._term is not None, "training begins with resume()"
+        return self._term
+
+    async def _last_term(self) -> int:
+        """Return the highest term of the checkpoints: later ones must sort after them even if the term's own object was lost."""
+        return max((int(found[1]) for tag in await self._tags() if (found := _TERM.search(tag))), default=0)
 
     async def _candidates(self) -> list[tuple[str, Checkpoint]]:
         """Return the complete checkpoints of this training, newest first."""
@@ -213,6 +244,7 @@ class Checkpoints:
     async def _give_up(self, tag: str, why: str) -> None:
         """Remove an unusable checkpoint, so that it does not count as one of those that are kept."""
         if self._rank == 0:
+            await self.require_term()
             self._log.warning("checkpoint given up", checkpoint=tag, why=why)
             await self._forget(tag)
 
@@ -239,7 +271,8 @@ class Checkpoints:
             await self._store.delete(key)
 
     async def _tags(self) -> list[str]:
-        """Return the tags of all checkpoints, complete or not: oldest first, and those of another ZeRO stage before all others."""
+        """Return the tags of all checkpoints, complete or not: oldest first, and those of another ZeRO stage before all others. What an
+        earlier training of this round stored after a later one began counts as older than what that one stores."""
         keys = [info.key.removeprefix(self._prefix) for info in await self._store.list(self._prefix)]
         tags = {key.split("/", 1)[0] for key in keys if "/" in key}
         return sorted(tags, key=lambda tag: (tag.startswith(self._own), tag))

@@ -41,7 +41,7 @@ from dagger_operator.training.template import StudentTemplate, template_options
 
 if TYPE_CHECKING:
     from dagger_operator.training.adapters import Adapter
-    from dagger_operator.training.checkpoints import Tally
+    from dagger_operator.training.checkpoints import Checkpoints, Tally
 
 _MEAN_OF = 10
 """Number of steps over which the first and the last loss are averaged."""
@@ -107,7 +107,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
 
     folder = stage.scratch / "export"
     export.export(policy, weights, folder)
-    summary = await _store(stage, given, settings, tokenised, tally, folder, started) if rank == 0 else None
+    summary = await _store(stage, given, settings, tokenised, kept, tally, folder, started) if rank == 0 else None
     # A completed pod is not restarted: if rank 0 were lost before everything is stored, its replacement would wait for the others forever.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -139,9 +139,17 @@ async def _adapter(stage: Stage, given: Inputs) -> "Adapter | None":
 
 
 async def _store(
-    stage: Stage, given: Inputs, settings: dict[str, Any], tokenised: Tokenised, tally: "Tally", folder: Path, started: float
+    stage: Stage,
+    given: Inputs,
+    settings: dict[str, Any],
+    tokenised: Tokenised,
+    kept: "Checkpoints",
+    tally: "Tally",
+    folder: Path,
+    started: float,
 ) -> TrainingSummary:
-    """Store the new policy version, then the result that proves it."""
+    """Store the new policy version, then the result that proves it. Raises `StageFailure` if another training of this round began since."""
+    await kept.require_term()  # a second version would stay in the store, and nothing would refer to it
     base = await policy_manifest(stage.store, given.parent)
     made = await save_policy(
         stage.store,
@@ -165,6 +173,7 @@ async def _store(
         checkpoint=made.version,
         seconds=round(time.monotonic() - started, 3),
     )
+    await kept.require_term()  # storing the version took long
     await save_result(stage.store, stage.round, TrainingResult(summary=summary, policy=made.version, losses=tally.losses))
     return summary
 
