@@ -36,7 +36,7 @@ def _labelling_only(url: str) -> dict[str, Any]:
         "rounds": 2,
         "student": {"model": "scripted-student", "endpoint": {"url": url}, "serving": None},
         "mixing": {"strategy": "PerTurn", "beta": {"type": "Constant", "value": 0.3}},
-        "tasks": {"firstRound": 24, "perRound": 20},
+        "tasks": {"firstRound": 24, "perRound": 16},
         "rollouts": {"workers": 2, "concurrency": 2, "leaseSeconds": 5, "infrastructureRetries": 50},
         "training": {"mode": "Disabled"},
         "sandbox": {"createTimeoutSeconds": 120, "commandTimeoutSeconds": 60},
