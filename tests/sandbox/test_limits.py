@@ -175,8 +175,8 @@ async def test_files_without_a_name_fill_the_disk_as_others_do(sandbox: ProcessS
 
 
 async def test_more_descriptors_than_can_be_looked_through_are_a_limit(sandbox: ProcessSandbox) -> None:
-    script = "import os, time; [os.fork() for _ in range(5)]; [os.open('/dev/null', 0) for _ in range(2100)]; time.sleep(20)"
-    result = await sandbox.execute(f'python3 -c "{script}"', timeout=60)
+    script = "import os, time; [os.fork() for _ in range(5)]; [os.open('/dev/null', 0) for _ in range(2100)]; time.sleep(100)"
+    result = await sandbox.execute(f'python3 -c "{script}"', timeout=120)
     assert result.returncode == 137 and "more than 65536 open files" in result.output
 
 
