@@ -1,5 +1,7 @@
 """Shared by the tests of all rooms: fixtures by subject, and streams of tests run in parallel (`pytest -n 2 --dist loadscope`)."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,18 +14,24 @@ pytest_plugins = ["fixtures.kubernetes", "fixtures.metrics", "fixtures.s3", "fix
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-ON_THE_CLUSTER = ("cluster/", "control/test_real_jobs.py", "e2e/on_cluster/", "images/", "rollout/test_in_pods.py", "sandbox/")
-"""Where tests share the one cluster: they run one after the other, in one stream."""
+TOGETHER = {
+    "cluster": ("cluster/", "control/test_real_jobs.py", "e2e/on_cluster/", "images/", "rollout/test_in_pods.py", "sandbox/"),
+    "control-plane": ("api/test_crd_on_api_server.py", "chart/", "control/test_admitted.py", "operator/"),
+    "training/test_resuming.py": ("training/test_learning.py",),
+}
+"""By stream, where tests share what takes long to make: the cluster, the control plane, or the training that nothing disturbs."""
+SHARED = {"cluster": "cluster", "control_plane": "control-plane"}
+"""By fixture, the stream that alone may use it."""
 
 
 def stream(nodeid: str) -> str:
     """Return the stream of a test: tests of one stream run one after the other, in one process."""
     file = nodeid.partition("::")[0].removeprefix("tests/")
-    return "cluster" if file.startswith(ON_THE_CLUSTER) else file
+    return next((name for name, places in TOGETHER.items() if file.startswith(places)), file)
 
 
 class Streams(LoadScopeScheduling):
-    """Puts the tests that share the cluster into one stream; any free process takes the next file."""
+    """Puts tests that share something into one stream; any free process takes the next file."""
 
     def _split_scope(self, nodeid: str) -> str:
         return stream(nodeid)
@@ -35,13 +43,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()) and stream(item.nodeid) != "cluster":
-            raise pytest.UsageError(f"{item.nodeid} uses the cluster: its file has to be among ON_THE_CLUSTER in tests/conftest.py")
+        for fixture, alone in SHARED.items():
+            if fixture in getattr(item, "fixturenames", ()) and stream(item.nodeid) != alone:
+                raise pytest.UsageError(f"{item.nodeid} uses {fixture}: in tests/conftest.py its file has to be TOGETHER with '{alone}'")
     if hasattr(config, "workerinput"):  # in parallel
         items.sort(key=lambda item: _place(stream(item.nodeid)))
 
 
-AT_LAST = ("quickstart/", "training/", "serving/", "e2e/")
+AT_LAST = ("quickstart/", "training/test_resuming.py", "training/", "serving/", "e2e/")
 """Tests that keep both cores busy, in this order: during the cluster stream's whole run, the other process mostly waits."""
 
 
@@ -49,3 +58,23 @@ def _place(stream: str) -> int:
     if stream == "cluster":
         return -1
     return next((place for place, room in enumerate(AT_LAST, 1) if stream.startswith(room)), 0)
+
+
+ENDS, LATEST = pytest.StashKey[ExitStack](), pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def until_stream_ends(request: pytest.FixtureRequest) -> Iterator[ExitStack]:
+    """Ends what is entered here after the stream that uses it: idle, an API server still takes from the streams that follow.
+    Where tests do not run in parallel, streams interleave, and the session ends it."""
+    with ExitStack() as stack:
+        request.config.stash[ENDS] = stack
+        yield stack
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    stash, now = item.config.stash, stream(item.nodeid)
+    if hasattr(item.config, "workerinput") and stash.get(LATEST, now) != now and ENDS in stash:
+        stash[ENDS].close()
+    stash[LATEST] = now

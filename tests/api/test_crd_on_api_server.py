@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,22 @@ Json = dict[str, Any]
 Say = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def dry(control_plane: Any) -> Iterator[Say]:
+    """What the API server would answer to `kubectl create`: nothing is kept, so that one namespace serves all tests."""
+    with control_plane.fresh_namespace() as namespace:
+        yield answers(control_plane, namespace, "create", "--dry-run=server")
+
+
 @pytest.fixture
 def said(control_plane: Any, namespace: str) -> Say:
-    """What the API server answers to `kubectl create`, or another verb: nothing is kept of a dry run."""
+    """What the API server answers to `kubectl create`, or another verb."""
+    return answers(control_plane, namespace, "create")
 
-    def ask(document: Json, verb: str = "create", *flags: str) -> str:
+
+def answers(control_plane: Any, namespace: str, *usually: str) -> Say:
+    def ask(document: Json, *command: str) -> str:
+        verb, *flags = command or usually
         text = json.dumps(document)
         try:
             answer: str = control_plane.kubectl(verb, f"--namespace={namespace}", "-f", "-", *flags, input=text)
@@ -41,10 +52,10 @@ def endpoint(**secret: str) -> Json:
 
 
 @pytest.mark.parametrize("path", [path for path in SAMPLES if run_of(path)], ids=lambda path: path.stem)
-def test_every_sample_is_accepted(said: Say, path: Path) -> None:
+def test_every_sample_is_accepted(dry: Say, path: Path) -> None:
     for run in run_of(path):
         run["metadata"].pop("namespace", None)
-        assert "created" in said(run, "create", "--dry-run=server")
+        assert "created" in dry(run)
 
 
 @pytest.mark.parametrize(
@@ -85,19 +96,19 @@ def test_every_sample_is_accepted(said: Say, path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_refused_with_its_field_and_what_to_write(
-    said: Say, document: Json, section: str, given: object, field: str, remedy: str
+    dry: Say, document: Json, section: str, given: object, field: str, remedy: str
 ) -> None:
     document["spec"][section] = given
-    answer = said(document, "create", "--dry-run=server")
+    answer = dry(document)
     assert field in answer
     assert remedy in answer
     assert "created" not in answer
 
 
 @pytest.mark.parametrize("name", ["run-", "r" * 33, "run.a", "1run"])
-def test_a_name_that_cannot_be_part_of_a_host_name_is_refused(said: Say, document: Json, name: str) -> None:
+def test_a_name_that_cannot_be_part_of_a_host_name_is_refused(dry: Say, document: Json, name: str) -> None:
     document["metadata"]["name"] = name
-    answer = said(document, "create", "--dry-run=server")
+    answer = dry(document)
     assert "Invalid value" in answer
     assert "name" in answer
 

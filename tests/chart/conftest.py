@@ -46,7 +46,7 @@ def render(helm: Helm) -> Render:
         arguments = ["template", "dagger-operator", CHART, "--namespace", "dagger-system", "--kube-version", "1.34", "--values", "-"]
         for api in apis:
             arguments += ["--api-versions", api]
-        return [one for one in yaml.safe_load_all(helm(*arguments, input=json.dumps(values or {})).stdout) if one]
+        return [one for one in yaml.load_all(helm(*arguments, input=json.dumps(values or {})).stdout, yaml.CSafeLoader) if one]
 
     return call
 

@@ -66,7 +66,7 @@ def test_a_run_killed_again_and_again_gives_the_data_of_an_undisturbed_one(runs:
 
 @pytest.mark.timeout(300)
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(runs: Any) -> None:
-    process = runs.start("run", _labelling_only(runs, "paused"))
+    process = runs.start("run", _labelling_only(runs, "paused", rounds=1))
     while not _finished(runs, "paused"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)

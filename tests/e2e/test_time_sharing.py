@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-
-from dagger_operator.local.processes import Reach
 
 pytestmark = pytest.mark.heavy
 
@@ -18,8 +17,15 @@ pytestmark = pytest.mark.heavy
 def _alive(folder: Path, what: str) -> bool:
     """Whether a process whose output goes below the run's logs of a pod named like `what` lives."""
     logs = [path for path in (folder / ".dagger/runs/shared/logs").glob("*") if what in path.name]
-    reaches = [Reach(f"no mark/{path}", path) for path in logs]
-    return any(reach.holds(process) for process in psutil.process_iter() for reach in reaches)
+    return bool(logs) and any(output.is_relative_to(path) for output in _outputs() for path in logs)
+
+
+def _outputs() -> Iterator[Path]:
+    """Where the output of every process of this machine goes. `Reach` reads environments too, which takes four times as long."""
+    for process in Path("/proc").glob("[0-9]*"):
+        for descriptor in ("1", "2"):
+            with suppress(OSError):  # it has ended
+                yield (process / "fd" / descriptor).readlink()
 
 
 @pytest.mark.timeout(900)

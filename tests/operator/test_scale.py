@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.heavy
 
-FEW, MANY = 5, 20
+FEW, MANY = 3, 9
 KINDS = "deployments,jobs,services,serviceaccounts,networkpolicies,rolebindings"
 
 

@@ -3,6 +3,7 @@ gradient, or as training does it, from the checkpoint where there is one."""
 
 import asyncio
 import functools
+import gc
 import math
 import os
 import pickle
@@ -56,6 +57,7 @@ def poison(_module: Any, _given: Any, out: Any) -> None:
 
 def run(job: Job, place: dict[str, str]) -> None:
     """With `place`, variables as torchrun sets them, in the environment."""
+    gc.freeze()  # what was imported before the fork: a collection would read it all, and each page that it touches is copied
     os.environ.update(place)
     import torch
 

@@ -52,6 +52,8 @@ SHARED: dict[str, dict[str, Any]] = {
         "zero2",
         "zero3",
         "offload",
+        "offload-zero1",
+        "offload-zero3",
         "one-row",
         "parted-trees",
         "recompute",
