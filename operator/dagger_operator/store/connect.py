@@ -73,7 +73,7 @@ def connection(storage: Storage, credentials: Credentials) -> Connection:
     scheme = url.split("://", 1)[0]
     if scheme == "file":
         return Connection(url, scheme, folder=Path(unquote(urlsplit(url).path)))
-    # Long enough for a server to restart, short enough for people who gave a wrong address.
+    # Some seconds in all, so that a wrong address is soon told; a stage that gives up is retried, for as long as a server takes to restart.
     backoff = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2}
     retry = {"max_retries": 9, "retry_timeout": timedelta(seconds=90), "backoff": backoff}
     # One request transfers at most one part of a large object. Large bodies are limited by inactivity, not by their total duration.
