@@ -164,7 +164,7 @@ async def test_a_binding_that_somebody_edited_is_put_right(objects: Objects, mak
 async def test_whatever_is_written_there_ends_no_operator(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY", 0.001)
     objects.put(made("Lease", "odd", run="there") | {"spec": {"leaseDurationSeconds": "long"}})
-    reaping = asyncio.create_task(Reaper("sandboxes", Cache(), objects, lambda key: None).run())  # type: ignore[arg-type]
+    reaping = asyncio.create_task(Reaper("sandboxes", Cache(), objects, lambda key: None).run())  # type: ignore[arg-type]  # as Client
     await asyncio.sleep(0.05)
     assert not reaping.done()
     del objects.there["Lease", "sandboxes", "odd"]

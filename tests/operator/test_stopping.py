@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 from aiohttp import web
 
+from fixtures.first_process import FIRST, importing
+
 Json = dict[str, Any]
-FIRST = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child"]
 
 
 class Server:
@@ -109,8 +110,6 @@ async def test_one_that_is_just_taking_the_lease_gives_it_back(tmp_path: Path) -
 
 
 async def test_one_that_still_imports_stops_too(tmp_path: Path) -> None:
-    (tmp_path / "structlog.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    async with operator(tmp_path, "http://127.0.0.1:1", PYTHONPATH=path) as process:
+    async with operator(tmp_path, "http://127.0.0.1:1", PYTHONPATH=importing(tmp_path)) as process:
         assert process.stdout is not None and await process.stdout.readline() == b"importing\n"
         assert await stopped(process) == 0

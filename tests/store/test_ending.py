@@ -11,8 +11,8 @@ import pytest
 
 from dagger_operator.store import ending
 from dagger_operator.store.stage import ExitCode
+from fixtures.first_process import FIRST, importing
 
-FIRST = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child"]
 MODULES = [
     "evaluation", "rollout", "training", "training.rank",
     "serving.agent", "serving.preflight", "serving.prepare", "serving.publish", "serving.weights",
@@ -21,9 +21,7 @@ MODULES = [
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_stage_that_still_imports_ends_when_it_is_asked_to_and_says_so(tmp_path: Path, module: str) -> None:
-    (tmp_path / "structlog.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    environ = {**os.environ, "PYTHONPATH": path, "DAGGER_TERMINATION_LOG": str(tmp_path / "end")}
+    environ = {**os.environ, "PYTHONPATH": importing(tmp_path), "DAGGER_TERMINATION_LOG": str(tmp_path / "end")}
     process = subprocess.Popen([*FIRST, sys.executable, "-m", f"dagger_operator.{module}"], env=environ, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "importing\n"
