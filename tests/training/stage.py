@@ -137,7 +137,7 @@ def vllm(log_file: Path, weights: str, *options: str) -> Iterator[tuple[subproce
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", weights, *options]
+    command = [sys.executable, "-m", "dagger_operator.serving.cpu_server", "--model", weights, *options]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "2048", "--dtype", "float32"]
     # One process, as `control.vllm` has it.
     command += ["--distributed-executor-backend", "uni"]

@@ -19,7 +19,7 @@ from dagger_operator.control.pods import (
     value,
 )
 from dagger_operator.control.scheduling import pod_template, queue_labels
-from dagger_operator.control.vllm import FOLLOWER, SERVER, vllm_arguments, vllm_environment
+from dagger_operator.control.vllm import vllm_command, vllm_environment
 
 PROBE_SECONDS = 2
 PATIENCE_SECONDS = 15
@@ -96,7 +96,7 @@ def _selector(own: dict[str, str]) -> dict[str, str]:
 def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
     vllm = _vllm(
         serving,
-        SERVER,
+        vllm_command(serving),
         # The agent answers for vLLM, which listens on a Unix socket only.
         startupProbe=_probe("/health/server", failures=-(-serving.startup_deadline_seconds // PROBE_SECONDS)),
         # Longer than the agent takes to restart.
@@ -116,7 +116,7 @@ def _pod(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
 
 def _follower(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
     """Return the pod of a further node of a replica: the same weights, and workers of the first node's engine."""
-    vllm = _vllm(serving, FOLLOWER)
+    vllm = _vllm(serving, vllm_command(serving, follower=True))
     return pod_spec([vllm], volumes=["shared", "scratch"], memory_volumes=["shm"], initContainers=[_weights(run, role, serving)])
 
 
@@ -124,12 +124,12 @@ def _weights(run: DAggerRun, role: Role, serving: Serving) -> dict[str, Any]:
     return _own_container(run, role, serving, "weights", requests={"cpu": "100m", "memory": "1Gi"})
 
 
-def _vllm(serving: Serving, command: tuple[str, ...], **more: Any) -> dict[str, Any]:
+def _vllm(serving: Serving, command: list[str], **more: Any) -> dict[str, Any]:
     address = [from_field("VLLM_HOST_IP", "status.podIP")] if serving.nodes > 1 else []
     return container(
         "vllm",
         serving.image,
-        [*command, *vllm_arguments(serving)],
+        command,
         [value("DAGGER_SHARED", SHARED), *address, *vllm_environment(serving)],
         mounts=[("shared", SHARED), ("scratch", SCRATCH), ("shm", "/dev/shm")],  # noqa: S108 - a mount of the pod's own
         gpus=serving.gpus,

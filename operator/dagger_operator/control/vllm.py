@@ -10,18 +10,24 @@ CPU_BATCHED_TOKENS = 8192
 """Maximum tokens of one engine step on the CPU, where prompts are not split."""
 
 
-SERVER = ("python3", "-m", "vllm.entrypoints.openai.api_server")
-"""vLLM's own image has a `python3`; not every version has a `python`."""
-FOLLOWER = ("python3", "-m", "vllm.entrypoints.cli.main", "serve", "--headless")
-"""Command of the further nodes of a replica: workers of the first one's engine."""
+MODEL = "$(DAGGER_SHARED)/current"
 DRAIN_SECONDS = 5
 """Seconds that a terminating server continues with the turns in progress: as long as its agent does, and well within a pod's grace
 period."""
 
 
-def vllm_arguments(serving: Serving) -> list[str]:
-    """Return the arguments of vLLM's server; the user's own come last and win."""
-    arguments = ["--model", "$(DAGGER_SHARED)/current", "--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
+def vllm_command(serving: Serving, *, follower: bool = False) -> list[str]:
+    """Return the command of vLLM's server; the user's own arguments come last and win. `follower`: of a further node of a replica, whose
+    processes are workers of the first one's engine."""
+    if serving.gpus == 0:
+        command = ["python3", "-m", "dagger_operator.serving.cpu_server", "--model", MODEL]
+    else:  # vLLM's own image has a `python3`; not every version has a `python`
+        command = ["python3", "-m", "vllm.entrypoints.cli.main", "serve", MODEL, *(["--headless"] if follower else [])]
+    return [*command, *_arguments(serving)]
+
+
+def _arguments(serving: Serving) -> list[str]:
+    arguments = ["--served-model-name", "policy", "--uds", "$(DAGGER_SHARED)/vllm.sock"]
     arguments += ["--max-model-len", str(serving.max_model_len), "--scheduling-policy", "priority", "--enable-prompt-tokens-details"]
     # A model's own generation config would add sampling settings that the spec does not name.
     arguments += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
