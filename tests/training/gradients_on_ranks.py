@@ -64,7 +64,7 @@ def run(job: Job, place: dict[str, str]) -> None:
     from dagger_operator.training import adapters, checkpoints, engine, export, layout
 
     rank, ranks = int(place["RANK"]), int(place["WORLD_SIZE"])
-    device = engine.join(rank, ranks, rank)
+    device = engine.join(rank, ranks, rank, "test")
     usual = engine.settings
     engine.settings = lambda *given: {
         **(config := usual(*given)),

@@ -100,5 +100,5 @@ def test_a_gpu_that_is_too_small_or_not_there_is_named_with_what_to_change(monke
     there = torch.cuda.device_count()
     told = f"NoGpu: rank {there} shall have GPU {there} .* torch finds {there} .*LD_LIBRARY_PATH.*lib64"
     with pytest.raises(StageFailure, match=told) as missing:
-        engine.join(there, there + 1, there)
+        engine.join(there, there + 1, there, "test")
     assert not missing.value.permanent

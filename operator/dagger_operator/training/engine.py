@@ -19,6 +19,7 @@ from dagger_operator.api.training import REDUCED_AT_ONCE, Offload, Precision
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
+from dagger_operator.training.meeting import meet
 
 
 class Engine(Protocol):
@@ -53,10 +54,10 @@ class Engine(Protocol):
     def load_checkpoint(self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool, load_module_strict: bool = True) -> object: ...
 
 
-def join(rank: int, ranks: int, local_rank: int) -> torch.device:
-    """Join the process group that the environment names (as torchrun sets it) and return this rank's device.
+def join(rank: int, ranks: int, local_rank: int, training: str) -> torch.device:
+    """Join the process group that the environment names (as torchrun sets it) and return this rank's device. `training`: see `meet`.
 
-    Raises `StageFailure` (not permanent) if the rank's GPU is not available.
+    Raises `StageFailure` (not permanent) if the rank's GPU is not available, or for a reason of `meet`.
     """
     import deepspeed
 
@@ -82,7 +83,8 @@ def join(rank: int, ranks: int, local_rank: int) -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # The other ranks wait while one uploads a checkpoint or a policy of many gigabytes.
-    torch.distributed.init_process_group(backend, init_method="env://", rank=rank, world_size=ranks, timeout=timedelta(hours=1))
+    store = meet(rank, ranks, training)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=1))
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 

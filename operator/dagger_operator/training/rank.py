@@ -67,7 +67,7 @@ async def _train(stage: Stage, registry: CollectorRegistry) -> None:
     weights = weights_folder(stage.scratch, given.base)
     if await read_result(stage.store, stage.round, TrainingResult) is not None:
         return  # rank 0 stored it while this pod was being recreated: no peers are left
-    device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]))
+    device = engine.join(rank, ranks, int(os.environ["LOCAL_RANK"]), f"{stage.run.metadata.uid}/{stage.round}")
 
     tokenised = await _tokenise(stage, given, weights, rank, ranks)
     curriculum = Curriculum(tokenised.samples, spec.training, seed=spec.seed, round_number=stage.round)
