@@ -8,7 +8,7 @@ import os
 import socket
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported, which torch does not declare
 
 from dagger_operator.store.stage import StageFailure
 

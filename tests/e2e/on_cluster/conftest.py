@@ -59,13 +59,13 @@ class Installation:
         return list(yaml.safe_load_all((SAMPLES / file).read_text()))
 
     def run(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.kubectl("get", "daggerrun", name, "-o", "json"))
+        found: dict[str, Any] = self.kubernetes.read("daggerruns", namespace=self.namespace, name=name)
         return found
 
-    def listed(self, kind: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
-        where = ("--namespace", namespace) if namespace else ()
-        found: list[dict[str, Any]] = json.loads(self.kubectl(*where, "get", kind, "--selector", selector, "-o", "json"))["items"]
-        return found
+    def listed(self, resources: str, selector: str = "", namespace: str | None = None) -> list[dict[str, Any]]:
+        """Objects of one or several resources: `pods,leases`."""
+        where = namespace or self.namespace
+        return [one for each in resources.split(",") for one in self.kubernetes.read(each, namespace=where, selector=selector)]
 
     def store(self, url: str) -> Store:
         """What is below a prefix of the S3 server, by its Service's address: names of the cluster mean nothing here."""
@@ -137,7 +137,7 @@ class Installation:
                 problem = str(error)
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {seconds} s: {what}\n{problem or self.told()}")
-            time.sleep(2)  # each look takes a tenth of a second of a processor
+            time.sleep(1)
 
     def ended(self, name: str, seconds: float) -> dict[str, Any]:
         """The run once it has ended."""
