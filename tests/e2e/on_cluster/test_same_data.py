@@ -99,7 +99,7 @@ def _finished(installation: Any) -> int:
 
 
 def _goes_on(installation: Any, done: int) -> bool:
-    return _finished(installation) > done or installation.run("one")["status"]["phase"] == "Succeeded"
+    return _finished(installation) > done or installation.run("one").get("status", {}).get("phase") == "Succeeded"
 
 
 def _nothing(installation: Any) -> None:
