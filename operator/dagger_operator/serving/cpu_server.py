@@ -4,7 +4,8 @@
 - What a model's class can do vLLM asks a third process, which imports everything again, unless a file in its cache says it. The image for
   the CPU brings such files; they are copied, as those of other classes are written beside them.
 
-vLLM's package for the CPU has no `vllm serve`. Imports vLLM alone, and only where it is the main module.
+vLLM's package for the CPU has no `vllm serve`; where its server is, is that of the locked version.
+Imports vLLM alone, and only where it is the main module.
 """
 
 import shutil

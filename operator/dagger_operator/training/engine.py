@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from dagger_operator.api.training import REDUCED_AT_ONCE, Offload, Precision
 from dagger_operator.store.stage import StageFailure
 from dagger_operator.training import adapters, attention, sequence
 from dagger_operator.training.loss import Objective
-from dagger_operator.training.meeting import meet
+from dagger_operator.training.meeting import PATIENCE, meet
 
 
 class Engine(Protocol):
@@ -82,9 +81,9 @@ def join(rank: int, ranks: int, local_rank: int, training: str) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # The other ranks wait while one uploads a checkpoint or a policy of many gigabytes.
     store = meet(rank, ranks, training)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(hours=1))
+    # The other ranks wait while one uploads a checkpoint or a policy of many gigabytes.
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 

@@ -12,8 +12,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-expor
 
 from dagger_operator.store.stage import StageFailure
 
-_PATIENCE = timedelta(hours=1)
-"""As for torch's collectives: a rank may download for long before it comes."""
+PATIENCE = timedelta(hours=1)
+"""How long a rank waits for others, which may download or upload many gigabytes meanwhile."""
 
 
 def meet(rank: int, ranks: int, training: str) -> TCPStore:
@@ -28,7 +28,7 @@ def meet(rank: int, ranks: int, training: str) -> TCPStore:
         port,
         ranks,
         is_master=rank == 0,
-        timeout=_PATIENCE,
+        timeout=PATIENCE,
         wait_for_workers=False,
         master_listen_fd=listening.detach() if listening is not None else None,
     )
@@ -37,8 +37,8 @@ def meet(rank: int, ranks: int, training: str) -> TCPStore:
     if (found := store.get("training").decode()) != training:
         raise StageFailure(
             "StrangePeers",
-            f"rank 0 at {host}:{port} is of training {found}, and this is rank {rank} of {training}: its own rank 0 is not there yet, or "
-            "the address is another's by now",
+            f"rank 0 at {host}:{port} is of training {found}, and this is rank {rank} of {training}: it is tried again, as its own "
+            "rank 0 may not be there yet. If it stays: let no two trainings share a host network",
             permanent=False,
         )
     return store
@@ -53,4 +53,5 @@ def _listening(address: str, port: int) -> socket.socket:
     try:
         return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     except OSError as error:
-        raise StageFailure("PortTaken", f"rank 0 cannot listen on {address}, port {port}: {error}", permanent=False) from error
+        message = f"rank 0 cannot listen on {address}, port {port}: {error}; it is tried again. If it stays: free that port there"
+        raise StageFailure("PortTaken", message, permanent=False) from error
